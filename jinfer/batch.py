@@ -1,0 +1,47 @@
+"""What one step works on, as a pytree of arrays; knows nothing of requests."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """A ragged batch: the new tokens of S sequences laid end to end, padded to T tokens.
+
+    Sequence s owns tokens q_starts[s] .. q_starts[s + 1] - 1. Example with S = 3, T = 8: a prefill
+    chunk of 4 tokens at positions 16-19, one decode, and a padding sequence:
+
+        tokens     a a a a b . . .        q_starts  [0, 4, 5, 5]
+        positions  16 17 18 19 7 0 0 0    kv_lens   [20, 8, 0]
+        seq_ids    0 0 0 0 1 . . .        rows      [5, 2, R]
+
+    Padding tokens have slots >= num_slots (dropped when KV is written), padding sequences have no
+    tokens, kv_len 0 and a row >= R (dropped when state is written).
+
+    Attributes:
+      tokens: [T] token ids; a negative id means "the last token sampled for this sequence's row",
+        which may still be on its way.
+      positions: [T] place of each token in its sequence.
+      seq_ids: [T] index into the S sequences.
+      slots: [T] place in one layer's pool, page * page_size + offset.
+      q_starts: [S + 1] first token of each sequence; the last entry is the live token count.
+      kv_lens: [S] tokens of context including this step's.
+      page_table: [S, M] page ids; entries past the context are 0.
+      rows: [S] row of the sampler state that the sequence uses.
+      max_q_len: static bound on the tokens of any sequence (1: a pure decode step).
+    """
+
+    tokens: Int[Array, "T"]
+    positions: Int[Array, "T"]
+    seq_ids: Int[Array, "T"]
+    slots: Int[Array, "T"]
+    q_starts: Int[Array, "S1"]
+    kv_lens: Int[Array, "S"]
+    page_table: Int[Array, "S M"]
+    rows: Int[Array, "S"]
+    max_q_len: int = dataclasses.field(metadata={"static": True}, default=1)

@@ -1,0 +1,200 @@
+"""Model, cache and engine configurations: frozen, validated once, without jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
+LayerType = Literal["full", "sliding"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: base frequency and how it is stretched beyond the trained context.
+
+    Fields carry the names of Hugging Face's `rope_parameters`; those that a scaling does not use
+    keep their defaults.
+    """
+
+    theta: float = 10000.0
+    scaling: RopeScaling = "none"
+    partial_factor: float = 1.0  # share of head_dim that rotates
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder-only transformer, whatever its family.
+
+    Shapes: D = hidden_size, F = intermediate_size, N = num_heads, K = num_kv_heads, H = head_dim,
+    V = vocab_size, L = num_layers, E = num_experts.
+    """
+
+    family: str  # "llama", "qwen3", ...: for messages only; no code branches on it
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm_eps: float = 1e-6
+    norm_plus_one: bool = False  # Gemma: x * (1 + gamma)
+    post_norms: bool = False  # Gemma: norms after attention and MLP, before the residual sum
+    qk_norm: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    attention_bias: bool = False  # q, k, v
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None  # default head_dim ** -0.5
+    attention_soft_cap: float | None = None
+    final_soft_cap: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[LayerType, ...] = ()  # empty: all "full", or all "sliding" given a window
+    rope: RopeConfig = RopeConfig()
+    rope_local: RopeConfig | None = None  # for "sliding" layers (Gemma 3)
+    num_experts: int = 0  # 0: dense MLP
+    num_experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()  # layers with a dense MLP in a mixture-of-experts model
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value > 0,
+                f"{name} must be a positive integer, got {value!r}",
+            )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+            f"({self.num_kv_heads})",
+        )
+        if not self.layer_types:
+            kind: LayerType = "sliding" if self.sliding_window else "full"
+            object.__setattr__(self, "layer_types", (kind,) * self.num_layers)
+        require(
+            len(self.layer_types) == self.num_layers,
+            f"layer_types must have {self.num_layers} entries, got {len(self.layer_types)}",
+        )
+        require(
+            "sliding" not in self.layer_types or bool(self.sliding_window),
+            "layer_types has sliding layers but sliding_window is not set",
+        )
+        require(
+            self.num_experts == 0 or 0 < self.num_experts_per_token <= self.num_experts,
+            f"num_experts_per_token ({self.num_experts_per_token}) must lie in "
+            f"1..{self.num_experts}",
+        )
+
+    @property
+    def sm_scale(self) -> float:
+        """Factor on q . k before the softmax."""
+        return self.attention_scale if self.attention_scale is not None else self.head_dim**-0.5
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of `layer` in tokens (itself included), or None for full attention."""
+        return self.sliding_window if self.layer_types[layer] == "sliding" else None
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` has experts rather than a dense MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The paged KV pool: `num_pages` pages a layer, `page_size` tokens each."""
+
+    num_pages: int
+    page_size: int
+    dtype: str = "float32"  # storage dtype of K and V
+
+    def __post_init__(self) -> None:
+        require(self.num_pages > 0, f"num_pages must be positive, got {self.num_pages}")
+        require(
+            self.page_size > 0 and self.page_size & (self.page_size - 1) == 0,
+            f"page_size must be a power of two, got {self.page_size}",
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Token places in one layer's share of the pool."""
+        return self.num_pages * self.page_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Limits and policies of the engine; see `LLM` for the meaning of each field."""
+
+    max_model_len: int
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    enable_chunked_prefill: bool = True
+    num_decode_steps: int = 4  # decode steps that one program keeps on the device
+    max_logprobs: int = 20
+    seed: int = 0
+    attention_impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "num_decode_steps",
+        ):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value > 0,
+                f"{name} must be a positive integer, got {value!r}",
+            )
+        require(
+            self.block_size & (self.block_size - 1) == 0,
+            f"block_size must be a power of two, got {self.block_size}",
+        )
+        require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+            f"max_num_seqs ({self.max_num_seqs}): a step gives every running sequence one token",
+        )
+        require(
+            self.enable_chunked_prefill or self.max_num_batched_tokens >= self.max_model_len,
+            f"without chunked prefill a step must hold a whole prompt: raise "
+            f"max_num_batched_tokens ({self.max_num_batched_tokens}) to max_model_len "
+            f"({self.max_model_len}), or set enable_chunked_prefill=True",
+        )
