@@ -1,0 +1,420 @@
+"""What a kernel runs on, or is compiled for; and everything that differs between JAX versions.
+
+Knows no op. A `Target` comes from the default device, or is stated: inside `compile_target("h100")`
+kernels are built for a chip that this host does not have, through the pip wheels of its compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """The facts about a chip that kernels and heuristics use.
+
+    Attributes:
+      name: "h100", "v5e", "v6e", "tpu7x", "cpu", or what the device calls itself.
+      kind: "gpu" (CUDA), "tpu", "cpu", or another platform's own name.
+      arch: "sm_90a" and the like for CUDA, the generation for a TPU, "cpu".
+      num_cores: streaming multiprocessors of a GPU, TensorCores of a TPU device, 1 for a CPU.
+      smem_bytes: shared memory one GPU block may take; VMEM of a TPU core; 0 for a CPU.
+    """
+
+    name: str
+    kind: str
+    arch: str
+    num_cores: int
+    smem_bytes: int
+
+    @property
+    def is_hopper(self) -> bool:
+        return self.arch == "sm_90a"
+
+
+TARGETS = {
+    "h100": Target(name="h100", kind="gpu", arch="sm_90a", num_cores=132, smem_bytes=232448),
+    "v5e": Target(name="v5e", kind="tpu", arch="v5e", num_cores=1, smem_bytes=128 << 20),
+    "v6e": Target(name="v6e", kind="tpu", arch="v6e", num_cores=1, smem_bytes=128 << 20),
+    "tpu7x": Target(name="tpu7x", kind="tpu", arch="tpu7x", num_cores=1, smem_bytes=64 << 20),
+    "cpu": Target(name="cpu", kind="cpu", arch="cpu", num_cores=1, smem_bytes=0),
+}
+
+_TPU_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+# Stated by contexts; both are part of jit's cache key, so a program never outlives its target.
+_stated: Any = jax.make_user_context(default_value=None)
+_interpreted: Any = jax.make_user_context(default_value=None)
+
+
+def current() -> Target:
+    """Returns the stated target if there is one, else that of JAX's default device."""
+    return _stated.value or of_device(_default_device())
+
+
+def of_device(device: jax.Device) -> Target:
+    """Returns the target that a live device is."""
+    if device.platform == "cpu":
+        return TARGETS["cpu"]
+    if device.platform in ("gpu", "cuda"):
+        major, minor = str(getattr(device, "compute_capability", "0.0")).split(".")[:2]
+        arch = f"sm_{major}{minor}" + ("a" if int(major) >= 9 else "")
+        name = "h100" if arch == "sm_90a" and "H100" in device.device_kind else device.device_kind
+        return Target(
+            name=name,
+            kind="gpu",
+            arch=arch,
+            num_cores=int(getattr(device, "core_count", TARGETS["h100"].num_cores)),
+            smem_bytes=TARGETS["h100"].smem_bytes if int(major) >= 9 else 99 << 10,
+        )
+    if device.platform == "tpu":
+        if known := _TPU_KINDS.get(device.device_kind):
+            return TARGETS[known]
+        # A generation not listed here: the smallest VMEM of the listed ones is the safe assumption.
+        kind = device.device_kind
+        return Target(name=kind, kind="tpu", arch=kind, num_cores=1, smem_bytes=64 << 20)
+    kind = device.platform
+    return Target(name=device.device_kind, kind=kind, arch=kind, num_cores=1, smem_bytes=0)
+
+
+def _default_device() -> jax.Device:
+    stated: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if stated is None:
+        return jax.local_devices()[0]
+    return jax.local_devices(backend=stated)[0] if isinstance(stated, str) else stated
+
+
+@contextlib.contextmanager
+def state(target: Target | str) -> Iterator[Target]:
+    """States the target that choices and heuristics inside the context assume.
+
+    It does not move computation: use `compile_target` to compile for a chip that is not there.
+    """
+    if isinstance(target, str):
+        target = _named(target)
+    with _stated(target):
+        yield target
+
+
+def _named(name: str) -> Target:
+    if name not in TARGETS:
+        raise ValueError(f"target must be one of {sorted(TARGETS)}, got {name!r}")
+    return TARGETS[name]
+
+
+# Interpret modes: kernels simulated on the CPU, for checking numbers.
+
+
+@contextlib.contextmanager
+def interpret(*, detect_races: bool = False) -> Iterator[None]:
+    """Simulates Pallas kernels on the CPU inside the context: slow, for tests on tiny shapes.
+
+    Args:
+      detect_races: also look for unsynchronised accesses. A race is reported on stdout and in
+        `races_found()`.
+    """
+    with _interpreted((detect_races,)):
+        yield
+
+
+def is_interpreting() -> bool:
+    """Tells whether Pallas kernels are to be simulated."""
+    return _interpreted.value is not None
+
+
+def why_not_interpret(kind: str) -> str | None:
+    """Returns why kernels for `kind` ("gpu", "tpu") cannot be simulated here, or None."""
+    if jax.default_backend() != "cpu":
+        return (
+            f"kernels are simulated on the CPU only, the default backend is {jax.default_backend()}"
+        )
+    if kind == "gpu" and jax.__version_info__ < (0, 11):
+        return (
+            "JAX's simulator of GPU kernels is complete enough from jax 0.11 (Python 3.12), "
+            f"this is jax {jax.__version__}"
+        )
+    return None
+
+
+def gpu_interpret_params() -> Any:
+    """Returns the `interpret=` argument of a `plgpu.kernel` call: False outside `interpret()`."""
+    if not is_interpreting():
+        return False
+    try:
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+    except ImportError:
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    return InterpretGPUParams(detect_races=_interpreted.value[0])
+
+
+def tpu_interpret_params() -> Any:
+    """Returns the `interpret=` argument of a TPU `pallas_call`: False outside `interpret()`."""
+    if not is_interpreting():
+        return False
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.InterpretParams(detect_races=_interpreted.value[0])
+
+
+def races_found() -> bool:
+    """Tells whether the last simulated TPU kernel, run with `detect_races`, had a race."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    return bool(interpreter.get_races().races_found)
+
+
+# Differences between JAX versions.
+
+
+def gpu_compiler_params(**kwargs: Any) -> Any:
+    """Returns Mosaic GPU compiler parameters with warpgroup semantics stated.
+
+    The default is Lane in jax 0.10 and Warpgroup from 0.11.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    kwargs.setdefault("lowering_semantics", plgpu.LoweringSemantics.Warpgroup)
+    return plgpu.CompilerParams(**kwargs)
+
+
+def gpu_load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
+    """Loads a whole (sliced) reference into registers in a given layout.
+
+    `plgpu.load` requires an index in jax 0.10, deprecates it in 0.11 and has none in 0.12.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    load: Any = plgpu.load
+    if jax.__version_info__ < (0, 11):
+        return load(ref, (), layout=layout, optimized=optimized)
+    return load(ref, layout=layout, optimized=optimized)
+
+
+# Compiling for a chip that is not there.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileCase:
+    """A call at a real model's shape, to be compiled for a target; ops enumerate theirs.
+
+    Attributes:
+      name: op, backend and shape in words; unique among an op's cases.
+      fn: what is compiled.
+      abstract_args: its arguments, trees of `jax.ShapeDtypeStruct`.
+      max_temp_bytes: bound on the program's temporaries; None: no bound.
+      expects_wgmma: the PTX must use Hopper's tensor cores through `wgmma`.
+      expects_tma: the PTX must use the copy engine.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    abstract_args: tuple[Any, ...]
+    max_temp_bytes: int | None = None
+    expects_wgmma: bool = False
+    expects_tma: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """What ptxas said of one Mosaic GPU kernel, and what its PTX holds."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+    has_wgmma: bool
+    has_tma: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A program compiled for a target.
+
+    Attributes:
+      executable: the `jax.stages.Compiled`; it cannot run here.
+      seconds: trace, lowering and compilation.
+      temp_bytes: device memory for temporaries.
+      kernels: reports of the Mosaic GPU kernels compiled just now. Mosaic caches kernels for the
+        life of the process: the same kernel compiled a second time leaves no report.
+    """
+
+    executable: Any
+    seconds: float
+    temp_bytes: int
+    kernels: tuple[KernelReport, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiler:
+    """Compiles for a stated target; made by `compile_target`.
+
+    Attributes:
+      target: what is compiled for.
+      mesh: one compile-only device.
+      sharding: the sharding on that mesh that replicates.
+    """
+
+    target: Target
+    mesh: jax.sharding.Mesh
+    sharding: jax.sharding.Sharding
+
+    def abstract(self, tree: Any) -> Any:
+        """Returns `tree` with each array replaced by its shape, placed on the target."""
+
+        def place(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding)
+
+        return jax.tree.map(place, tree)
+
+    def compile(self, f: Callable[..., Any], *abstract_args: Any) -> Compiled:
+        """Compiles `f` (jitted already, or not) for arrays of these shapes."""
+        jitted: Any = f if hasattr(f, "lower") else jax.jit(f)
+        start = time.perf_counter()
+        with _mosaic_gpu_dump(self.target) as reports:
+            lowered = jitted.lower(*self.abstract(abstract_args))
+            options = {"xla_gpu_autotune_level": 0} if self.target.kind == "gpu" else None
+            executable = lowered.compile(compiler_options=options)
+        return Compiled(
+            executable=executable,
+            seconds=time.perf_counter() - start,
+            temp_bytes=int(executable.memory_analysis().temp_size_in_bytes),
+            kernels=tuple(reports),
+        )
+
+
+@contextlib.contextmanager
+def compile_target(name: str) -> Iterator[Compiler]:
+    """Compiles for "h100", "v5e", "v6e" or "tpu7x" on a host that has none.
+
+    Inside, `current()` is that target, so that `impl="auto"` chooses as it would there. Run with
+    `JAX_PLATFORMS=cpu`.
+
+        with compile_target("h100") as compiler:
+            compiled = compiler.compile(f, jax.ShapeDtypeStruct((64, 128), jnp.bfloat16))
+
+    Raises:
+      ValueError: there is no such target.
+      NotImplementedError: the wheels of its compiler are not installed.
+    """
+    target = _named(name)
+    if reason := why_not_compile(name):
+        raise NotImplementedError(f"compile_target({name!r}): {reason}")
+    device = _compile_only_device(name)
+    mesh = jax.sharding.Mesh([device], ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with state(target), jax.set_mesh(mesh):
+        yield Compiler(target=target, mesh=mesh, sharding=sharding)
+
+
+def why_not_compile(name: str) -> str | None:
+    """Returns why this host cannot compile for the named target, or None."""
+    kind = _named(name).kind
+    if kind == "cpu":
+        return "the CPU is compiled for by jax.jit itself"
+    wheels = ["jax-cuda13-plugin", "jax-cuda13-pjrt"] if kind == "gpu" else ["libtpu"]
+    missing = [w for w in wheels if not _is_installed(w)]
+    if missing:
+        return f"{' and '.join(missing)} not installed; pip install 'jinfer[compile]'"
+    return None
+
+
+def _is_installed(wheel: str) -> bool:
+    try:
+        importlib.metadata.version(wheel)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+# A description of the H100 SXM for XLA, which otherwise asks the driver (openxla/xla PR 25919).
+_H100_CONFIG = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472  threads_per_core_limit: 2048  core_count: 132
+  fpus_per_core: 128  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98  device_memory_size: 84929347584  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+_TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@functools.cache
+def _compile_only_device(name: str) -> Any:
+    from jax.experimental import topologies
+
+    if TARGETS[name].kind == "gpu":
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=_H100_CONFIG, topology="1x1x1"
+        )
+    else:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu else asks a metadata server
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGIES[name])
+    return topology.devices[0]
+
+
+@contextlib.contextmanager
+def _mosaic_gpu_dump(target: Target) -> Iterator[list[KernelReport]]:
+    """Collects what Mosaic GPU writes about the kernels that are compiled inside."""
+    reports: list[KernelReport] = []
+    if target.kind != "gpu":
+        yield reports
+        return
+    key = "MOSAIC_GPU_DUMP_TO"
+    before = os.environ.get(key)
+    with tempfile.TemporaryDirectory(prefix="mosaic_gpu_") as folder:
+        os.environ[key] = folder  # it must exist, or the dump goes to stdout
+        try:
+            yield reports
+        finally:
+            if before is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = before
+            reports.extend(_read_report(p) for p in sorted(pathlib.Path(folder).glob("*.ptxas")))
+
+
+def _read_report(ptxas: pathlib.Path) -> KernelReport:
+    """Reads one kernel's ptxas report and the PTX beside it."""
+    report = ptxas.read_text()
+    ptx_file = ptxas.with_suffix(".ptx")
+    ptx = ptx_file.read_text() if ptx_file.exists() else ""
+    name = re.search(r"entry function '([^']+)'", report)
+    registers = re.search(r"Used (\d+) registers", report)
+    resources = ptxas.with_suffix(".resources.txt")
+    smem = re.search(r"smem\D*(\d+)", resources.read_text()) if resources.exists() else None
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    return KernelReport(
+        name=name.group(1) if name else ptxas.stem,
+        registers=int(registers.group(1)) if registers else 0,
+        spill_bytes=sum(map(int, spills)),
+        smem_bytes=int(smem.group(1)) if smem else 0,
+        has_wgmma="wgmma.mma_async" in ptx,
+        has_tma="cp.async.bulk.tensor" in ptx,
+    )

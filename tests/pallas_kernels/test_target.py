@@ -1,0 +1,64 @@
+"""Targets: stated or found, and compiling for chips that are not there."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import target
+
+
+def test_the_default_target_is_the_default_device():
+    assert target.current() == target.TARGETS["cpu"]
+
+
+def test_a_stated_target_holds_inside_its_context_only():
+    with target.state("h100") as stated:
+        assert target.current() is stated
+        assert stated.is_hopper and stated.num_cores == 132
+        with target.state("v6e"):
+            assert target.current().kind == "tpu"
+        assert target.current() is stated
+    assert target.current().kind == "cpu"
+
+
+def test_a_function_jitted_before_is_traced_anew_for_a_stated_target():
+    seen = []
+
+    @jax.jit
+    def f(x):
+        seen.append(target.current().name)
+        return x
+
+    f(jnp.zeros(2))
+    with target.state("v5e"):
+        f(jnp.zeros(2))
+    assert seen == ["cpu", "v5e"]
+
+
+def test_an_unknown_target_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'h100', 'tpu7x', 'v5e', 'v6e'\], got 'b200'"):
+        target.state("b200").__enter__()
+
+
+def test_interpreting_is_off_outside_its_context():
+    assert not target.is_interpreting()
+    assert target.tpu_interpret_params() is False
+    with target.interpret(detect_races=True):
+        assert target.is_interpreting()
+        assert target.tpu_interpret_params().detect_races
+    assert not target.is_interpreting()
+
+
+@pytest.mark.parametrize("name", ["h100", "v5e", "v6e", "tpu7x"])
+def test_a_program_compiles_for_a_chip_that_is_not_there(name):
+    if reason := target.why_not_compile(name):
+        with pytest.raises(NotImplementedError, match="not installed"):
+            target.compile_target(name).__enter__()
+        pytest.skip(reason)
+    with target.compile_target(name) as compiler:
+        assert target.current() == target.TARGETS[name]
+        x = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+        compiled = compiler.compile(lambda x: (x @ x.T).sum(axis=0), x)
+    assert 0 <= compiled.temp_bytes < 1 << 23
+    assert compiled.executable.as_text()
+    assert target.current().kind == "cpu"
