@@ -1,0 +1,324 @@
+"""Hugging Face checkpoints in our terms: config.json -> ModelConfig, tensor names <-> params paths.
+
+Knows nothing of jax. A loader streams a checkpoint through it, one tensor in memory at a time:
+
+    config = config_from_hf(json.load(open("config.json")))
+    missing = dict(expected_shapes(config))      # {("layers", 0, "attn", "q", "w"): (D, N*H), ...}
+    for name in checkpoint:                      # any order, any sharding
+        for place in placements(config, name):   # () for a tensor that is known and not needed
+            piece = place.take(tensor)           # numpy view: rows cut, [O, I] -> [I, O]
+            if place.expert is None:
+                flat[place.path] = piece
+            else:                                # one row of the [E, ...] stack of experts
+                flat[place.path][place.expert] = piece
+    params = unflatten(flat, config)
+
+`tensor_names` and `assemble` go the other way, for export. Unknown architectures and unknown
+tensors raise. Checkpoints of another format (GGUF, GPTQ, ...) spell their tensors in Hugging Face
+names first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from jinfer.config import ModelConfig
+from jinfer.models.hf_config import SUPPORTED as SUPPORTED
+from jinfer.models.hf_config import config_from_hf as config_from_hf
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Keys into the params tree, e.g. ("layers", 3, "attn", "q", "w")."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where one checkpoint tensor, or a part of it, goes.
+
+    Attributes:
+      path: the parameter.
+      rows: (start, stop) along the checkpoint tensor's output axis (the last but one of a matrix,
+        the only one of a vector), or None for all: how fused projections are split.
+      transpose: whether [..., O, I] becomes [..., I, O].
+      expert: index in the parameter's leading expert axis that this piece fills; None: the whole
+        parameter.
+    """
+
+    path: Path
+    rows: tuple[int, int] | None = None
+    transpose: bool = False
+    expert: int | None = None
+
+    def take(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns the piece of a checkpoint tensor that belongs at `path`, as a view."""
+        if self.rows is not None:
+            cut = slice(*self.rows)
+            tensor = tensor[..., cut, :] if tensor.ndim > 1 else tensor[cut]
+        return tensor.swapaxes(-1, -2) if self.transpose else tensor
+
+
+@functools.lru_cache(maxsize=8)
+def expected_shapes(config: ModelConfig) -> Mapping[Path, tuple[int, ...]]:
+    """Returns every parameter of the model with its shape; layers as a tuple."""
+    d, v, f = config.hidden_size, config.vocab_size, config.intermediate_size
+    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+    shapes: dict[Path, tuple[int, ...]] = {("embed", "w"): (v, d), ("final_norm", "scale"): (d,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head", "w"] = (d, v)
+    for i in range(config.num_layers):
+        layer: dict[Path, tuple[int, ...]] = {
+            ("attn_norm", "scale"): (d,),
+            ("mlp_norm", "scale"): (d,),
+            ("attn", "q", "w"): (d, n * h),
+            ("attn", "k", "w"): (d, k * h),
+            ("attn", "v", "w"): (d, k * h),
+            ("attn", "o", "w"): (n * h, d),
+        }
+        if config.post_norms:
+            layer |= {("attn_post_norm", "scale"): (d,), ("mlp_post_norm", "scale"): (d,)}
+        if config.qk_norm:
+            layer |= {("attn", "q_norm", "scale"): (h,), ("attn", "k_norm", "scale"): (h,)}
+        if config.attention_bias:
+            layer |= {("attn", "q", "b"): (n * h,)}
+            layer |= {("attn", "k", "b"): (k * h,), ("attn", "v", "b"): (k * h,)}
+        if config.attention_out_bias:
+            layer |= {("attn", "o", "b"): (d,)}
+        if config.is_moe_layer(i):
+            e, fe = config.num_experts, config.expert_intermediate_size
+            layer |= {("mlp", "router", "w"): (d, e)}
+            layer |= {("mlp", "gate", "w"): (e, d, fe), ("mlp", "up", "w"): (e, d, fe)}
+            layer |= {("mlp", "down", "w"): (e, fe, d)}
+        else:
+            layer |= {("mlp", "gate", "w"): (d, f), ("mlp", "up", "w"): (d, f)}
+            layer |= {("mlp", "down", "w"): (f, d)}
+            if config.mlp_bias:
+                layer |= {("mlp", "gate", "b"): (f,), ("mlp", "up", "b"): (f,)}
+                layer |= {("mlp", "down", "b"): (d,)}
+        shapes |= {("layers", i, *path): shape for path, shape in layer.items()}
+    return shapes
+
+
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+_NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")  # of multimodal Gemma 3
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"experts\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
+_EXPERT_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
+
+
+def placements(config: ModelConfig, name: str) -> tuple[Placement, ...]:
+    """Returns where the checkpoint tensor `name` goes: several places if fused, none if not needed.
+
+    Accepts every spelling that Hugging Face has used: prefixes `model.`, `language_model.model.`,
+    `model.language_model.` or none; experts one by one (`experts.3.w1.weight`,
+    `experts.3.gate_proj.weight`) or stacked as transformers 5 holds them in memory
+    (`experts.gate_up_proj` [E, 2F, D], also `experts.gate_proj`, `.up_proj`, `.down_proj`).
+    Not needed: the head of a tied model, stored rotary frequencies, Gemma 3's vision parts.
+
+    Raises:
+      ValueError: the model has no place for a tensor of that name.
+    """
+    if name.endswith("rotary_emb.inv_freq") or (
+        config.family == "gemma3_text" and _NOT_TEXT.match(name)
+    ):
+        return ()
+    short = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
+    if short == "lm_head.weight" and config.tie_word_embeddings:
+        return ()
+    found = _top_level(short)
+    if (match := _LAYER.fullmatch(short)) is not None:
+        layer = int(match[1])
+        found = tuple(
+            dataclasses.replace(place, path=("layers", layer, *place.path))
+            for place in _in_layer(config, match[2])
+        )
+    shapes = expected_shapes(config)
+    if not found or any(place.path not in shapes for place in found):
+        raise ValueError(
+            f"the checkpoint has a tensor {name!r} which a {config.family} model of this config "
+            f"({config.num_layers} layers) has no place for; its tensors are spelled like "
+            f"{', '.join(_layer_names(config, 0))}, model.embed_tokens.weight, model.norm.weight"
+        )
+    return found
+
+
+def _top_level(name: str) -> tuple[Placement, ...]:
+    if name == "embed_tokens.weight":
+        return (Placement(("embed", "w")),)
+    if name == "norm.weight":
+        return (Placement(("final_norm", "scale")),)
+    if name == "lm_head.weight":
+        return (Placement(("lm_head", "w"), transpose=True),)
+    return ()
+
+
+def _in_layer(config: ModelConfig, name: str) -> tuple[Placement, ...]:
+    """Places of `name`, a tensor's name within its layer; paths start within the layer too."""
+    norms = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "attn_post_norm" if config.post_norms else "mlp_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
+    }
+    module, _, leaf = name.rpartition(".")
+    if leaf == "weight" and module in norms:
+        return (Placement((norms[module], "scale")),)
+
+    part, _, rest = name.partition(".")
+    if part == "self_attn":
+        return _in_attention(config, rest)
+    if part in ("mlp", "block_sparse_moe"):
+        return _in_mlp(config, rest)
+    return ()
+
+
+def _in_attention(config: ModelConfig, name: str) -> tuple[Placement, ...]:
+    module, _, leaf = name.rpartition(".")
+    if module in ("q_norm", "k_norm") and leaf == "weight":
+        return (Placement(("attn", module, "scale")),)
+    if leaf not in ("weight", "bias"):
+        return ()
+    key = "w" if leaf == "weight" else "b"
+    transpose = leaf == "weight"
+    if module in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        return (Placement(("attn", module[0], key), transpose=transpose),)
+    if module == "qkv_proj":
+        q = config.num_heads * config.head_dim
+        kv = config.num_kv_heads * config.head_dim
+        cuts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+        return tuple(
+            Placement(("attn", part, key), rows=rows, transpose=transpose)
+            for part, rows in cuts.items()
+        )
+    return ()
+
+
+def _in_mlp(config: ModelConfig, name: str) -> tuple[Placement, ...]:
+    if name == "gate.weight":
+        return (Placement(("mlp", "router", "w"), transpose=True),)
+    if (match := _EXPERT.fullmatch(name)) is not None:
+        expert = int(match[1])
+        part = _EXPERT_PARTS.get(match[2]) or match[2].removesuffix("_proj")
+        if expert >= config.num_experts:
+            return ()
+        return (Placement(("mlp", part, "w"), transpose=True, expert=expert),)
+    width = config.intermediate_size
+    if name.startswith("experts."):  # stacked
+        if config.num_experts == 0:
+            return ()
+        width = config.expert_intermediate_size
+        name = name.removeprefix("experts.").removesuffix(".weight") + ".weight"
+    module, _, leaf = name.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        return ()
+    key = "w" if leaf == "weight" else "b"
+    transpose = leaf == "weight"
+    if module in ("gate_proj", "up_proj", "down_proj"):
+        return (Placement(("mlp", module.removesuffix("_proj"), key), transpose=transpose),)
+    if module == "gate_up_proj":
+        return (
+            Placement(("mlp", "gate", key), rows=(0, width), transpose=transpose),
+            Placement(("mlp", "up", key), rows=(width, 2 * width), transpose=transpose),
+        )
+    return ()
+
+
+def _layer_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
+    """The tensors of one layer in the spelling that the family's published checkpoints have."""
+    fused = config.family == "phi3"
+    linears: list[tuple[str, bool]] = []  # module, has bias
+    if fused:
+        linears.append(("self_attn.qkv_proj", config.attention_bias))
+    else:
+        linears += [(f"self_attn.{part}_proj", config.attention_bias) for part in "qkv"]
+    linears.append(("self_attn.o_proj", config.attention_out_bias))
+    if config.is_moe_layer(layer):
+        is_mixtral = config.family == "mixtral"
+        block = "block_sparse_moe" if is_mixtral else "mlp"
+        parts = ("w1", "w2", "w3") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+        linears.append((f"{block}.gate", False))
+        linears += [
+            (f"{block}.experts.{expert}.{part}", False)
+            for expert in range(config.num_experts)
+            for part in parts
+        ]
+    else:
+        parts = ("gate_up_proj", "down_proj") if fused else ("gate_proj", "up_proj", "down_proj")
+        linears += [(f"mlp.{part}", config.mlp_bias) for part in parts]
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if config.post_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if config.qk_norm:
+        norms += ["self_attn.q_norm", "self_attn.k_norm"]
+    names = [f"{module}.weight" for module in norms]
+    for module, has_bias in linears:
+        names += [f"{module}.weight"] + [f"{module}.bias"] * has_bias
+    return tuple(f"model.layers.{layer}.{name}" for name in names)
+
+
+@functools.lru_cache(maxsize=8)
+def tensor_names(config: ModelConfig) -> tuple[str, ...]:
+    """Returns the names of a published checkpoint's tensors: what a writer writes.
+
+    Each parameter is covered exactly once. Use `placements` for what a name holds.
+    """
+    names = ["model.embed_tokens.weight"]
+    for layer in range(config.num_layers):
+        names += _layer_names(config, layer)
+    names.append("model.norm.weight")
+    if not config.tie_word_embeddings:
+        names.append("lm_head.weight")
+    return tuple(names)
+
+
+@functools.lru_cache(maxsize=8)
+def _names_by_path(config: ModelConfig) -> Mapping[Path, tuple[str, ...]]:
+    by_path: dict[Path, tuple[str, ...]] = {}
+    for name in tensor_names(config):
+        for place in placements(config, name):
+            by_path[place.path] = (*by_path.get(place.path, ()), name)
+    return by_path
+
+
+def names_of(config: ModelConfig, path: Path) -> tuple[str, ...]:
+    """Returns the checkpoint tensors that fill the parameter at `path`: several for experts."""
+    return _names_by_path(config)[path]
+
+
+def assemble(config: ModelConfig, name: str, get: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """Returns the checkpoint tensor `name` from parameters; the inverse of `placements` and `take`.
+
+    Args:
+      config: the model.
+      name: one of `tensor_names(config)`.
+      get: returns the parameter at a path, [I, O] or [E, I, O], as numpy.
+    """
+    pieces: list[np.ndarray] = []
+    for place in placements(config, name):
+        piece = get(place.path)
+        if place.expert is not None:
+            piece = piece[place.expert]
+        pieces.append(piece.swapaxes(-1, -2) if place.transpose else piece)
+    if len(pieces) == 1:
+        return pieces[0]
+    return np.concatenate(pieces, axis=-2 if pieces[0].ndim > 1 else 0)
+
+
+def unflatten(flat: Mapping[Path, Any], config: ModelConfig) -> dict[str, Any]:
+    """Returns the params tree for {path: leaf}; layers as a tuple."""
+    tree: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
+    for path, leaf in flat.items():
+        keys = path
+        node = tree
+        if path[0] == "layers":
+            node, keys = layers[int(path[1])], path[2:]
+        for key in keys[:-1]:
+            node = node.setdefault(str(key), {})
+        node[str(keys[-1])] = leaf
+    tree["layers"] = tuple(layers)
+    return tree
