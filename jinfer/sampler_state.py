@@ -1,0 +1,436 @@
+"""What the sampler knows of each sequence: its parameters, one row a step, and its memory.
+
+Knows nothing of models, requests or steps. Host-side packing is plain numpy; `jinfer/sampling.py`
+turns logits into tokens with what is kept here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jinfer.config import require
+from jinfer.sampling_params import SamplingParams
+
+_ANY_TOKEN = -2  # in bad-word prefixes: matches whatever came before
+_NO_TOKEN = -1  # in the history: no output token yet, matched by _ANY_TOKEN alone
+_MAX_COUNT = 65535  # output counts saturate here (u16)
+
+# Bits of SampleArgs.flags: the parts of SamplerState that a sequence needs.
+PENALTIES = 1
+BIAS = 2
+ALLOWED = 4
+BAD_WORDS = 8
+MIN_TOKENS = 16
+
+_FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
+_NEUTRAL_FLOATS = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32)
+_INTS = ("top_k", "min_position", "seed_high", "seed_low", "flags")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerLimits:
+    """Static room that every row of the sampler state has; requests beyond it are refused.
+
+    Attributes:
+      max_logit_bias: entries of logit_bias.
+      max_bad_words: token sequences of two or more tokens that bad_words turn into (those of one
+        token cost nothing and have no limit).
+      max_bad_word_tokens: tokens of the longest of them.
+    """
+
+    max_logit_bias: int = 1024
+    max_bad_words: int = 128
+    max_bad_word_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.max_logit_bias > 0, f"max_logit_bias must be > 0, got {self.max_logit_bias}")
+        require(self.max_bad_words > 0, f"max_bad_words must be > 0, got {self.max_bad_words}")
+        require(
+            self.max_bad_word_tokens > 1,
+            f"max_bad_word_tokens must be > 1, got {self.max_bad_word_tokens}",
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampleArgs:
+    """The sampling fields of a step's S sequences, as two arrays so that a step moves only two.
+
+    A padding sequence has the neutral row that `pack_args` writes: greedy, nothing needed.
+
+    Attributes:
+      floats: [S, 6] f32, columns temperature (0 = greedy), top_p, min_p, presence, frequency,
+        repetition.
+      ints: [S, 5] u32, columns top_k (0 = all), min_position (stop tokens are banned at smaller
+        positions), seed_high, seed_low, flags (the bits PENALTIES to MIN_TOKENS).
+    """
+
+    floats: Float[Array, "S 6"]
+    ints: UInt[Array, "S 5"]
+
+    @property
+    def temperature(self) -> Float[Array, "S"]:
+        return self.floats[:, 0]
+
+    @property
+    def top_p(self) -> Float[Array, "S"]:
+        return self.floats[:, 1]
+
+    @property
+    def min_p(self) -> Float[Array, "S"]:
+        return self.floats[:, 2]
+
+    @property
+    def presence(self) -> Float[Array, "S"]:
+        return self.floats[:, 3]
+
+    @property
+    def frequency(self) -> Float[Array, "S"]:
+        return self.floats[:, 4]
+
+    @property
+    def repetition(self) -> Float[Array, "S"]:
+        return self.floats[:, 5]
+
+    @property
+    def top_k(self) -> Int[Array, "S"]:
+        return self.ints[:, 0].astype(jnp.int32)
+
+    @property
+    def min_position(self) -> Int[Array, "S"]:
+        return self.ints[:, 1].astype(jnp.int32)
+
+    @property
+    def seed(self) -> UInt[Array, "S 2"]:
+        """The 64-bit seed as the two words of a threefry key: equal to `jax.random.key(seed)`."""
+        return self.ints[:, 2:4]
+
+    @property
+    def is_greedy(self) -> Bool[Array, "S"]:
+        return self.floats[:, 0] == 0.0
+
+    def has(self, bit: int) -> Bool[Array, "S"]:
+        """Whether each sequence needs the part of the state that `bit` names."""
+        return (self.ints[:, 4] & jnp.uint32(bit)) != jnp.uint32(0)
+
+
+class ArgRow(NamedTuple):
+    """One sequence's row of `SampleArgs`; made once a request, stacked every step."""
+
+    floats: np.ndarray  # [6] f32
+    ints: np.ndarray  # [5] u32
+
+
+def arg_row(params: SamplingParams, *, seed: int, prompt_len: int) -> ArgRow:
+    """Packs a request's sampling fields.
+
+    Args:
+      params: the request's parameters.
+      seed: in [0, 2**64); `child_seed(params.seed, index)`, or a fresh one where params.seed is
+        None.
+      prompt_len: tokens of the prompt; the first output token takes this position.
+    """
+    floats = (
+        params.temperature,
+        params.top_p,
+        params.min_p,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.repetition_penalty,
+    )
+    min_position = prompt_len + params.min_tokens if params.min_tokens else 0
+    ints = (params.top_k, min_position, seed >> 32, seed & 0xFFFFFFFF, state_flags(params))
+    return ArgRow(np.array(floats, np.float32), np.array(ints, np.uint32))
+
+
+def pack_args(rows: Sequence[ArgRow], size: int) -> SampleArgs:
+    """Stacks `rows` into numpy-backed `SampleArgs` of `size` >= len(rows) sequences."""
+    floats = np.tile(_NEUTRAL_FLOATS, (size, 1))
+    ints = np.zeros((size, len(_INTS)), np.uint32)
+    for i, row in enumerate(rows):
+        floats[i], ints[i] = row
+    return SampleArgs(floats=floats, ints=ints)  # pyright: ignore[reportArgumentType]
+
+
+def state_flags(params: SamplingParams) -> int:
+    """Returns which parts of the sampler state `params` need; 0: `reset_row` may be skipped."""
+    has_penalty = (
+        params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+        or params.repetition_penalty != 1.0
+    )
+    return (
+        PENALTIES * has_penalty
+        | BIAS * bool(params.logit_bias)
+        | ALLOWED * (params.allowed_token_ids is not None or bool(params.bad_words))
+        | BAD_WORDS * bool(params.bad_words)
+        | MIN_TOKENS * (params.min_tokens > 0)
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplerState:
+    """What the sampler remembers of R rows, one for each running sequence; donated every step.
+
+    Bit v % 32 of word v // 32 of a u32 bit row stands for token v.
+
+    Attributes:
+      last_tokens: [R] the token sampled last.
+      history: [R, H] the last H output tokens, newest last; -1 where there are none yet.
+      output_counts: [R, V] u16, how often each token was sampled; saturates at 65535.
+      prompt_bits: [R, W] tokens that the prompt holds.
+      allowed_bits: [R, W] tokens that may be sampled: allowed_token_ids without the bad words of
+        one token.
+      stop_bits: [R, W] tokens banned below min_position.
+      bias_ids, bias_values: [R, A] logit_bias; unused places hold id V, which is dropped.
+      bad_prefixes: [R, C, H] the tokens that must precede, right-aligned; -2 matches anything.
+      bad_tokens: [R, C] the token that would complete a bad word; unused places hold id V.
+    """
+
+    last_tokens: Int[Array, "R"]
+    history: Int[Array, "R H"]
+    output_counts: UInt[Array, "R V"]
+    prompt_bits: UInt[Array, "R W"]
+    allowed_bits: UInt[Array, "R W"]
+    stop_bits: UInt[Array, "R W"]
+    bias_ids: Int[Array, "R A"]
+    bias_values: Float[Array, "R A"]
+    bad_prefixes: Int[Array, "R C H"]
+    bad_tokens: Int[Array, "R C"]
+
+    @property
+    def num_rows(self) -> int:
+        return self.last_tokens.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.output_counts.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSetup:
+    """One row of `SamplerState`, made on the host by `pack_row`: the same fields without R."""
+
+    last_tokens: Int[Array, ""]
+    history: Int[Array, "H"]
+    output_counts: UInt[Array, "V"]
+    prompt_bits: UInt[Array, "W"]
+    allowed_bits: UInt[Array, "W"]
+    stop_bits: UInt[Array, "W"]
+    bias_ids: Int[Array, "A"]
+    bias_values: Float[Array, "A"]
+    bad_prefixes: Int[Array, "C H"]
+    bad_tokens: Int[Array, "C"]
+
+
+def _row_shapes(vocab_size: int, limits: SamplerLimits) -> dict[str, tuple[tuple[int, ...], type]]:
+    words = -(-vocab_size // 32)
+    history = limits.max_bad_word_tokens - 1
+    return {
+        "last_tokens": ((), np.int32),
+        "history": ((history,), np.int32),
+        "output_counts": ((vocab_size,), np.uint16),
+        "prompt_bits": ((words,), np.uint32),
+        "allowed_bits": ((words,), np.uint32),
+        "stop_bits": ((words,), np.uint32),
+        "bias_ids": ((limits.max_logit_bias,), np.int32),
+        "bias_values": ((limits.max_logit_bias,), np.float32),
+        "bad_prefixes": ((limits.max_bad_words, history), np.int32),
+        "bad_tokens": ((limits.max_bad_words,), np.int32),
+    }
+
+
+def state_bytes(max_rows: int, vocab_size: int, limits: SamplerLimits | None = None) -> int:
+    """Returns the bytes of a `SamplerState`: about 2.4 V + 17 KiB a row.
+
+    With the default limits: 4.2 MiB for 32 rows of 49,152 tokens, 156 MiB for 256 rows of 262,144.
+    """
+    shapes = _row_shapes(vocab_size, limits or SamplerLimits())
+    row = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+    return max_rows * row
+
+
+def init_state(max_rows: int, vocab_size: int, limits: SamplerLimits | None = None) -> SamplerState:
+    """Returns a zeroed state; a row means something once `reset_row` has written it."""
+    shapes = _row_shapes(vocab_size, limits or SamplerLimits())
+    return SamplerState(
+        **{name: jnp.zeros((max_rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+    )
+
+
+def pack_bits(token_ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    """Returns [ceil(V / 32)] u32 with the bits of `token_ids` set; ids >= V are left out.
+
+    Example: pack_bits([0, 33], 40) = [0b1, 0b10].
+    """
+    ids = np.asarray(token_ids, np.int64).reshape(-1)
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[ids[(ids >= 0) & (ids < vocab_size)]] = 1
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def check_request(
+    params: SamplingParams,
+    vocab_size: int,
+    *,
+    eos_token_ids: Sequence[int] = (),
+    bad_words_token_ids: Sequence[Sequence[int]] = (),
+    limits: SamplerLimits | None = None,
+) -> None:
+    """Checks what can only be known with the model at hand; call it when a request arrives.
+
+    Raises:
+      ValueError: an id outside the vocabulary, more than `limits` have room for, or constraints
+        that leave no token to sample.
+    """
+    limits = limits or SamplerLimits()
+    params.check_vocab(vocab_size)
+    num_bias = len(params.logit_bias or ())
+    require(
+        num_bias <= limits.max_logit_bias,
+        f"logit_bias has {num_bias} entries, room is for {limits.max_logit_bias}; "
+        f"to ban many tokens use allowed_token_ids",
+    )
+    for word in bad_words_token_ids:
+        require(len(word) > 0, "a bad word has no tokens")
+        require(
+            all(0 <= i < vocab_size for i in word),
+            f"bad_words holds token ids outside the vocabulary of {vocab_size}: {list(word)}",
+        )
+        require(
+            len(word) <= limits.max_bad_word_tokens,
+            f"a bad word of {len(word)} tokens exceeds the limit of "
+            f"{limits.max_bad_word_tokens}; ban a shorter part of it",
+        )
+    num_long = sum(len(word) > 1 for word in bad_words_token_ids)
+    require(
+        num_long <= limits.max_bad_words,
+        f"bad_words make {num_long} sequences of several tokens, room is for "
+        f"{limits.max_bad_words}; give fewer words",
+    )
+    singles = {word[0] for word in bad_words_token_ids if len(word) == 1}
+    if params.allowed_token_ids is None:
+        left = vocab_size - len(singles)
+    else:
+        allowed = set(params.allowed_token_ids) - singles
+        if params.min_tokens:
+            allowed -= set(eos_token_ids) | set(params.stop_token_ids)
+        left = len(allowed)
+    require(
+        left > 0,
+        "allowed_token_ids, bad_words and min_tokens together leave no token to sample",
+    )
+
+
+def pack_row(
+    params: SamplingParams,
+    prompt_token_ids: Sequence[int] | np.ndarray,
+    output_token_ids: Sequence[int] | np.ndarray,
+    *,
+    vocab_size: int,
+    eos_token_ids: Sequence[int] = (),
+    bad_words_token_ids: Sequence[Sequence[int]] = (),
+    limits: SamplerLimits | None = None,
+) -> RowSetup:
+    """Packs what `reset_row` writes, in shapes that depend on the vocabulary and `limits` alone.
+
+    After preemption, `output_token_ids` restore counts, history and last token exactly.
+
+    Args:
+      params: the request's parameters, past `check_request`.
+      prompt_token_ids: the prompt.
+      output_token_ids: what has been sampled so far (empty for a new request).
+      vocab_size: V of the logits.
+      eos_token_ids: the model's end tokens; banned with `stop_token_ids` below min_tokens, even
+        with ignore_eos.
+      bad_words_token_ids: the token sequences of `params.bad_words`.
+      limits: those that the state was made with.
+    """
+    limits = limits or SamplerLimits()
+    shapes = _row_shapes(vocab_size, limits)
+    row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    prompt = np.asarray(prompt_token_ids, np.int64).reshape(-1)
+    output = np.asarray(output_token_ids, np.int64).reshape(-1)
+
+    newest = output if output.size else prompt
+    row["last_tokens"][...] = newest[-1] if newest.size else 0
+    recent = output[-row["history"].size :]
+    row["history"][:] = _NO_TOKEN
+    row["history"][row["history"].size - recent.size :] = recent
+    counts = np.bincount(output[(output >= 0) & (output < vocab_size)], minlength=vocab_size)
+    row["output_counts"][:] = np.minimum(counts, _MAX_COUNT)
+    row["prompt_bits"] = pack_bits(prompt, vocab_size)
+
+    singles = [word[0] for word in bad_words_token_ids if len(word) == 1]
+    allowed = params.allowed_token_ids
+    row["allowed_bits"] = pack_bits(
+        np.arange(vocab_size) if allowed is None else allowed, vocab_size
+    ) & ~pack_bits(singles, vocab_size)
+    row["stop_bits"] = pack_bits([*eos_token_ids, *params.stop_token_ids], vocab_size)
+
+    bias = params.logit_bias or {}
+    row["bias_ids"][:] = vocab_size
+    row["bias_ids"][: len(bias)] = list(bias)
+    row["bias_values"][: len(bias)] = list(bias.values())
+
+    row["bad_prefixes"][:] = _ANY_TOKEN
+    row["bad_tokens"][:] = vocab_size
+    for i, word in enumerate(word for word in bad_words_token_ids if len(word) > 1):
+        row["bad_prefixes"][i, row["history"].size - len(word) + 1 :] = word[:-1]
+        row["bad_tokens"][i] = word[-1]
+    return RowSetup(**row)  # pyright: ignore[reportArgumentType]
+
+
+def reset_row(state: SamplerState, row: Int[Array, ""] | int, setup: RowSetup) -> SamplerState:
+    """Writes `setup` over row `row`, at admission and again after preemption.
+
+    `state` is meant to be donated; a row outside 0 .. R - 1 changes nothing.
+    """
+    row = _droppable(jnp.asarray(row, jnp.int32), state.num_rows)
+    return SamplerState(
+        **{
+            field.name: getattr(state, field.name)
+            .at[row]
+            .set(getattr(setup, field.name), mode="drop")
+            for field in dataclasses.fields(SamplerState)
+        }
+    )
+
+
+def observe(
+    state: SamplerState,
+    rows: Int[Array, "S"],
+    tokens: Int[Array, "S"],
+    active: Bool[Array, "S"],
+) -> SamplerState:
+    """Appends one sampled token to each row; S sequences of a step name distinct rows.
+
+    Inactive sequences and rows outside 0 .. R - 1 (padding) are dropped. Pure: applied to a copy
+    of the state it gives what the sampler would know after a drafted token.
+    """
+    rows = jnp.where(active, _droppable(rows, state.num_rows), state.num_rows)
+    tokens = tokens.astype(jnp.int32)
+    counts = state.output_counts.at[rows, tokens].get(mode="fill", fill_value=0)
+    counts = jnp.minimum(counts.astype(jnp.int32) + 1, _MAX_COUNT).astype(jnp.uint16)
+    history = state.history.at[rows].get(mode="fill", fill_value=_NO_TOKEN)
+    history = jnp.concatenate([history[:, 1:], tokens[:, None]], axis=1)
+    return dataclasses.replace(
+        state,
+        last_tokens=state.last_tokens.at[rows].set(tokens, mode="drop"),
+        history=state.history.at[rows].set(history, mode="drop"),
+        output_counts=state.output_counts.at[rows, tokens].set(counts, mode="drop"),
+    )
+
+
+def _droppable(rows: Array, num_rows: int) -> Array:
+    """Maps negative rows, which indexing would count from the end, past the end."""
+    return jnp.where(rows < 0, num_rows, rows)

@@ -1,0 +1,276 @@
+"""From logits to tokens: the processed distribution, the draw from it, and log probabilities.
+
+Knows nothing of models, caches or requests. Pure functions over pytrees, all in f32; a sequence's
+result depends on its own row alone, never on its batch mates or on the padded size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt
+
+from jinfer.sampler_state import (
+    ALLOWED,
+    BAD_WORDS,
+    BIAS,
+    MIN_TOKENS,
+    PENALTIES,
+    SampleArgs,
+    SamplerState,
+)
+from jinfer.sampler_state import ArgRow as ArgRow
+from jinfer.sampler_state import RowSetup as RowSetup
+from jinfer.sampler_state import SamplerLimits as SamplerLimits
+from jinfer.sampler_state import arg_row as arg_row
+from jinfer.sampler_state import check_request as check_request
+from jinfer.sampler_state import init_state as init_state
+from jinfer.sampler_state import observe as observe
+from jinfer.sampler_state import pack_args as pack_args
+from jinfer.sampler_state import pack_bits as pack_bits
+from jinfer.sampler_state import pack_row as pack_row
+from jinfer.sampler_state import reset_row as reset_row
+from jinfer.sampler_state import state_bytes as state_bytes
+from jinfer.sampler_state import state_flags as state_flags
+
+_NEG_INF = -jnp.inf
+
+
+def process_logits(
+    logits: Float[Array, "S V"],
+    args: SampleArgs,
+    state: SamplerState,
+    rows: Int[Array, "S"],
+    positions: Int[Array, "S"],
+    token_mask: UInt[Array, "S W"] | None = None,
+) -> Float[Array, "S V"]:
+    """Returns the final distribution of each sequence's next token, as logits.
+
+    In this order, which is vLLM's (the first five also change greedy results):
+
+      1. token_mask and allowed_token_ids (with bad words of one token): others become -inf;
+      2. bad words of several tokens whose beginning is the end of the output: -inf;
+      3. end and stop tokens below min_position: -inf;
+      4. logit_bias is added;
+      5. penalties: x / r if x > 0 else x * r for tokens seen in prompt or output, then
+         x - frequency * count - presence * (count > 0), counting output tokens;
+      6. x / temperature;
+      7. min_p: keep p >= min_p * max p;
+      8. top_k: keep what is not below the k-th largest (so ties at the edge all stay);
+      9. top_p, over the mass that 7 and 8 leave: keep the tokens above which less than top_p of
+         that mass lies (ties at the edge all stay, the most likely always does).
+
+    6 to 9 leave greedy rows as they are. 7 to 9 amount to one threshold a row, found without
+    sorting: by bisection over the bit patterns of f32, exact but for the rounding of the mass.
+    Each part runs only if a sequence of the batch needs it.
+
+    Args:
+      logits: [S, V], any float dtype, cast to f32 once; NaN counts as -inf, +inf as the largest
+        finite number.
+      args: the sequences' parameters.
+      state: the rows' memory.
+      rows: [S] row of each sequence; rows out of range are padding, whose result means nothing.
+      positions: [S] place that the token to be sampled takes in its sequence: the context length.
+      token_mask: [S, ceil(V / 32)] u32, bit v % 32 of word v // 32 is 1 where token v may come.
+
+    Returns:
+      [S, V] f32, unnormalised log probabilities, -inf where cut; never NaN. All -inf if the
+      constraints leave no token.
+    """
+    x = logits.astype(jnp.float32)
+    # min() of a NaN is NaN, which fails every comparison.
+    x = jnp.minimum(x, jnp.finfo(jnp.float32).max)
+    x = jnp.where(x == x, x, _NEG_INF)
+    if token_mask is not None:
+        x = jnp.where(_unpack_bits(token_mask, x.shape[1]), x, _NEG_INF)
+    rows = jnp.clip(rows, 0, state.num_rows - 1)
+    needs_state = jnp.any(args.ints[:, 4] != jnp.uint32(0))
+    x = lax.cond(
+        needs_state,
+        lambda x: _apply_state(x, args, state, rows, positions),
+        lambda x: x,
+        x,
+    )
+    return lax.cond(jnp.any(~args.is_greedy), lambda x: _cut(x, args), lambda x: x, x)
+
+
+def _apply_state(
+    x: Array, args: SampleArgs, state: SamplerState, rows: Array, positions: Array
+) -> Array:
+    """Steps 1 to 5 of `process_logits`: what depends on the rows' memory."""
+    vocab_size = x.shape[1]
+    sequences = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]  # [S, 1]
+
+    def ban(x: Array, banned: Array) -> Array:
+        return jnp.where(banned, _NEG_INF, x)
+
+    def allow(x: Array) -> Array:
+        bits = _unpack_bits(state.allowed_bits[rows], vocab_size)
+        return ban(x, args.has(ALLOWED)[:, None] & ~bits)
+
+    def ban_words(x: Array) -> Array:
+        prefixes = state.bad_prefixes[rows]  # [S, C, H]
+        is_same = prefixes == state.history[rows][:, None, :]
+        is_next = jnp.all(is_same | (prefixes == -2), axis=-1) & args.has(BAD_WORDS)[:, None]
+        tokens = jnp.where(is_next, state.bad_tokens[rows], vocab_size)  # [S, C]
+        return x.at[sequences, tokens].set(_NEG_INF, mode="drop")
+
+    is_early = args.has(MIN_TOKENS) & (positions < args.min_position)
+
+    def ban_stops(x: Array) -> Array:
+        return ban(x, is_early[:, None] & _unpack_bits(state.stop_bits[rows], vocab_size))
+
+    def bias(x: Array) -> Array:
+        ids = jnp.where(args.has(BIAS)[:, None], state.bias_ids[rows], vocab_size)
+        return x.at[sequences, ids].add(state.bias_values[rows], mode="drop")
+
+    def penalise(x: Array) -> Array:
+        # Rows without penalties have 0, 0 and 1 here, which leave x as it is.
+        counts = state.output_counts[rows].astype(jnp.float32)
+        is_out = counts > 0.0
+        is_seen = is_out | _unpack_bits(state.prompt_bits[rows], vocab_size)
+        repetition = args.repetition[:, None]
+        repeated = jnp.where(x > 0.0, x / repetition, x * repetition)
+        x = jnp.where(is_seen, repeated, x)
+        x = x - args.frequency[:, None] * counts
+        return x - jnp.where(is_out, args.presence[:, None], 0.0)
+
+    for needed, apply in (
+        (jnp.any(args.has(ALLOWED)), allow),
+        (jnp.any(args.has(BAD_WORDS)), ban_words),
+        (jnp.any(is_early), ban_stops),
+        (jnp.any(args.has(BIAS)), bias),
+        (jnp.any(args.has(PENALTIES)), penalise),
+    ):
+        x = lax.cond(needed, apply, lambda x: x, x)
+    return x
+
+
+def _cut(x: Array, args: SampleArgs) -> Array:
+    """Steps 6 to 9 of `process_logits`; greedy rows pass unchanged."""
+    x = x / jnp.where(args.is_greedy, 1.0, args.temperature)[:, None]
+    top = jnp.max(x, axis=-1)  # [S]
+    threshold = top + jnp.log(args.min_p)  # -inf without min_p, and for a row without tokens
+    needs_k = (args.top_k > 0) & (args.top_k < x.shape[1])
+    needs_p = args.top_p < 1.0
+
+    def raise_to_k(threshold: Array) -> Array:
+        k = jnp.where(needs_k, args.top_k, x.shape[1]).astype(jnp.float32)
+        # f32 sums count exactly up to 2^24 and are several times faster on CPUs than integer ones.
+        low, _ = _bisect(lambda t: jnp.sum(jnp.where(x >= t[:, None], 1.0, 0.0), axis=-1) >= k, top)
+        return jnp.where(needs_k, jnp.maximum(threshold, low), threshold)
+
+    def raise_to_p(threshold: Array) -> Array:
+        shift = jnp.where(top > _NEG_INF, top, 0.0)[:, None]
+        mass = jnp.where(x >= threshold[:, None], jnp.exp(x - shift), 0.0)
+        goal = args.top_p * jnp.sum(mass, axis=-1)
+        _, high = _bisect(
+            lambda t: jnp.sum(jnp.where(x > t[:, None], mass, 0.0), axis=-1) >= goal, top
+        )
+        return jnp.where(needs_p, jnp.maximum(threshold, high), threshold)
+
+    threshold = lax.cond(jnp.any(needs_k), raise_to_k, lambda t: t, threshold)
+    threshold = lax.cond(jnp.any(needs_p), raise_to_p, lambda t: t, threshold)
+    return jnp.where(x >= threshold[:, None], x, _NEG_INF)
+
+
+def _bisect(holds, top: Array) -> tuple[Array, Array]:
+    """Finds, in each row, the two neighbouring f32 between which `holds` turns from true to false.
+
+    `holds` must be decreasing in the threshold and true at -inf; it is never asked above `top`.
+    Walks the order-preserving map of f32 to u32 (flip the sign bit of positive numbers, all bits
+    of negative ones), so that 32 halvings end at neighbouring floats whatever the range.
+
+    Returns:
+      The largest threshold at which it holds, and the next float above it; where it holds at
+      `top` itself, `top` and the float after it.
+    """
+    low = _to_key(jnp.full_like(top, _NEG_INF))
+    high = _to_key(top) + jnp.uint32(1)
+
+    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = low + (high - low) // jnp.uint32(2)
+        is_true = holds(_from_key(middle))
+        return jnp.where(is_true, middle, low), jnp.where(is_true, high, middle)
+
+    low, high = lax.fori_loop(0, 32, halve, (low, high))
+    return _from_key(low), _from_key(high)
+
+
+def _to_key(x: Array) -> Array:
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(0x80000000)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _from_key(key: Array) -> Array:
+    sign = jnp.uint32(0x80000000)
+    return lax.bitcast_convert_type(jnp.where(key >= sign, key & ~sign, ~key), jnp.float32)
+
+
+def sample(
+    processed: Float[Array, "S V"], args: SampleArgs, positions: Int[Array, "S"]
+) -> Int[Array, "S"]:
+    """Draws one token a sequence from `process_logits`' result.
+
+    Greedy rows take the most likely token, the lowest id among equals. Others take the argmax of
+    the logits plus Gumbel noise, whose key is fold_in(key(seed), position): a token is a function
+    of the distribution, the seed and the position alone.
+
+    Returns:
+      [S] i32. A row without any token left (all -inf) gives id 0.
+    """
+
+    def draw(x: Array) -> Array:
+        def noise(seed: Array, position: Array) -> Array:
+            key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+            return jax.random.gumbel(jax.random.fold_in(key, position), (x.shape[1],), jnp.float32)
+
+        gumbel = jax.vmap(noise)(args.seed, positions.astype(jnp.uint32))
+        return _argmax(jnp.where(args.is_greedy[:, None], x, x + gumbel))
+
+    return lax.cond(jnp.any(~args.is_greedy), draw, _argmax, processed)
+
+
+def _argmax(x: Array) -> Array:
+    """Returns the first index of each row's maximum, [S] i32.
+
+    Two reductions instead of `jnp.argmax`, whose pair reduction XLA does not vectorise on CPUs
+    (ten times slower there). f32 holds indices up to 2^24 exactly.
+    """
+    top = jnp.max(x, axis=-1, keepdims=True)
+    index = lax.broadcasted_iota(jnp.float32, x.shape, 1)
+    return jnp.min(jnp.where(x == top, index, float(x.shape[1] - 1)), axis=-1).astype(jnp.int32)
+
+
+def top_logprobs(
+    logits: Float[Array, "S V"], tokens: Int[Array, "S"], k: int
+) -> tuple[Int[Array, "S k"], Float[Array, "S k"], Float[Array, "S"], Int[Array, "S"]]:
+    """Returns log probabilities under the raw logits: of the k likeliest tokens, and of `tokens`.
+
+    Args:
+      logits: [S, V], before any processing; cast to f32.
+      tokens: [S] the sampled (or prompt) tokens.
+      k: static, 0 .. V; with k = V all tokens come in order of their ids, unsorted.
+
+    Returns:
+      ids [S, k] i32 and log probabilities [S, k] f32, likeliest first; log probability [S] f32 of
+      each of `tokens`; its rank [S] i32: how many tokens are at least as likely, so 1 is the top.
+    """
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    of_token = jnp.take_along_axis(logprobs, tokens[:, None].astype(jnp.int32), axis=-1)  # [S, 1]
+    rank = jnp.sum(jnp.where(logprobs >= of_token, 1.0, 0.0), axis=-1).astype(jnp.int32)
+    if k == logits.shape[1]:
+        ids, top = lax.broadcasted_iota(jnp.int32, logprobs.shape, 1), logprobs
+    else:
+        top, ids = lax.top_k(logprobs, k)
+    return ids.astype(jnp.int32), top, of_token[:, 0], rank
+
+
+def _unpack_bits(words: Array, vocab_size: int) -> Array:
+    """Returns [S, V] bool of [S, W] u32 bit rows."""
+    shifts = jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+    bits = (words[:, :, None] >> shifts) & jnp.uint32(1)
+    return bits.reshape(words.shape[0], -1)[:, :vocab_size] != jnp.uint32(0)

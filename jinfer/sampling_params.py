@@ -1,0 +1,442 @@
+"""What a user asks of sampling: every field is applied, or refused by name with the reason.
+
+Knows nothing of arrays, tokenizers or models; `jinfer/sampling.py` applies these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar
+from typing import Any
+
+from jinfer.config import require
+
+MIN_TEMPERATURE = 0.01
+"""Temperatures in (0, 0.01) are raised to this: f32 logits divided by less lose their meaning."""
+
+MAX_LOGIT_BIAS_VALUE = 100.0
+"""Biases are clamped to plus or minus this, as the OpenAI API does."""
+
+
+class RequestOutputKind(enum.Enum):
+    """What each `RequestOutput` of a streamed request holds."""
+
+    CUMULATIVE = 0  # everything so far
+    DELTA = 1  # what is new since the last one
+    FINAL_ONLY = 2  # nothing until the request has finished
+
+
+# Fields of other engines that are taken at their neutral value and refused at any other.
+_REFUSED: dict[str, str] = {
+    "structured_outputs": "structured outputs are not built yet; describe the format in the "
+    "prompt, or restrict single tokens with allowed_token_ids",
+    "guided_decoding": "it was renamed structured_outputs, which is not built yet; describe the "
+    "format in the prompt, or restrict single tokens with allowed_token_ids",
+    "best_of": "ask for n samples with logprobs=0 and keep the best cumulative_logprob",
+    "use_beam_search": "beam search is not a sampling field; use n with temperature > 0 for "
+    "several candidates",
+    "length_penalty": "it belongs to beam search, which sampling does not do",
+    "early_stopping": "it belongs to beam search, which sampling does not do",
+    "logits_processors": "Python callbacks would stall every step of the batch; use logit_bias, "
+    "allowed_token_ids, bad_words or the penalties, which run on the device",
+    "truncate_prompt_tokens": "cut the prompt before it is sent: prompt_token_ids[-n:]",
+    "logprob_token_ids": "use logprobs=-1 and read the ids that you need",
+    "prompt_logprob_token_ids": "use prompt_logprobs=-1 and read the ids that you need",
+    "prompt_logprob_start": "use prompt_logprobs and drop the leading entries",
+    "flat_logprobs": "log probabilities come as one dict of token id to Logprob per token",
+    "stream_interval": "every step yields an output; skip those that you do not need",
+    "skip_reading_prefix_cache": "there is no prefix cache to skip yet",
+    "thinking_token_budget": "there is no reasoning parser yet; bound the answer with max_tokens",
+    "repetition_detection": "use the penalties against loops, and max_tokens to bound them",
+    "routed_experts_prompt_start": "routed experts are not returned",
+    "trace_decode_token_ids": "forced decoding is not built; score given tokens with "
+    "prompt_logprobs",
+    "extra_args": "nothing here reads it; pass the field itself by its name",
+    "skip_clone": "SamplingParams are frozen and never cloned; drop it",
+}
+
+# Names that are no fields here, with what to write instead.
+_ELSEWHERE: dict[str, str] = {
+    "max_new_tokens": "use max_tokens",
+    "min_new_tokens": "use min_tokens",
+    "max_length": "use max_tokens, which counts output tokens alone",
+    "min_length": "use min_tokens, which counts output tokens alone",
+    "max_completion_tokens": "use max_tokens",
+    "n_predict": "use max_tokens",
+    "do_sample": "use temperature=0 for greedy decoding, temperature > 0 for sampling",
+    "num_return_sequences": "use n",
+    "num_beams": _REFUSED["use_beam_search"],
+    "eos_token_id": "use stop_token_ids; the model's own end token always stops",
+    "stop_words": "use stop",
+    "stop_strings": "use stop",
+    "stop_sequences": "use stop",
+    "random_seed": "use seed",
+    "typ_p": "typical sampling is not built; use top_p or min_p",
+    "typical_p": "typical sampling is not built; use top_p or min_p",
+    "mirostat": "mirostat is not built; use top_p or min_p",
+    "repeat_penalty": "use repetition_penalty",
+    "no_repeat_ngram_size": "it is not built; use the penalties or bad_words",
+    "top_logprobs": "use logprobs",
+    "top_logprobs_num": "use logprobs",
+    "return_logprob": "use logprobs",
+    "n_probs": "use logprobs",
+    "no_stop_trim": "use include_stop_str_in_output",
+    "json_schema": _REFUSED["structured_outputs"],
+    "regex": _REFUSED["structured_outputs"],
+    "ebnf": _REFUSED["structured_outputs"],
+    "response_format": _REFUSED["structured_outputs"],
+    "priority": "pass it to the engine, not to the sampling parameters",
+}
+
+
+def _as_int(name: str, value: Any) -> int:
+    """Returns `value` as an int; bools, floats and strings are refused."""
+    # numpy's bool_ has no __index__; Python's has, and True would quietly mean 1.
+    require(not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be an integer, got {value!r} ({type(value).__name__})"
+        ) from None
+
+
+def _as_float(name: str, value: Any) -> float:
+    """Returns `value` as a float; bools, strings and NaN are refused."""
+    is_number = hasattr(value, "__float__") and not isinstance(value, (bool, str, bytes))
+    require(is_number, f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    number = float(value)
+    require(not math.isnan(number), f"{name} must be a number, got NaN")
+    return number
+
+
+def _as_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Returns `value` as distinct token ids in their first order."""
+    require(
+        not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__iter__"),
+        f"{name} must be a list of token ids, got {value!r}",
+    )
+    ids = tuple(dict.fromkeys(_as_int(f"{name}[{i}]", x) for i, x in enumerate(value)))
+    for token_id in ids:
+        require(token_id >= 0, f"{name} holds the negative token id {token_id}")
+    return ids
+
+
+def _as_strings(name: str, value: Any) -> tuple[str, ...]:
+    """Returns `value` (None, a string or several) as distinct non-empty strings."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = (value,)
+    require(
+        not isinstance(value, (bytes, Mapping)) and hasattr(value, "__iter__"),
+        f"{name} must be a string or a list of strings, got {value!r}",
+    )
+    strings = tuple(dict.fromkeys(value))
+    for text in strings:
+        require(isinstance(text, str), f"{name} must hold strings, got {text!r}")
+        require(text != "", f"{name} holds an empty string, which would match everywhere")
+    return strings
+
+
+def _as_logit_bias(value: Any) -> dict[int, float] | None:
+    """Returns token id -> bias, clamped; ids may be strings of digits, as JSON has them."""
+    if value is None:
+        return None
+    require(
+        isinstance(value, Mapping),
+        f"logit_bias must map token ids to biases, got {value!r}",
+    )
+    bias: dict[int, float] = {}
+    for key, amount in value.items():
+        is_digits = isinstance(key, str) and key.strip().isdecimal()
+        token_id = int(key) if is_digits else _as_int("logit_bias key", key)
+        require(token_id >= 0, f"logit_bias holds the negative token id {token_id}")
+        number = _as_float(f"logit_bias[{token_id}]", amount)
+        bias[token_id] = min(max(number, -MAX_LOGIT_BIAS_VALUE), MAX_LOGIT_BIAS_VALUE)
+    return bias or None
+
+
+def _as_output_kind(value: Any) -> RequestOutputKind:
+    if isinstance(value, RequestOutputKind):
+        return value
+    names = ", ".join(kind.name for kind in RequestOutputKind)
+    require(
+        isinstance(value, str) and value.upper() in RequestOutputKind.__members__,
+        f"output_kind must be a RequestOutputKind or one of {names}, got {value!r}",
+    )
+    return RequestOutputKind[value.upper()]
+
+
+def _explain_unknown(name: str) -> str:
+    """Returns why `name` is no field of SamplingParams, and what might be meant."""
+    if name in _ELSEWHERE:
+        return f"SamplingParams has no field {name!r}: {_ELSEWHERE[name]}"
+    known = [f.name for f in dataclasses.fields(SamplingParams)]
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
+    return f"SamplingParams has no field {name!r}; {hint}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled, stopped and reported.
+
+    The order in which the distribution is shaped is in `jinfer.sampling.process_logits`. Names and
+    defaults are those that users of other engines know. Everything is validated and normalised
+    here: greedy decoding (temperature 0) resets top_p, top_k and min_p, which cannot change it;
+    temperatures in (0, 0.01) become 0.01; top_k = -1 becomes 0; seed = -1 becomes None;
+    logit_bias is clamped to +-100; lists become tuples without repetitions.
+
+    Attributes:
+      n: independent samples of one prompt; must be 1 when greedy.
+      temperature: 0 = greedy; otherwise logits are divided by it.
+      top_p: in (0, 1]; keeps the most likely tokens whose mass reaches it.
+      top_k: keeps the k most likely tokens; 0 or -1 = all.
+      min_p: in [0, 1]; cuts tokens less likely than min_p times the most likely one.
+      presence_penalty, frequency_penalty: in [-2, 2]; over output tokens.
+      repetition_penalty: > 0; over prompt and output tokens.
+      logit_bias: token id -> amount added to its logit.
+      allowed_token_ids: all other tokens are banned.
+      bad_words: texts whose token sequences are never completed.
+      min_tokens: end-of-sequence and stop ids are banned until so many tokens are out.
+      max_tokens: output tokens at most; None = to the end of the context.
+      stop: strings that end the text; need `detokenize`.
+      stop_token_ids: ids that end it, besides the model's end tokens.
+      ignore_eos: go on after the model's end tokens.
+      seed: in [0, 2**64); the result then depends on nothing but the request; None = fresh.
+      logprobs: report so many most likely tokens beside each sampled one; 0 = the sampled one
+        alone; -1 = the whole vocabulary.
+      prompt_logprobs: the same for the prompt's tokens.
+      detokenize: make text at all.
+      skip_special_tokens, spaces_between_special_tokens, include_stop_str_in_output: of the text.
+      output_kind: what each streamed output holds.
+
+    Raises:
+      ValueError: a value out of range, fields that contradict each other, or a name that is not
+        applied here, with the reason and what to use instead.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    # Init-only names, refused at any other value than these; the reasons are in _REFUSED.
+    structured_outputs: InitVar[Any] = None
+    guided_decoding: InitVar[Any] = None
+    best_of: InitVar[int | None] = None
+    use_beam_search: InitVar[bool] = False
+    length_penalty: InitVar[float] = 1.0
+    early_stopping: InitVar[bool] = False
+    logits_processors: InitVar[Any] = None
+    truncate_prompt_tokens: InitVar[int | None] = None
+    logprob_token_ids: InitVar[Any] = None
+    prompt_logprob_token_ids: InitVar[Any] = None
+    prompt_logprob_start: InitVar[int | None] = None
+    flat_logprobs: InitVar[bool] = False
+    stream_interval: InitVar[int | None] = None
+    skip_reading_prefix_cache: InitVar[bool | None] = None
+    thinking_token_budget: InitVar[int | None] = None
+    repetition_detection: InitVar[Any] = None
+    routed_experts_prompt_start: InitVar[int] = 0
+    trace_decode_token_ids: InitVar[Any] = None
+    extra_args: InitVar[Any] = None
+    skip_clone: InitVar[bool] = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
+        """Explains unknown names before the dataclass would answer with a bare TypeError."""
+        if args:
+            raise TypeError(
+                f"SamplingParams takes keywords only, got {args[0]!r}; "
+                f"write SamplingParams(temperature=0.8, max_tokens=64)"
+            )
+        for name in kwargs:
+            if name not in cls.__dataclass_fields__:
+                raise ValueError(_explain_unknown(name))
+        return super().__new__(cls)
+
+    def __post_init__(self, *refused: Any) -> None:
+        for (name, reason), value in zip(_REFUSED_IN_ORDER, refused, strict=True):
+            neutral = getattr(type(self), name)
+            # best_of = 1 and an unset value in any spelling ask for nothing either.
+            is_neutral = value is None or value == neutral or (name == "best_of" and value == 1)
+            require(is_neutral, f"{name}={value!r} is not supported: {reason}")
+        self._normalise()
+        self._check_ranges()
+        self._check_contradictions()
+
+    def _normalise(self) -> None:
+        """Brings every field to its one type; a wrong kind of value is refused here."""
+
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+        ):
+            put(name, _as_float(name, getattr(self, name)))
+        for name in ("n", "top_k", "min_tokens"):
+            put(name, _as_int(name, getattr(self, name)))
+        for name in ("max_tokens", "seed", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            put(name, None if value is None else _as_int(name, value))
+        for field in dataclasses.fields(self):
+            if field.type == "bool":
+                value = getattr(self, field.name)
+                require(
+                    isinstance(value, bool), f"{field.name} must be True or False, got {value!r}"
+                )
+        put("stop", _as_strings("stop", self.stop))
+        put("bad_words", _as_strings("bad_words", self.bad_words))
+        ids = self.stop_token_ids
+        put("stop_token_ids", () if ids is None else _as_token_ids("stop_token_ids", ids))
+        if self.allowed_token_ids is not None:
+            put("allowed_token_ids", _as_token_ids("allowed_token_ids", self.allowed_token_ids))
+        put("logit_bias", _as_logit_bias(self.logit_bias))
+        put("output_kind", _as_output_kind(self.output_kind))
+        if self.seed == -1:
+            put("seed", None)
+        if self.top_k == -1:
+            put("top_k", 0)
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            put("temperature", MIN_TEMPERATURE)
+
+    def _check_ranges(self) -> None:
+        t, r = self.temperature, self.repetition_penalty
+        require(self.n >= 1, f"n must be at least 1, got {self.n}")
+        require(
+            0.0 <= t < math.inf, f"temperature must be finite and not negative, got {t}; 0 = greedy"
+        )
+        require(0.0 < self.top_p <= 1.0, f"top_p must lie in (0, 1], got {self.top_p}")
+        require(self.top_k >= 0, f"top_k must be positive, or 0 or -1 for all, got {self.top_k}")
+        require(0.0 <= self.min_p <= 1.0, f"min_p must lie in [0, 1], got {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(-2.0 <= value <= 2.0, f"{name} must lie in [-2, 2], got {value}")
+        require(0.0 < r < math.inf, f"repetition_penalty must be finite and positive, got {r}")
+        require(
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"max_tokens must be at least 1, or None for the whole context, got {self.max_tokens}",
+        )
+        require(self.min_tokens >= 0, f"min_tokens must not be negative, got {self.min_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= -1,
+                f"{name} must be 0 or more, -1 for the whole vocabulary, or None, got {value}",
+            )
+        require(
+            self.seed is None or 0 <= self.seed < 2**64,
+            f"seed must lie in [0, 2**64), or be -1 or None for a fresh one, got {self.seed}",
+        )
+        require(
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids is empty, so no token could be sampled; use None to allow all",
+        )
+
+    def _check_contradictions(self) -> None:
+        if self.is_greedy:
+            require(
+                self.n == 1,
+                f"n={self.n} with temperature=0 would give {self.n} times the same text; "
+                f"set temperature > 0 or n=1",
+            )
+            for name, value in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+                object.__setattr__(self, name, value)
+        require(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
+        )
+        require(
+            self.detokenize or not self.stop,
+            "stop strings are found in the text: set detokenize=True, or use stop_token_ids",
+        )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken, with no chance involved."""
+        return self.temperature == 0.0
+
+    @classmethod
+    def from_optional(cls, **kwargs: Any) -> SamplingParams:
+        """Builds from values of which None means "the default" (but max_tokens=None: no limit)."""
+        return cls(**{k: v for k, v in kwargs.items() if v is not None or k == "max_tokens"})
+
+    def clone(self) -> SamplingParams:
+        """Returns an equal copy; change fields with `dataclasses.replace`."""
+        return dataclasses.replace(self)
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Checks every token id and count that the request names against the vocabulary.
+
+        Raises:
+          ValueError: an id >= vocab_size, or more log probabilities than there are tokens.
+        """
+        named = {
+            "logit_bias": tuple(self.logit_bias or ()),
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "stop_token_ids": self.stop_token_ids,
+        }
+        for name, ids in named.items():
+            wrong = [i for i in ids if i >= vocab_size]
+            require(
+                not wrong,
+                f"{name} holds token ids outside the vocabulary of {vocab_size}: {wrong[:5]}",
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            require(
+                value is None or value <= vocab_size,
+                f"{name}={value} exceeds the vocabulary of {vocab_size}; use -1 for all of it",
+            )
+
+
+_REFUSED_IN_ORDER = [
+    (name, _REFUSED[name]) for name in SamplingParams.__dataclass_fields__ if name in _REFUSED
+]
+
+
+def child_seed(seed: int, index: int) -> int:
+    """Returns the seed of sample `index` of a request with n samples, in [0, 2**64).
+
+    Sample 0 keeps the seed, so that the first of n equals the only one of n = 1; the others are
+    mixed (SplitMix64; Steele et al. 2014), so that seeds 7 and 8 with n = 2 share no sample.
+    """
+    if index == 0:
+        return seed
+    mask = 2**64 - 1
+    x = (seed + index * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
