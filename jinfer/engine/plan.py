@@ -1,0 +1,73 @@
+"""What scheduler and runner say to each other: plans and progress. Plain data, no decisions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jinfer.engine.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduledSeq:
+    """What one step does for one request.
+
+    Attributes:
+      request: the request; its `pages` and `row` are right when the plan is made, not later.
+      start: first position whose KV the step computes.
+      num_tokens: positions given to the step at once: 1, or the length of a prefill chunk.
+      num_samples: tokens that it samples: 0 when a chunk does not reach the end of the known
+        tokens, else 1, or up to `Plan.num_steps` in a decode plan of several steps.
+      is_new_row: the sampler row must be initialised before the step, from the request's prompt
+        and output tokens, all of which are known.
+      is_prefill: the input tokens are all known to the host. Otherwise the input is the newest
+        sampled token, which the device has in any case and the host perhaps not yet.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    num_samples: int
+    is_new_row: bool
+    is_prefill: bool
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether this chunk predicts prompt tokens whose logprobs are wanted and not yet known."""
+        request = self.request
+        if request.prompt_logprobs is None:
+            return False
+        last_target = min(self.start + self.num_tokens, request.num_prompt_tokens - 1)
+        return last_target > self.start and last_target >= len(request.prompt_logprobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One step.
+
+    Attributes:
+      seqs: decodes first, then prefill chunks.
+      num_steps: decode steps to run on the device: 1, or more when all of `seqs` are decodes; the
+        pages for each sequence's `num_samples` tokens are then in its `pages`.
+      is_decode: every sequence is one token wide.
+      step_id: counts the plans.
+    """
+
+    seqs: tuple[ScheduledSeq, ...]
+    num_steps: int
+    is_decode: bool
+    step_id: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the first device step takes in."""
+        return sum(seq.num_tokens for seq in self.seqs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a commit brought to one request: new tokens, new text, and whether it has ended."""
+
+    request: Request
+    new_token_ids: list[int]
+    new_text: str
+    finished: bool

@@ -1,0 +1,190 @@
+"""One request on its way through the engine: its tokens, pages, state and end; knows no scheduler.
+
+Token positions: 0 .. P - 1 are the prompt's, P + i is that of output token i. The KV of a token is
+written by the step that takes it as input, so the newest sampled token has none yet:
+
+    prompt P = 3, outputs known [a b], one more in flight [?]
+    position   0 1 2 3 4 5
+    token      p p p a b ?       num_tokens = 6
+    KV         * * * * * .       num_computed_tokens = 5, the next step starts at 5
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+from jinfer.engine.detokenizer import Detokenizer
+from jinfer.outputs import FinishReason, RequestMetrics
+from jinfer.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is; PREEMPTED ones wait like WAITING ones, with tokens to recompute."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Request:
+    """One sequence to generate. Mutable; only the scheduler changes it.
+
+    Attributes:
+      request_id: unique among the live requests of a scheduler.
+      prompt_token_ids: at least one token.
+      params: sampling parameters of this one sequence (`n` is resolved by the caller).
+      seed: key of the request's randomness; with the position it decides every draw.
+      max_model_len: longest sequence, prompt included.
+      eos_token_ids: tokens that end the sequence unless `params.ignore_eos`.
+      arrival: place in the order of arrival.
+      priority: smaller is served first; equal ones by arrival.
+      tokenizer: (argument only) makes the detokenizer, if `params.detokenize`.
+      detokenizer: makes text of the output; None for token ids only.
+      max_output_tokens: most tokens it may generate: `params.max_tokens`, what `max_model_len`
+        leaves, and from `Scheduler.add` on what the whole page pool can hold.
+      output_token_ids: sampled tokens that the host knows.
+      num_in_flight: sampled tokens that the host does not know yet.
+      num_computed_tokens: tokens whose KV is written, or will be by steps in flight.
+      num_prefill_tokens: tokens to compute before this stay on the device can sample: the known
+        ones at admission.
+      pages: page numbers in order of position; page i holds positions i * B .. i * B + B - 1.
+      row: sampler-state row while running.
+      has_used_row: whether a step of this stay has been planned, which initialises the row.
+      logprobs: what `commit` was given for each output token; None unless asked for.
+      prompt_logprobs: one entry a prompt token, None for the first; None unless asked for.
+      finish_reason, stop_reason: as in `CompletionOutput`.
+      metrics: times, of the scheduler's clock.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    arrival: int
+    max_model_len: int
+    priority: int = 0
+    eos_token_ids: Sequence[int] = ()
+    tokenizer: dataclasses.InitVar[Any] = None
+    detokenizer: Detokenizer | None = dataclasses.field(default=None, init=False)
+    max_output_tokens: int = dataclasses.field(init=False)
+    output_token_ids: list[int] = dataclasses.field(default_factory=list, init=False)
+    num_in_flight: int = dataclasses.field(default=0, init=False)
+    num_computed_tokens: int = dataclasses.field(default=0, init=False)
+    num_prefill_tokens: int = dataclasses.field(default=0, init=False)
+    pages: list[int] = dataclasses.field(default_factory=list, init=False)
+    row: int | None = dataclasses.field(default=None, init=False)
+    has_used_row: bool = dataclasses.field(default=False, init=False)
+    status: RequestStatus = dataclasses.field(default=RequestStatus.WAITING, init=False)
+    finish_reason: FinishReason | None = dataclasses.field(default=None, init=False)
+    stop_reason: str | int | None = dataclasses.field(default=None, init=False)
+    logprobs: list[Any] | None = dataclasses.field(default=None, init=False)
+    prompt_logprobs: list[Any] | None = dataclasses.field(default=None, init=False)
+    metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics, init=False)
+
+    def __post_init__(self, tokenizer: Any) -> None:
+        prompt_len = len(self.prompt_token_ids)
+        if prompt_len == 0:
+            raise ValueError(f"request {self.request_id}: the prompt has no tokens")
+        room = self.max_model_len - prompt_len
+        if room < 1:
+            raise ValueError(
+                f"request {self.request_id}: a prompt of {prompt_len} tokens leaves no room for an "
+                f"output token in max_model_len {self.max_model_len}; shorten the prompt"
+            )
+        wanted = self.params.max_tokens
+        self.max_output_tokens = room if wanted is None else min(room, wanted)
+        self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
+        if self.params.detokenize and tokenizer is not None:
+            self.detokenizer = Detokenizer(tokenizer, self.params)
+        elif self.params.stop:
+            raise ValueError(
+                f"request {self.request_id}: stop strings are found in the text, and the engine "
+                "has no tokenizer to make it; use stop_token_ids"
+            )
+        if self.params.logprobs is not None:
+            self.logprobs = []
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens in the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence, with those in flight."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_in_flight
+
+    @property
+    def num_unplanned_outputs(self) -> int:
+        """Output tokens that may still be asked of the device."""
+        return self.max_output_tokens - len(self.output_token_ids) - self.num_in_flight
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether known tokens are still to be computed before the device can sample."""
+        return self.num_computed_tokens < self.num_prefill_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the request has ended, for whatever reason."""
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def text(self) -> str:
+        """Text that can be shown so far; empty without a detokenizer."""
+        return self.detokenizer.text if self.detokenizer is not None else ""
+
+    def take_text(self) -> str:
+        """Returns the text that became showable since the last call."""
+        return self.detokenizer.take() if self.detokenizer is not None else ""
+
+    def accept(self, token_id: int, logprob: Any = None) -> bool:
+        """Appends one sampled token and finds out whether the sequence ends with it.
+
+        The order of the tests is vLLM's: end of sequence, stop tokens, stop strings, length. The
+        token that ends a sequence stays in `output_token_ids`; its text is left out unless
+        `include_stop_str_in_output`. Before `min_tokens` nothing but the length ends a sequence:
+        the sampler bans the tokens that would, this guards the stop strings, too.
+
+        Returns:
+          True when the sequence has ended; `finish_reason` and `stop_reason` are then set.
+        """
+        params = self.params
+        self.output_token_ids.append(token_id)
+        if self.logprobs is not None:
+            self.logprobs.append(logprob)
+        num_outputs = len(self.output_token_ids)
+        can_stop = num_outputs >= params.min_tokens
+        is_eos = can_stop and not params.ignore_eos and token_id in self.eos_token_ids
+        is_stop = is_eos or (can_stop and token_id in self._stop_token_ids)
+        matched = None
+        if self.detokenizer is not None and (not is_stop or params.include_stop_str_in_output):
+            matched = self.detokenizer.push(token_id)
+        if is_stop:
+            self.end("stop", None if is_eos else token_id)
+        elif matched is not None:
+            self.end("stop", matched)
+        elif num_outputs >= self.max_output_tokens:
+            self.end("length")
+        return self.finish_reason is not None
+
+    def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """Ends the sequence and shows the text that was held back."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        if self.detokenizer is not None:
+            self.detokenizer.finish()
+
+    def set_prompt_logprob(self, position: int, entry: Any) -> None:
+        """Notes the logprobs of the prompt token at `position`; positions come in order.
+
+        Those known from before a preemption stay.
+        """
+        if self.prompt_logprobs is not None and position == len(self.prompt_logprobs):
+            self.prompt_logprobs.append(entry)

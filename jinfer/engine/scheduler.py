@@ -1,0 +1,392 @@
+"""Decides what each step computes; knows nothing of devices, arrays or text.
+
+`plan` hands out the next step and counts its tokens as computed at once; `commit` brings the
+sampled values later. Between the two, further plans may be made: decoding needs no values, only
+positions. Plans are executed and committed in the order in which they were made.
+
+    plan 7   plan 8   commit 7   plan 9   commit 8 ...      (the engine holds two plans in flight)
+
+Why pages and rows may change hands while older plans are in flight: the device executes plans in
+order. Say request A ends at commit 7 while plan 8 still decodes it, and plan 9 gives A's pages and
+row to B. Plan 8 has read and written them before plan 9 starts; plan 9 re-initialises the row
+first (`is_new_row`) and writes each page place of B before anything reads it, since attention reads
+positions below `kv_lens` only. What plan 8 sampled for A is dropped at commit 8.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jinfer.config import EngineConfig
+from jinfer.engine.pages import PageError, PagePool
+from jinfer.engine.plan import Plan, Progress, ScheduledSeq
+from jinfer.engine.request import Request, RequestStatus
+from jinfer.outputs import FinishReason
+
+
+@dataclasses.dataclass
+class SchedulerStats:
+    """Counts since the scheduler was made."""
+
+    num_plans: int = 0
+    num_preemptions: int = 0
+    num_scheduled_tokens: int = 0  # input tokens, those computed again included
+    num_output_tokens: int = 0  # accepted by commit
+    num_discarded_tokens: int = 0  # sampled beyond the end of a request
+    num_finished: int = 0  # however they ended
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill over a page pool.
+
+    Policy of a step, in this order, within `max_num_batched_tokens`: every running decode gets a
+    token; running prefills go on; waiting requests are admitted, most urgent first (`priority`,
+    then arrival), none overtaking another. Admission takes the pages of all known tokens at once
+    and leaves one page for each running sequence, so that it does not cause a preemption soon.
+    When a decode finds no page, the least urgent running request is preempted: its pages and row
+    go, its tokens stay, and it is computed again from the start once its tokens in flight are in.
+
+    A sequence is never longer than the pool allows: `add` lowers `max_output_tokens` to what fits,
+    so that a request alone always runs to an end (finish reason "length").
+
+    Args:
+      config: limits.
+      num_pages: pages in the pool.
+      page_size: tokens in a page.
+      now: clock of the requests' metrics.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_pages: int,
+        page_size: int,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.page_size = page_size
+        self.pool = PagePool(num_pages)
+        self.stats = SchedulerStats()
+        self._now = now
+        self._requests: dict[str, Request] = {}  # live ones
+        self._running: list[Request] = []  # most urgent first
+        self._waiting: list[Request] = []  # likewise
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._in_flight: collections.deque[Plan] = collections.deque()
+        self._step_ids = itertools.count()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold pages and a row."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans made and not committed."""
+        return len(self._in_flight)
+
+    def has_work(self) -> bool:
+        """Whether a request is live or a plan is to be committed."""
+        return bool(self._requests or self._in_flight)
+
+    def requests(self) -> Iterator[Request]:
+        """Live requests in order of arrival."""
+        return iter(self._requests.values())
+
+    # ------------------------------------------------------------------ arrivals and ends
+
+    def add(self, request: Request) -> None:
+        """Puts a request into the waiting queue.
+
+        Raises:
+          ValueError: the id is in use, or the prompt does not fit into the page pool.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"request id {request.request_id!r} is in use by a live request")
+        capacity = self.pool.num_pages * self.page_size
+        if request.num_prompt_tokens > capacity:
+            raise ValueError(
+                f"request {request.request_id}: a prompt of {request.num_prompt_tokens} tokens "
+                f"does not fit into the KV cache of {self.pool.num_pages} pages of "
+                f"{self.page_size} tokens; give the cache more memory or shorten the prompt"
+            )
+        # The last token needs no place: nothing comes after it.
+        room = capacity + 1 - request.num_prompt_tokens
+        request.max_output_tokens = min(request.max_output_tokens, room)
+        request.metrics.arrival_time = self._now()
+        self._requests[request.request_id] = request
+        self._enqueue(request)
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> Request | None:
+        """Ends a live request now and frees what it holds; returns it, or None if there is none.
+
+        Its tokens in flight are dropped when they arrive.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.end(reason)
+            self._retire(request)
+        return request
+
+    def _retire(self, request: Request) -> None:
+        """Takes an ended request out of every list and frees what it holds."""
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+            self._release(request)
+        else:
+            self._waiting.remove(request)
+        del self._requests[request.request_id]
+        request.status = RequestStatus.FINISHED
+        request.num_in_flight = 0
+        request.metrics.finished_time = self._now()
+        self.stats.num_finished += 1
+
+    # ------------------------------------------------------------------ planning
+
+    def plan(self) -> Plan | None:
+        """Makes the next step, or returns None if nothing can run before the next commit."""
+        budget = self.config.max_num_batched_tokens
+        num_preemptions = self.stats.num_preemptions
+        decodes = self._reserve_decodes()
+        num_preempted = self.stats.num_preemptions - num_preemptions
+        budget -= len(decodes)
+        chunks: list[tuple[Request, int]] = []
+        for request in self._running:
+            if request.is_prefilling and budget > 0:
+                n = min(request.num_prefill_tokens - request.num_computed_tokens, budget)
+                chunks.append((request, n))
+                budget -= n
+        while budget > 0 and num_preempted == 0 and self._waiting:
+            request = self._waiting[0]
+            is_whole = request.num_tokens <= budget
+            if not (is_whole or self.config.enable_chunked_prefill) or not self._admit(request):
+                break
+            n = min(request.num_prefill_tokens - request.num_computed_tokens, budget)
+            chunks.append((request, n))
+            budget -= n
+        if not decodes and not chunks:
+            return None
+        num_steps = 1 if chunks else self._extend_decodes(decodes)
+        seqs = [self._schedule_decode(request, num_steps) for request in decodes]
+        seqs += [self._schedule_chunk(request, n) for request, n in chunks]
+        is_decode = all(seq.num_tokens == 1 for seq in seqs)
+        plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids))
+        self._in_flight.append(plan)
+        self.stats.num_plans += 1
+        self.stats.num_scheduled_tokens += plan.num_tokens
+        return plan
+
+    def order_key(self, request: Request) -> tuple[int, int]:
+        """Returns the key by which requests are served, smallest first."""
+        return request.priority, request.arrival
+
+    def _enqueue(self, request: Request) -> None:
+        # A preempted request arrived before all that were never admitted, so it goes in front.
+        bisect.insort(self._waiting, request, key=self.order_key)
+
+    def _reserve_decodes(self) -> list[Request]:
+        """Returns the requests that decode now, each with a page for its next position.
+
+        Victims come from the end of the running list, so none of those already returned is one.
+        """
+        decodes = []
+        for request in tuple(self._running):
+            if request.is_prefilling or request.num_unplanned_outputs <= 0:
+                continue
+            while request.status is RequestStatus.RUNNING:
+                missing = self._num_missing_pages(request, 1)
+                if missing <= self.pool.num_free:
+                    request.pages += self.pool.alloc(missing)
+                    decodes.append(request)
+                    break
+                self._preempt(self._running[-1])
+        return decodes
+
+    def _extend_decodes(self, decodes: list[Request]) -> int:
+        """Returns how many decode steps to run in one program, having taken their pages.
+
+        Several only where nobody's wish for logprobs ties the host to each step; as many as the
+        free pages allow, and no more than the sequence with most tokens to go can use.
+        """
+        if any(request.params.logprobs is not None for request in decodes):
+            return 1
+        most = max(request.num_unplanned_outputs for request in decodes)
+        for num_steps in range(min(self.config.num_decode_steps, most), 1, -1):
+            missing = [self._num_missing_pages(request, num_steps) for request in decodes]
+            if sum(missing) <= self.pool.num_free:
+                for request, n in zip(decodes, missing):
+                    request.pages += self.pool.alloc(n)
+                return num_steps
+        return 1
+
+    def _num_missing_pages(self, request: Request, num_steps: int) -> int:
+        """Returns how many more pages `num_steps` decode steps of `request` need."""
+        num_steps = min(num_steps, request.num_unplanned_outputs)
+        return max(0, self._num_pages(request.num_computed_tokens + num_steps) - len(request.pages))
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def _schedule_decode(self, request: Request, num_steps: int) -> ScheduledSeq:
+        num_samples = min(num_steps, request.num_unplanned_outputs)
+        seq = ScheduledSeq(
+            request, request.num_computed_tokens, 1, num_samples, is_new_row=False, is_prefill=False
+        )
+        request.num_computed_tokens += num_samples
+        request.num_in_flight += num_samples
+        return seq
+
+    def _schedule_chunk(self, request: Request, n: int) -> ScheduledSeq:
+        start = request.num_computed_tokens
+        is_last = start + n == request.num_prefill_tokens
+        is_new_row = not request.has_used_row
+        seq = ScheduledSeq(request, start, n, int(is_last), is_new_row, is_prefill=True)
+        request.has_used_row = True
+        request.num_computed_tokens += n
+        request.num_in_flight += seq.num_samples
+        return seq
+
+    # ------------------------------------------------------------------ pages and rows
+
+    def _admit(self, request: Request) -> bool:
+        """Moves the head of the waiting queue to the running ones, if a row and pages are free."""
+        # A preempted request's outputs are its input now: those in flight must be known first.
+        if request.num_in_flight or not self._free_rows or not self._take_pages(request):
+            return False
+        self._waiting.remove(request)
+        request.row = self._free_rows.pop()
+        request.has_used_row = False
+        request.num_prefill_tokens = request.num_tokens
+        request.status = RequestStatus.RUNNING
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = self._now()
+        bisect.insort(self._running, request, key=self.order_key)
+        return True
+
+    def _take_pages(self, request: Request) -> bool:
+        """Gives a request the pages of all its known tokens; False if too few are free.
+
+        Here a prefix cache sets `num_computed_tokens` (below `num_tokens`: the last one is always
+        computed) and takes the pages of that prefix by reference; `_release` is its other end.
+        """
+        needed = self._num_pages(request.num_tokens)
+        if needed + len(self._running) > self.pool.num_free:
+            return False
+        request.pages = self.pool.alloc(needed)
+        return True
+
+    def _release(self, request: Request) -> None:
+        """Gives back the pages and the row of a running request."""
+        assert request.row is not None
+        self.pool.free(request.pages)
+        self._free_rows.append(request.row)
+        request.pages, request.row = [], None
+        request.num_computed_tokens = request.num_prefill_tokens = 0
+
+    def _preempt(self, request: Request) -> None:
+        """Puts a running request back into the queue, to be computed again."""
+        self._running.remove(request)
+        self._release(request)
+        request.status = RequestStatus.PREEMPTED
+        request.metrics.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self._enqueue(request)
+
+    # ------------------------------------------------------------------ results
+
+    def commit(
+        self,
+        plan: Plan,
+        samples: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[Any] | None] | None = None,
+    ) -> list[Progress]:
+        """Takes in what the oldest plan in flight sampled, and ends the requests that stop.
+
+        Args:
+          plan: the oldest plan not committed.
+          samples: for each of `plan.seqs` its `num_samples` tokens.
+          logprobs: likewise one object a token, kept in `Request.logprobs`; None for none.
+
+        Returns:
+          One entry for each request that got tokens. Those that had ended before get none.
+
+        Raises:
+          ValueError: the plan is not the oldest one, or the samples do not fit it.
+        """
+        if not self._in_flight or self._in_flight[0] is not plan:
+            expected = self._in_flight[0].step_id if self._in_flight else None
+            raise ValueError(f"plans are committed in order: got {plan.step_id}, not {expected}")
+        if [len(tokens) for tokens in samples] != [seq.num_samples for seq in plan.seqs]:
+            raise ValueError(
+                f"plan {plan.step_id} samples {[seq.num_samples for seq in plan.seqs]} tokens, got "
+                f"{[len(tokens) for tokens in samples]}"
+            )
+        self._in_flight.popleft()
+        progress = []
+        for i, (seq, tokens) in enumerate(zip(plan.seqs, samples)):
+            if seq.request.is_finished:
+                self.stats.num_discarded_tokens += len(tokens)
+                continue
+            if tokens:
+                objects = logprobs[i] if logprobs is not None else None
+                progress.append(self._accept(seq, tokens, objects))
+        return progress
+
+    def _accept(
+        self, seq: ScheduledSeq, tokens: Sequence[int], logprobs: Sequence[Any] | None
+    ) -> Progress:
+        request = seq.request
+        request.num_in_flight -= seq.num_samples
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = self._now()
+        num_new = 0
+        for i, token in enumerate(tokens):
+            num_new += 1
+            if request.accept(token, None if logprobs is None else logprobs[i]):
+                self._retire(request)
+                break
+        self.stats.num_output_tokens += num_new
+        self.stats.num_discarded_tokens += len(tokens) - num_new
+        return Progress(request, list(tokens[:num_new]), request.take_text(), request.is_finished)
+
+    # ------------------------------------------------------------------ invariants
+
+    def check(self) -> None:
+        """Verifies that pages, rows and lists agree; for tests and `check_integrity`.
+
+        Raises:
+          PageError: they do not; the message names the request or the pages.
+        """
+        self.pool.check()
+        held = collections.Counter(page for r in self._running for page in r.pages)
+        counts = {page: self.pool.count(page) for page in range(self.pool.num_pages)}
+        wrong = [page for page, n in counts.items() if n != held[page]]
+        if wrong:
+            raise PageError(f"pages {wrong} are counted otherwise than requests hold them")
+        rows = sorted([r.row for r in self._running if r.row is not None] + self._free_rows)
+        if rows != list(range(self.config.max_num_seqs)):
+            raise PageError(f"rows in use and free rows are not all rows once: {rows}")
+        for request in self._running:
+            covered = len(request.pages) * self.page_size
+            if not request.num_computed_tokens <= covered:
+                raise PageError(
+                    f"request {request.request_id} has {request.num_computed_tokens} computed "
+                    f"tokens and pages for {covered}"
+                )
+        for request in self._waiting:
+            if request.pages or request.row is not None or request.num_computed_tokens:
+                raise PageError(f"request {request.request_id} waits and holds pages or a row")
+        live = [*self._running, *self._waiting]
+        if sorted(map(id, live)) != sorted(map(id, self._requests.values())):
+            raise PageError("the live requests are not those running and waiting")

@@ -1,0 +1,113 @@
+"""What generation returns, under the names that vLLM's users know; knows nothing of the engine.
+
+Fields of vLLM that name features which do not exist here (encoder prompts, KV transfer) are absent
+rather than always None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of one token at one position.
+
+    Attributes:
+      logprob: natural logarithm of the model's probability, before temperature and filters.
+      rank: 1 for the most likely token of the vocabulary.
+      decoded_token: the token alone as text, None when `detokenize` is False.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class RequestMetrics:
+    """Times of one request in seconds of one monotonic clock; None until the event happens.
+
+    Attributes:
+      arrival_time: the request entered the waiting queue.
+      first_scheduled_time: its first chunk was planned.
+      first_token_time: its first token reached the host.
+      finished_time: it finished, for whatever reason.
+      num_preemptions: how often its pages were taken and its tokens recomputed.
+    """
+
+    arrival_time: float | None = None
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token, or None before it."""
+        return _difference(self.arrival_time, self.first_token_time)
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds from arrival to the end, or None before it."""
+        return _difference(self.arrival_time, self.finished_time)
+
+
+def _difference(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else end - begin
+
+
+@dataclasses.dataclass(kw_only=True)
+class CompletionOutput:
+    """One of the `n` completions of a prompt.
+
+    Attributes:
+      index: 0 .. n - 1.
+      text: the text so far, or what is new when `output_kind` is DELTA.
+      token_ids: sampled tokens likewise; an end-of-sequence token is kept here, not in `text`.
+      cumulative_logprob: sum of the sampled tokens' logprobs; None unless they were asked for.
+      logprobs: for each token a dict from token id to `Logprob`; None unless asked for.
+      finish_reason: "stop", "length", "abort" or "error"; None while generation goes on.
+      stop_reason: the stop string or stop token id that ended it; None for end of sequence.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def finished(self) -> bool:
+        """Whether generation of this completion has ended."""
+        return self.finish_reason is not None
+
+
+@dataclasses.dataclass(kw_only=True)
+class RequestOutput:
+    """Everything about one prompt.
+
+    Attributes:
+      request_id: unique in the engine.
+      prompt: the prompt as text; None when it was given as token ids.
+      prompt_token_ids: the prompt as the model saw it.
+      prompt_logprobs: for each prompt token a dict from token id to `Logprob`, None for the first
+        token, which nothing predicts; None unless asked for.
+      outputs: the `n` completions by index.
+      finished: whether all of them have ended.
+      metrics: times of the first completion; None when not recorded.
+      num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
