@@ -1,0 +1,1 @@
+"""One module a subcommand of `jinfer`: SUMMARY, add_arguments(parser), run(args)."""

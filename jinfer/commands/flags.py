@@ -1,0 +1,154 @@
+"""Flags that the commands share: the model, SamplingParams and LLM, and what is made from them.
+
+Knows argparse and the names of fields; their meaning and their checks are the classes' own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from jinfer import memory
+
+DEFAULT_MODEL = "smollm2"
+DEFAULT_SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
+
+Flags = tuple[tuple[str, dict[str, Any]], ...]
+
+
+def _int_or_none(text: str) -> int | None:
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer or none, got {text!r}") from None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
+
+
+def size(text: str) -> int:
+    """Reads a size such as 2GiB for argparse."""
+    try:
+        return memory.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# Flags that are fields of SamplingParams or arguments of LLM; only those given are passed on.
+SAMPLING_FLAGS: Flags = (
+    ("max-tokens", {"type": _int_or_none, "help": "most new tokens; none: to the context's end"}),
+    ("min-tokens", {"type": int}),
+    ("temperature", {"type": float, "help": "0 (default): greedy"}),
+    ("top-p", {"type": float}),
+    ("top-k", {"type": int}),
+    ("min-p", {"type": float}),
+    ("presence-penalty", {"type": float}),
+    ("frequency-penalty", {"type": float}),
+    ("repetition-penalty", {"type": float}),
+    ("seed", {"type": int, "help": "a request's result depends on nothing else then"}),
+    ("stop", {"action": "append", "metavar": "TEXT", "help": "stop there; may be repeated"}),
+    ("stop-token-ids", {"type": int, "nargs": "+", "metavar": "ID"}),
+    ("ignore-eos", {"action": "store_true"}),
+)
+GENERATE_FLAGS: Flags = (
+    ("n", {"type": int, "help": "samples of each prompt"}),
+    ("logprobs", {"type": int, "help": "JSONL only"}),
+    ("prompt-logprobs", {"type": int, "help": "JSONL only"}),
+)
+ENGINE_FLAGS: Flags = (
+    ("dtype", {"help": "of weights and activations, such as float32 or bfloat16"}),
+    ("max-model-len", {"type": int, "help": "context in tokens, prompt and output together"}),
+    ("max-num-seqs", {"type": int, "help": "sequences decoded together"}),
+    ("max-num-batched-tokens", {"type": int, "help": "token budget of one step"}),
+    ("block-size", {"type": int, "help": "tokens a KV page"}),
+    ("kv-cache-memory-bytes", {"type": size, "metavar": "SIZE", "help": "say 2GiB"}),
+    ("num-gpu-blocks-override", {"type": int, "metavar": "PAGES", "help": "pages, as given"}),
+    ("gpu-memory-utilization", {"type": float}),
+    ("tokenizer", {"help": "folder or hub name, if not the model's own"}),
+    ("revision", {"help": "of a hub model"}),
+    ("num-decode-steps", {"type": int, "help": "decode steps that stay on the device"}),
+    ("attention-impl", {"help": "name one kernel instead of the automatic choice"}),
+)
+
+
+def add_flags(group: Any, flags: Flags) -> None:
+    """Declares flags that leave no trace when they are not given."""
+    for name, options in flags:
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
+
+
+def _given(args: argparse.Namespace, flags: Flags) -> dict[str, Any]:
+    names = (name.replace("-", "_") for name, _ in flags)
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Adds the model, sampling and engine flags; returns the group of the sampling ones."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="folder, GGUF file, hub name, or smollm2 (default: SmolLM2-135M-Instruct, kept in a "
+        "cache folder after one download)",
+    )
+    sampling = parser.add_argument_group(
+        "sampling", "defaults: " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_SAMPLING.items())
+    )
+    add_flags(sampling, SAMPLING_FLAGS)
+    sampling.add_argument(
+        "--sampling-params",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="any further fields of SamplingParams",
+    )
+    engine = parser.add_argument_group("engine", "passed to LLM")
+    add_flags(engine, ENGINE_FLAGS)
+    engine.add_argument(
+        "--no-enable-chunked-prefill",
+        dest="enable_chunked_prefill",
+        action="store_false",
+        help="a prompt is computed in one step",
+    )
+    return sampling
+
+
+def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Collects the fields of SamplingParams: defaults, then --sampling-params, then flags."""
+    if "output_kind" in args.sampling_params:
+        raise ValueError("output_kind is the command's own choice; drop it from --sampling-params")
+    flags = (*SAMPLING_FLAGS, *GENERATE_FLAGS)
+    return {**DEFAULT_SAMPLING, **args.sampling_params, **_given(args, flags)}
+
+
+def make_params(fields: dict[str, Any], **more: Any) -> Any:
+    """Builds SamplingParams, which checks them."""
+    from jinfer.sampling_params import SamplingParams
+
+    return SamplingParams(**fields, **more)
+
+
+def make_text_params(fields: dict[str, Any]) -> Any:
+    """Builds the parameters of a stream of text; refuses what such a stream would not show."""
+    params = make_params(fields)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            raise ValueError(f"{name} are written to JSONL results only: use --input and --output")
+    if not params.detokenize:
+        raise ValueError("text is printed here: detokenize=False goes with --input and --output")
+    return params
+
+
+def load_llm(args: argparse.Namespace) -> Any:
+    """Loads the model that the flags name into an engine."""
+    from jinfer.llm import LLM
+
+    engine = _given(args, ENGINE_FLAGS)
+    return LLM(args.model, enable_chunked_prefill=args.enable_chunked_prefill, **engine)

@@ -1,0 +1,136 @@
+"""`jinfer generate`: one prompt to the terminal, or a JSONL file of prompts to one of results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jinfer import jsonl
+from jinfer.commands import flags
+from jinfer.commands.terminal import chat_prompt, format_rate, print_stream, say
+from jinfer.config import EngineConfig
+
+SUMMARY = "complete one prompt, or every line of a JSONL file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of `jinfer generate`."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="one prompt; its text streams to stdout")
+    source.add_argument("--input", type=Path, metavar="FILE", help="JSONL file of prompts")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL file of results")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="continue --prompt as it is; by default it becomes a user message in the model's chat "
+        "template, if the model has one",
+    )
+    flags.add_flags(flags.add_model_arguments(parser), flags.GENERATE_FLAGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Completes one prompt, or every line of a JSONL file.
+
+    With --prompt the text streams to stdout as it is made; one line on stderr sums up.
+
+    With --input and --output each input line is an object with one of "prompt" (continued as it
+    is), "messages" (through the chat template) or "prompt_token_ids", and may have "id" (default:
+    the line number) and "sampling_params" (over the flags). Results are appended in the order in
+    which they finish, as {"line", "id", "key", "num_prompt_tokens", "outputs": [{"text",
+    "token_ids", "finish_reason", ...}]}. Killed at any moment and run again, the job goes on where
+    it was. Bad lines are reported, the rest is done, and the exit status is 1.
+    """
+    sampling = flags.sampling_fields(args)
+    if args.input is None:
+        if args.output is not None:
+            raise ValueError("--output goes with --input; redirect stdout to keep the text")
+        return _generate_one(args, sampling)
+    if args.output is None:
+        raise ValueError("--input needs --output, the JSONL file that takes the results")
+    if args.raw:
+        raise ValueError('--raw goes with --prompt; in a JSONL file "prompt" is always raw')
+    return _generate_jsonl(args, sampling)
+
+
+def _generate_one(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
+    params = flags.make_text_params(sampling)
+    llm = flags.load_llm(args)
+    prompt: Any = args.prompt
+    if not args.raw:
+        if getattr(llm.get_tokenizer(), "chat_template", None):
+            prompt = chat_prompt(llm, [{"role": "user", "content": args.prompt}])
+        else:
+            say("note: the model has no chat template, so the prompt is continued as it is")
+    if params.n == 1:
+        summary = print_stream(llm, prompt, params, [])
+    else:
+        begin = time.perf_counter()
+        output = llm.generate([prompt], params, use_tqdm=False)[0]
+        for completion in output.outputs:
+            print(f"[{completion.index + 1}] {completion.text}")
+        num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+        summary = format_rate(num_tokens, time.perf_counter() - begin)
+    print(summary, file=sys.stderr)
+    return 0
+
+
+def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
+    from tqdm import tqdm
+
+    from jinfer.sampling_params import RequestOutputKind
+
+    settings = {"model": args.model, "sampling": sampling}
+    for name in ("dtype", "tokenizer", "revision", "max_model_len"):
+        settings[name] = getattr(args, name, None)
+    flags.make_params(sampling)  # wrong flags fail at once, not on every line
+    with jsonl.Job(args.input, args.output, settings) as job:
+        if job.num_done == job.num_lines:
+            say(f"nothing to do: all {job.num_lines} lines are done")
+            return 0
+        llm = flags.load_llm(args)
+        begin = time.perf_counter()
+        bar = tqdm(total=job.num_lines, initial=job.num_done, unit="line", disable=None)
+
+        def make_request(line: jsonl.Line) -> tuple[Any, Any]:
+            fields = {**sampling, **line.sampling_params}
+            params = flags.make_params(fields, output_kind=RequestOutputKind.FINAL_ONLY)
+            if line.messages is not None:
+                return chat_prompt(llm, line.messages), params
+            if line.prompt_token_ids is not None:
+                return {"prompt_token_ids": line.prompt_token_ids}, params
+            return line.prompt, params
+
+        def report(number: int, message: str) -> None:
+            with tqdm.external_write_mode(file=sys.stderr):
+                say(f"{args.input} line {number}: {message}")
+
+        def advance(summary: jsonl.Summary) -> None:
+            seconds = time.perf_counter() - begin
+            bar.set_postfix_str(format_rate(summary.num_output_tokens, seconds), refresh=False)
+            bar.update(job.num_done + summary.num_done + summary.num_failed - bar.n)
+
+        try:
+            with bar:
+                summary = jsonl.run(
+                    llm,
+                    job,
+                    make_request=make_request,
+                    max_in_flight=2 * getattr(args, "max_num_seqs", EngineConfig.max_num_seqs),
+                    on_error=report,
+                    on_progress=advance,
+                )
+        except KeyboardInterrupt:
+            say(f"{args.output} holds whole lines; the same command goes on from there")
+            raise
+        num_done = job.num_done + summary.num_done
+        rate = format_rate(summary.num_output_tokens, time.perf_counter() - begin)
+        say(f"{num_done} of {job.num_lines} lines done ({rate})")
+    if not summary.num_failed:
+        return 0
+    shown = ", ".join(map(str, summary.failed_lines))
+    more = ", ..." if summary.num_failed > len(summary.failed_lines) else ""
+    say(f"error: {summary.num_failed} lines failed: {shown}{more}")
+    return 1

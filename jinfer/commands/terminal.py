@@ -1,0 +1,65 @@
+"""What the commands say to a terminal: messages, rates, streamed text; knows no flags."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from typing import Any
+
+PROG = "jinfer"
+
+
+def say(message: str) -> None:
+    """Prints a line to stderr under the command's name."""
+    print(f"{PROG}: {message}", file=sys.stderr)
+
+
+def one_line(error: Exception) -> str:
+    """Says what an error means to a user, in one line; names its type when it is unexpected."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    return f"{type(error).__name__}: {text[:500]} (--debug shows where)"
+
+
+def format_rate(num_tokens: int, seconds: float) -> str:
+    """Prints a count of tokens and their rate."""
+    return f"{num_tokens} tokens, {num_tokens / max(seconds, 1e-9):.1f} tokens/s"
+
+
+def chat_prompt(llm: Any, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Turns messages into a prompt of token ids, through the model's chat template."""
+    from jinja2 import TemplateError
+
+    tokenizer = llm.get_tokenizer()
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages: {error}") from None
+    return {"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+
+def print_stream(llm: Any, prompt: Any, params: Any, pieces: list[str]) -> str:
+    """Prints deltas as they come, keeps them in `pieces`; returns a line on tokens and times."""
+    begin = time.perf_counter()
+    first_s = 0.0
+    num_tokens = 0
+    with contextlib.closing(llm.stream(prompt, params)) as stream:  # closed: the request is freed
+        try:
+            for output in stream:
+                delta = output.outputs[0]
+                if not num_tokens:
+                    first_s = time.perf_counter() - begin
+                num_tokens += len(delta.token_ids)
+                pieces.append(delta.text)
+                print(delta.text, end="", flush=True)
+        finally:
+            if pieces:
+                print(flush=True)
+    rate = format_rate(num_tokens, time.perf_counter() - begin)
+    return f"{rate}, first token after {first_s:.2f} s"

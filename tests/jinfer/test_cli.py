@@ -1,0 +1,423 @@
+"""The commands over a fake engine: what they print, what they refuse, how they end."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from jinfer import cli, memory
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+spec = importlib.util.spec_from_file_location("fake_llm", HERE / "fake_llm.py")
+assert spec and spec.loader
+fake_llm = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake_llm)
+
+
+class Spy(fake_llm.FakeLLM):
+    """Keeps the last instance made and the parameters of its requests."""
+
+    last = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        Spy.last = self
+        self.params = {}
+
+    def add_request(self, request_id, prompt, params):
+        self.params[request_id] = params
+        super().add_request(request_id, prompt, params)
+
+
+@pytest.fixture
+def llm(monkeypatch):
+    """Puts the fake in the place of `jinfer.llm.LLM`; returns the class to look at."""
+    Spy.last, Spy.chat_template = None, "fake"
+    monkeypatch.setitem(sys.modules, "jinfer.llm", types.SimpleNamespace(LLM=Spy))
+    return Spy
+
+
+@pytest.fixture
+def jinfer(llm, capsys):
+    """Runs a command in this process; returns (status, stdout, stderr)."""
+
+    def run(*argv):
+        try:
+            status = cli.main([str(arg) for arg in argv])
+        except SystemExit as exit_:
+            status = exit_.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_a_prompt_goes_through_the_chat_template_and_its_text_to_stdout(jinfer, llm):
+    status, out, err = jinfer("generate", "--prompt", "hi")
+    assert (status, out) == (0, "USER:HI;ASSISTANT:\n")
+    assert err.startswith("18 tokens, ") and "tokens/s, first token after" in err
+    assert err.count("\n") == 1
+    assert llm.last.model == "smollm2"
+    assert llm.last.params["stream"].temperature == 0.0
+
+
+def test_raw_continues_the_prompt_as_it_is(jinfer):
+    assert jinfer("generate", "--raw", "--prompt", "hi")[1] == "HI\n"
+
+
+def test_a_model_without_chat_template_says_so_and_continues(jinfer, llm):
+    llm.chat_template = None
+    _, out, err = jinfer("generate", "--prompt", "hi")
+    assert out == "HI\n"
+    assert "no chat template" in err.splitlines()[0]
+
+
+def test_flags_reach_the_engine_and_the_sampler(jinfer, llm):
+    status, _, err = jinfer(
+        *("generate", "--raw", "--prompt", "x", "--model", "m", "--dtype", "bfloat16"),
+        *("--max-num-seqs", 8, "--kv-cache-memory-bytes", "1GiB", "--block-size", 32),
+        *("--no-enable-chunked-prefill", "--max-tokens", "none", "--temperature", 0.5),
+        *("--top-p", 0.9, "--top-k", 7, "--seed", 3, "--stop", "a", "--stop", "b"),
+        *(
+            "--stop-token-ids",
+            5,
+            6,
+            "--ignore-eos",
+            "--sampling-params",
+            '{"logit_bias": {"4": 2}}',
+        ),
+    )
+    assert status == 0, err
+    assert (llm.last.model, llm.last.max_num_seqs) == ("m", 8)
+    assert llm.last.kwargs == {
+        "dtype": "bfloat16",
+        "kv_cache_memory_bytes": 2**30,
+        "block_size": 32,
+        "enable_chunked_prefill": False,
+    }
+    params = llm.last.params["stream"]
+    assert (params.max_tokens, params.temperature, params.top_p) == (None, 0.5, 0.9)
+    assert (params.top_k, params.seed, tuple(params.stop)) == (7, 3, ("a", "b"))
+    assert (tuple(params.stop_token_ids), params.ignore_eos) == ((5, 6), True)
+    assert params.logit_bias == {4: 2.0}
+
+
+def test_several_samples_are_numbered(jinfer):
+    _, out, _ = jinfer("generate", "--raw", "--prompt", "hi", "--n", 2, "--temperature", 1)
+    assert out == "[1] HI\n[2] HI\n"
+
+
+REFUSED = [
+    (("generate",), "one of the arguments --prompt --input is required"),
+    (("generate", "--prompt", "x", "--output", "o"), "--output goes with --input"),
+    (("generate", "--input", "i"), "--input needs --output"),
+    (("generate", "--input", "i", "--output", "o", "--raw"), "--raw goes with --prompt"),
+    (("generate", "--input", "no", "--output", "o"), "no: no such file"),
+    (
+        ("generate", "--prompt", "x", "--max-tokens", "many"),
+        "expected an integer or none, got 'many'",
+    ),
+    (("generate", "--prompt", "x", "--max-tokens", "0"), "max_tokens must be at least 1"),
+    (("generate", "--prompt", "x", "--top-p", "2"), "top_p must lie in (0, 1]"),
+    (("generate", "--prompt", "x", "--n", "2"), "n=2 with temperature=0"),
+    (("generate", "--prompt", "x", "--logprobs", "2"), "JSONL results only"),
+    (("generate", "--prompt", "x", "--sampling-params", "[]"), "expected a JSON object, got '[]'"),
+    (("generate", "--prompt", "x", "--sampling-params", '{"best_of": 3}'), "best_of=3 is not"),
+    (("generate", "--prompt", "x", "--sampling-params", '{"output_kind": 1}'), "output_kind is"),
+    (("generate", "--prompt", "x", "--sampling-params", '{"detokenize": false}'), "detokenize"),
+    (("generate", "--raw", "--prompt", ""), "the prompt is empty"),
+    (("generate", "--prompt", "x" * 600), "more than max_model_len"),
+    (("chat", "--temperature", "1", "--sampling-params", '{"n": 2}'), "one answer a turn, got n=2"),
+    (("plan", "--model", "llama-2-7b", "--dtype", "bf17"), "dtype must be one of"),
+    (("plan", "--model", "llama-2-7b", "--batch", "0"), "batch must be at least 1"),
+    (("plan", "--model", "llama-2-7b", "--memory", "lots"), "a size must read like 80GiB"),
+    (("frobnicate",), "invalid choice: 'frobnicate'"),
+    ((), "the following arguments are required: COMMAND"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_bad_input_gets_one_clear_line_and_status_2(jinfer, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    Path("i").write_text("")
+    status, out, err = jinfer(*argv)
+    assert status == 2
+    assert err.startswith("jinfer: error: ") and message in err
+    assert err.count("\n") == 1 and out == ""
+
+
+def test_an_unexpected_failure_names_its_type_and_where_to_look(jinfer, llm, monkeypatch):
+    def explode(self, *args):
+        raise RuntimeError("device lost\nwith details")
+
+    monkeypatch.setattr(llm, "stream", explode)
+    status, _, err = jinfer("generate", "--prompt", "x")
+    assert status == 1
+    assert err == "jinfer: error: RuntimeError: device lost with details (--debug shows where)\n"
+    with pytest.raises(RuntimeError):
+        jinfer("generate", "--prompt", "x", "--debug")
+
+
+def test_an_interrupt_ends_cleanly_and_frees_the_request(jinfer, llm, monkeypatch):
+    closed = []
+
+    def stream(self, prompt, params):
+        try:
+            yield from list(fake_llm.FakeLLM.stream(self, prompt, params))[:2]
+            raise KeyboardInterrupt
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(llm, "stream", stream)
+    status, out, err = jinfer("generate", "--raw", "--prompt", "hello")
+    assert (status, out, err) == (130, "HE\n", "jinfer: interrupted\n")
+    assert closed
+
+
+# --- JSONL ---------------------------------------------------------------------------------------
+
+
+def results(path):
+    return {record["line"]: record for record in map(json.loads, path.read_text().splitlines())}
+
+
+def test_jsonl_takes_all_three_prompts_and_line_parameters(jinfer, llm, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"prompt": "one"}\n'
+        '{"messages": [{"role": "user", "content": "two"}], "id": "b"}\n'
+        '{"prompt_token_ids": [120], "sampling_params": {"temperature": 0.7, "n": 2}}\n'
+    )
+    status, out, err = jinfer("generate", "--input", source, "--output", target, "--max-tokens", 12)
+    assert (status, out) == (0, "")
+    assert "3 of 3 lines done (17 tokens" in err
+    found = results(target)
+    texts = {n: [o["text"] for o in record["outputs"]] for n, record in found.items()}
+    assert texts == {1: ["ONE"], 2: ["USER:TWO;ASS"], 3: ["X", "X"]}
+    assert found[2]["id"] == "b"
+    assert [llm.last.params[str(n)].temperature for n in (1, 2, 3)] == [0.0, 0.0, 0.7]
+
+
+def test_a_finished_job_loads_no_model(jinfer, llm, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "one"}\n')
+    assert jinfer("generate", "--input", source, "--output", target)[0] == 0
+    llm.last = None
+    status, _, err = jinfer("generate", "--input", source, "--output", target)
+    assert (status, err) == (0, "jinfer: nothing to do: all 1 lines are done\n")
+    assert llm.last is None
+
+
+def test_other_flags_do_not_mix_into_the_same_output(jinfer, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "one"}\n')
+    jinfer("generate", "--input", source, "--output", target)
+    status, _, err = jinfer("generate", "--input", source, "--output", target, "--top-k", 5)
+    assert status == 2 and "another model or settings" in err
+
+
+def test_bad_lines_are_reported_and_the_status_is_1(jinfer, llm, monkeypatch, tmp_path):
+    def refuse(self, messages, **kwargs):
+        raise jinja2.TemplateError("roles must alternate")
+
+    monkeypatch.setattr(fake_llm.FakeTokenizer, "apply_chat_template", refuse)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"prompt": "one"}\n{oops\n{"prompt": "x", "sampling_params": {"top_p": 3}}\n'
+        '{"prompt": "x", "sampling_params": {"temprature": 3}}\n'
+        '{"messages": [{"role": "user", "content": "x"}]}\n{"prompt": "two"}\n'
+    )
+    status, _, err = jinfer("generate", "--input", source, "--output", target)
+    assert status == 1
+    assert sorted(results(target)) == [1, 6]
+    for line in (
+        f"jinfer: {source} line 2: not JSON: ",
+        f"jinfer: {source} line 3: top_p must lie in (0, 1], got 3.0",
+        f"jinfer: {source} line 4: SamplingParams has no field 'temprature'; did you mean",
+        f"jinfer: {source} line 5: the chat template refuses these messages: roles must alternate",
+        "jinfer: 2 of 6 lines done",
+        "jinfer: error: 4 lines failed: 2, 3, 4, 5",
+    ):
+        assert line in err
+
+
+def test_a_full_disk_is_one_line_and_status_1(jinfer, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "one"}\n')
+    status, _, err = jinfer("generate", "--input", source, "--output", "/dev/full")
+    assert status == 1
+    assert "jinfer: error: /dev/full: No space left on device; the whole lines" in err
+
+
+SCRIPT = """
+import importlib.util, sys, types
+spec = importlib.util.spec_from_file_location("fake_llm", sys.argv[1])
+fake = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake)
+sys.modules["jinfer.llm"] = types.SimpleNamespace(LLM=fake.FakeLLM)
+from jinfer.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def start(*argv, **kwargs):
+    """Starts a command over the fake engine in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(HERE / "fake_llm.py"), *map(str, argv)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, -15)]
+)
+def test_a_stopped_job_goes_on_where_it_was(jinfer, tmp_path, number, status):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f'{{"prompt": "prompt {i}"}}\n' for i in range(40)))
+    argv = ("generate", "--input", source, "--output", target)
+    process = start(*argv, env={**os.environ, "FAKE_LLM_STEP_S": "0.005"})
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if target.exists() and target.stat().st_size > 1000:
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    if number == signal.SIGINT:
+        assert err.endswith("goes on from there\njinfer: interrupted\n")
+    num_done = len(target.read_text().splitlines())
+    assert 0 < num_done < 40
+    status, _, err = jinfer(*argv)
+    assert status == 0 and "40 of 40 lines done" in err
+    assert sorted(results(target)) == list(range(1, 41))
+    assert len(target.read_text().splitlines()) == 40
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    process = start("generate", "--raw", "--prompt", "x" * 400, "--max-tokens", 400)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+    assert err == ""
+
+
+def test_the_script_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "scripts/generate.py", "--input", "x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("jinfer: error: --input needs --output")
+
+
+# --- chat ----------------------------------------------------------------------------------------
+
+
+def test_chat_remembers_resets_and_leaves(jinfer, monkeypatch, tmp_path):
+    turns = tmp_path / "turns"
+    turns.write_text("a\n\nb\n/reset\nc\n/exit\nnever\n")
+    with turns.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, out, err = jinfer("chat", "--system", "s")
+    assert status == 0
+    assert out.splitlines() == [
+        "SYSTEM:S;USER:A;ASSISTANT:",
+        "SYSTEM:S;USER:A;ASSISTANT:SYSTEM:S;USER:A;ASSISTANT:;USER:B;ASSISTANT:",
+        "SYSTEM:S;USER:C;ASSISTANT:",
+    ]
+    assert err.count("first token after") == 3
+
+
+def test_a_turn_that_does_not_fit_is_forgotten_and_the_chat_goes_on(jinfer, monkeypatch, tmp_path):
+    turns = tmp_path / "turns"
+    turns.write_text("x" * 600 + "\nb\n")
+    with turns.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, out, err = jinfer("chat")
+    assert (status, out) == (0, "USER:B;ASSISTANT:\n")
+    assert "more than max_model_len (500); /reset starts anew" in err
+
+
+def test_an_interrupted_answer_stays_in_the_conversation(jinfer, llm, monkeypatch, tmp_path):
+    calls = []
+
+    def stream(self, prompt, params):
+        calls.append("".join(map(chr, prompt["prompt_token_ids"])))
+        yield from list(fake_llm.FakeLLM.stream(self, prompt, params))[:3]
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm, "stream", stream)
+    turns = tmp_path / "turns"
+    turns.write_text("a\nb\n")
+    with turns.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, _, err = jinfer("chat")
+    assert status == 0 and "stopped" in err
+    assert calls[1] == "user:a;assistant:USE;user:b;assistant:"
+
+
+def test_chat_without_a_chat_template_is_refused(jinfer, llm):
+    llm.chat_template = None
+    status, _, err = jinfer("chat", "--model", "base")
+    assert status == 2 and "base has no chat template" in err
+
+
+# --- plan ----------------------------------------------------------------------------------------
+
+
+def plan_table(out):
+    """{label: size} of the printed rows."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()[1:]]
+    return {row[0]: row[-1] for row in rows}
+
+
+def test_plan_prints_the_published_sizes(jinfer):
+    _, out, _ = jinfer("plan", "--model", "llama-2-7b", "--context", 4096, "--batch", 8)
+    assert out.startswith("llama-2-7b: 6,738,415,616 parameters, 32 layers, 32 KV heads of 128\n")
+    table = plan_table(out)
+    assert table["weights"] == "12.55 GiB"
+    assert table["KV cache, 4096 tokens"] == "2.00 GiB"
+    assert table["KV cache, 8 x 4096 tokens"] == "16.00 GiB"
+    _, out, _ = jinfer("plan", "--model", "llama-2-70b", "--context", 4096)
+    assert plan_table(out)["KV cache, 4096 tokens"] == "1.25 GiB"
+
+
+def test_plan_takes_quantization_kv_dtype_and_memory(jinfer):
+    _, out, _ = jinfer(
+        *("plan", "--model", "llama-3-8b", "--quantization", "int4-g128", "--kv-dtype", "int8"),
+        *("--memory", "24GiB", "--context", 8192),
+    )
+    config = memory.PRESETS["llama-3-8b"]
+    weights = memory.weight_bytes(config, "bfloat16", "int4-g128")
+    assert plan_table(out)["weights"] == memory.format_size(weights)
+    assert plan_table(out)["KV cache, 8192 tokens"] == "512.00 MiB"
+    room = 0.9 * 24 * 2**30 - weights - memory.temp_bytes(config, num_tokens=1, num_seqs=1)
+    pages = int(room // memory.page_bytes(config, 16, "int8"))
+    assert f"{pages} pages of 16 tokens: {pages // 512} sequences of 8192" in out
+
+
+def test_plan_says_when_the_weights_do_not_fit(jinfer):
+    _, out, _ = jinfer("plan", "--model", "llama-2-70b", "--memory", "80GiB")
+    assert "80.00 GiB at 0.9 does not hold the weights" in out
