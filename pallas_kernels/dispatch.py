@@ -88,9 +88,9 @@ def use_impl(default: str | None = None, /, **by_op: str) -> Iterator[None]:
     """
     if unknown := sorted(set(by_op) - set(OPS)):
         raise ValueError(f"use_impl: expected ops among {list(OPS)}, got {unknown}")
-    forced = dict(_forced.value)
+    forced: dict[str, str] = dict(_forced.value)
     if default is not None:
-        forced = dict.fromkeys(OPS, default)
+        forced.update({op: default for op in OPS})
     forced.update(by_op)
     with _forced(tuple(sorted(forced.items()))):
         yield

@@ -1,0 +1,297 @@
+"""Paged attention in plain jnp: the specification, and the path that runs anywhere.
+
+No padded context is ever gathered whole: both forms loop over blocks of pages with a trip count
+that depends on the live lengths, so one compiled program serves every context length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.dispatch import Impl
+from pallas_kernels.paged_attention.base import AttentionSpec, PagedKV
+from pallas_kernels.target import Target
+
+# A floor under the running maximum: finite, so that a row without keys never computes inf - inf.
+_LOWEST = -1e30
+# Up to here a rectangle [S, max_q_len] is considered; above, query tiles of one sequence at a time.
+_MAX_RECTANGLE = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class XlaTiles:
+    """Sizes of the loops: keys a step reads of a sequence, and query tokens of a prefill tile."""
+
+    kv_block: int = 128
+    q_block: int = 64
+
+
+class _Rows(NamedTuple):
+    """Queries of S places, R rows each, and what their masks need; each [S, R] unless noted.
+
+    positions: last visible key of a row (tree: its depth on from the first node); -1: none at all.
+    lens: [S] keys of the sequence. tree_starts: [S] first key that the tree's bits speak of.
+    tree: [S, R, W] the bits, or None.
+    """
+
+    q: jax.Array  # [S, R, N, H] f32
+    positions: jax.Array
+    lens: jax.Array
+    tree_starts: jax.Array
+    tree: jax.Array | None
+
+
+def _why_not(target: Target, *args: Any) -> str | None:
+    spec = args[-1]
+    if spec.config is not None and not isinstance(spec.config, XlaTiles):
+        return f"config must be XlaTiles, got {type(spec.config).__name__}"
+    return None
+
+
+def run(
+    q: jax.Array,
+    kv: PagedKV,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    q_starts: jax.Array,
+    tree_mask: jax.Array | None,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (out [T, N, H], lse f32 [T, N]); see `ragged_paged_attention`."""
+    tiles = spec.config or XlaTiles()
+    num_tokens, num_seqs = q.shape[0], kv_lens.shape[0]
+    q_lens = q_starts[1:] - q_starts[:-1]
+    call = (q, kv, kv_lens, page_table, q_starts, q_lens, tree_mask, spec, tiles)
+    rows = spec.max_q_len
+    # A rectangle may pad the tokens to twice their number, not more.
+    if rows == 1 or (rows <= _MAX_RECTANGLE and num_seqs * rows <= 2 * num_tokens):
+        return _rectangle(*call, num_rows=rows, is_taken=q_lens > 0)
+    # Decoding sequences go together, so that none of them pays for a whole query tile.
+    decoded = _rectangle(*call, num_rows=1, is_taken=q_lens == 1)
+    return _query_tiles(*call, initial=decoded, is_taken=q_lens > 1)
+
+
+def _rectangle(
+    q: jax.Array,
+    kv: PagedKV,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    q_starts: jax.Array,
+    q_lens: jax.Array,
+    tree_mask: jax.Array | None,
+    spec: AttentionSpec,
+    tiles: XlaTiles,
+    *,
+    num_rows: int,
+    is_taken: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the taken sequences, up to `num_rows` tokens each, all at once; zeros elsewhere."""
+    num_tokens = q.shape[0]
+    offsets = jnp.arange(num_rows)[None, :]  # [1, R]
+    tokens = jnp.minimum(q_starts[:-1, None] + offsets, num_tokens - 1)  # [S, R]
+    is_live = is_taken[:, None] & (offsets < q_lens[:, None])
+    rows = _make_rows(q[tokens], tree_mask, tokens, kv_lens, q_lens, offsets, is_live)
+    out, lse = _attend(rows, kv, page_table, spec, tiles, _precision(q))
+    # Back from [S, R] to tokens: token t is row t - q_starts[s] of its sequence s.
+    t = jnp.arange(num_tokens)
+    seqs = jnp.searchsorted(q_starts[1:], t, side="right").astype(jnp.int32)  # S: padding
+    seqs_in = jnp.minimum(seqs, kv_lens.shape[0] - 1)
+    row = t - q_starts[seqs_in]
+    ok = (seqs < kv_lens.shape[0]) & (row < num_rows) & is_taken[seqs_in]
+    row = jnp.clip(row, 0, num_rows - 1)
+    out = jnp.where(ok[:, None, None], out[seqs_in, row], 0.0)
+    return out.astype(q.dtype), jnp.where(ok[:, None], lse[seqs_in, row], -jnp.inf)
+
+
+def _query_tiles(
+    q: jax.Array,
+    kv: PagedKV,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    q_starts: jax.Array,
+    q_lens: jax.Array,
+    tree_mask: jax.Array | None,
+    spec: AttentionSpec,
+    tiles: XlaTiles,
+    *,
+    initial: tuple[jax.Array, jax.Array],
+    is_taken: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds to `initial` the taken sequences, one tile of query tokens after the other.
+
+    The loop has as many steps as there are live tiles. Example, tiles of 4: q_lens [6, 0, 3] make
+    tiles (0, 0) (0, 4) (2, 0) of (sequence, first token), ends [2, 2, 3].
+    """
+    num_rows = min(tiles.q_block, spec.max_q_len)
+    num_tiles = jnp.where(is_taken, -(-q_lens // num_rows), 0)
+    ends = jnp.cumsum(num_tiles)
+    # Room for a last tile that hangs over the end.
+    q = jnp.pad(q, ((0, num_rows), (0, 0), (0, 0)))
+    if tree_mask is not None:
+        tree_mask = jnp.pad(tree_mask, ((0, num_rows), (0, 0)))
+    out, lse = (jnp.pad(x, ((0, num_rows),) + ((0, 0),) * (x.ndim - 1)) for x in initial)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out, lse = carry
+        seq = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
+        first = (i - (ends[seq] - num_tiles[seq])) * num_rows
+        start = q_starts[seq] + first
+        offsets = first + jnp.arange(num_rows)[None, :]  # [1, R]
+        is_live = offsets < q_lens[seq]
+        tile = lax.dynamic_slice_in_dim(q, start, num_rows)[None]
+        tokens = start + jnp.arange(num_rows)[None, :]
+        rows = _make_rows(
+            tile, tree_mask, tokens, kv_lens[seq][None], q_lens[seq][None], offsets, is_live
+        )
+        table = lax.dynamic_slice_in_dim(page_table, seq, 1)
+        new_out, new_lse = _attend(rows, kv, table, spec, tiles, _precision(q))
+        # The rows past the sequence's end belong to the next one: they stay as they are.
+        old_out = lax.dynamic_slice_in_dim(out, start, num_rows)
+        old_lse = lax.dynamic_slice_in_dim(lse, start, num_rows)
+        new_out = jnp.where(is_live[0, :, None, None], new_out[0].astype(out.dtype), old_out)
+        new_lse = jnp.where(is_live[0, :, None], new_lse[0], old_lse)
+        return (
+            lax.dynamic_update_slice_in_dim(out, new_out, start, 0),
+            lax.dynamic_update_slice_in_dim(lse, new_lse, start, 0),
+        )
+
+    out, lse = lax.fori_loop(0, ends[-1], step, (out, lse))
+    return out[:-num_rows], lse[:-num_rows]
+
+
+def _precision(q: jax.Array) -> lax.Precision:
+    """Accelerators may shorten f32 operands when these hold 16-bit numbers, else not."""
+    return lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def _make_rows(
+    q: jax.Array,
+    tree_mask: jax.Array | None,
+    tokens: jax.Array,
+    kv_lens: jax.Array,
+    q_lens: jax.Array,
+    offsets: jax.Array,
+    is_live: jax.Array,
+) -> _Rows:
+    """Returns the rows [S, R] at `offsets` within their sequences."""
+    tree_starts = kv_lens - q_lens  # [S]
+    if tree_mask is None:
+        tree, depth = None, offsets
+    else:
+        tree = tree_mask[tokens]  # [S, R, W]
+        depth = lax.population_count(tree).astype(jnp.int32).sum(axis=-1) - 1
+    positions = jnp.where(is_live, tree_starts[:, None] + depth, -1)
+    lens = jnp.where(is_live.any(axis=1), kv_lens, 0)
+    return _Rows(q.astype(jnp.float32), positions, lens, tree_starts, tree)
+
+
+def _attend(
+    rows: _Rows,
+    kv: PagedKV,
+    page_table: jax.Array,
+    spec: AttentionSpec,
+    tiles: XlaTiles,
+    precision: lax.Precision,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the online softmax over blocks of pages; returns f32 ([S, R, N, H], [S, R, N])."""
+    num_seqs, num_rows, num_heads, head_dim = rows.q.shape
+    num_kv_heads, page = kv.num_kv_heads, kv.page_size
+    group = num_heads // num_kv_heads
+    pages = max(1, min(tiles.kv_block // page, page_table.shape[1]))  # in a block
+    block = pages * page
+    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
+    # Every page is a batch of its own ([S, p, K]), which spares transposing what was gathered:
+    # [S, p, K, R * G, H] . [S, p, K, B, H].
+    q = rows.q.reshape(num_seqs, num_rows, num_kv_heads, group, head_dim)
+    q = jnp.moveaxis(q, 1, 2).reshape(num_seqs, 1, num_kv_heads, num_rows * group, head_dim)
+    q = jnp.broadcast_to(
+        q * spec.sm_scale, (num_seqs, pages, num_kv_heads, num_rows * group, head_dim)
+    )
+    dot = functools.partial(
+        lax.dot_general, preferred_element_type=jnp.float32, precision=precision
+    )
+    batch = ((0, 1, 2), (0, 1, 2))
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        acc, top, total = carry
+        ids = lax.dynamic_slice(page_table, (0, i * pages), (num_seqs, pages))
+        keys = i * block + jnp.arange(block).reshape(pages, page)  # [p, B]
+        k = kv.k_pages[ids].astype(jnp.float32)  # [S, p, K, B, H]
+        v = kv.v_pages[ids].astype(jnp.float32)
+        # Places past the end may hold anything, a NaN of an earlier request too.
+        is_key = keys[None] < rows.lens[:, None, None]  # [S, p, B]
+        v = jnp.where(is_key[:, :, None, :, None], v, 0.0)
+        s = dot(q, k, (((4,), (4,)), batch))  # [S, p, K, R * G, B]
+        if kv.k_scale is not None:
+            s = s * kv.k_scale[ids][:, :, :, None, :]
+        if spec.soft_cap is not None:
+            s = spec.soft_cap * jnp.tanh(s / spec.soft_cap)
+        visible = jnp.repeat(_visible(rows, keys, spec.sliding_window), group, axis=2)
+        s = jnp.where(visible[:, :, None], s, -jnp.inf)
+        new_top = jnp.maximum(top, s.max(axis=(1, 4)))  # [S, K, R * G]
+        p = jnp.exp(s - new_top[:, None, :, :, None])
+        alpha = jnp.exp(top - new_top)
+        total = total * alpha + p.sum(axis=(1, 4))
+        if kv.v_scale is not None:
+            # A masked place must not bring its scale's NaN back.
+            v_scale = jnp.where(is_key[:, :, None], kv.v_scale[ids], 0.0)
+            p = p * v_scale[:, :, :, None, :]
+        pv = dot(p, v, (((4,), (3,)), batch)).sum(axis=1)  # [S, K, R * G, H]
+        return acc * alpha[..., None] + pv, new_top, total
+
+    shape = (num_seqs, num_kv_heads, num_rows * group)
+    carry = (
+        jnp.zeros((*shape, head_dim), jnp.float32),
+        jnp.full(shape, _LOWEST, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
+    first, last = _key_range(rows, spec.sliding_window)
+    acc, top, total = lax.fori_loop(first // block, -(-last // block), step, carry)
+    out = acc / jnp.where(total > 0, total, 1.0)[..., None]
+    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    split = (num_seqs, num_kv_heads, num_rows, group)
+    out = jnp.moveaxis(out.reshape(*split, head_dim), 1, 2)
+    lse = jnp.moveaxis(lse.reshape(split), 1, 2)
+    return (
+        out.reshape(num_seqs, num_rows, num_heads, head_dim),
+        lse.reshape(num_seqs, num_rows, num_heads),
+    )
+
+
+def _key_range(rows: _Rows, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the first key any row sees and one past the last."""
+    last = rows.lens if rows.tree is not None else rows.positions.max(axis=1) + 1
+    last = jnp.minimum(last, rows.lens).max()
+    if window is None:
+        return jnp.int32(0), last
+    is_live = rows.positions >= 0
+    first = jnp.where(is_live, rows.positions - window + 1, last)
+    if rows.tree is not None:  # the window leaves out keys before the tree only
+        first = jnp.minimum(first, rows.tree_starts[:, None])
+    return jnp.clip(first.min(), 0, last), last
+
+
+def _visible(rows: _Rows, keys: jax.Array, window: int | None) -> jax.Array:
+    """Returns [S, p, R, B]: which keys [p, B] each row sees."""
+    keys = keys[None, :, None, :]
+    positions = rows.positions[:, None, :, None]
+    in_window = True if window is None else keys > positions - window
+    if rows.tree is None:
+        return (keys <= positions) & in_window
+    nodes = keys - rows.tree_starts[:, None, None, None]  # [S, p, 1, B], index into the bits
+    bit = jnp.zeros((), bool)
+    for w in range(rows.tree.shape[-1]):
+        word = rows.tree[:, None, :, w, None]  # [S, 1, R, 1]
+        shift = jnp.clip(nodes - 32 * w, 0, 31).astype(jnp.uint32)
+        bit = bit | ((nodes // 32 == w) & ((word >> shift) & jnp.uint32(1) == 1))
+    is_key = (keys < rows.lens[:, None, None, None]) & (positions >= 0)
+    return is_key & (((nodes < 0) & in_window) | ((nodes >= 0) & bit))
+
+
+IMPL = Impl("xla", _why_not, run)

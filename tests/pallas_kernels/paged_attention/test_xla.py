@@ -1,0 +1,105 @@
+"""The jnp backend against float64 numpy, and the laws of its loops."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention import ragged_paged_attention
+from pallas_kernels.paged_attention.xla import XlaTiles
+
+attend = jax.jit(
+    ragged_paged_attention,
+    static_argnames=(
+        *("sm_scale", "soft_cap", "sliding_window", "max_q_len"),
+        *("return_lse", "config", "impl"),
+    ),
+)
+
+# f32 sums of up to 300 terms against float64.
+F32_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def check(inputs, expected, **options):
+    out, lse = attend(*inputs.args, **inputs.kwargs, return_lse=True, impl="xla", **options)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected[0], **F32_TOLERANCE)
+    np.testing.assert_allclose(np.asarray(lse, np.float64), expected[1], **F32_TOLERANCE)
+    padding = inputs.q_starts[-1]
+    assert not np.asarray(out[padding:]).any()
+    assert np.isneginf(np.asarray(lse[padding:])).all()
+
+
+def test_agrees_with_float64(case, reference):
+    inputs = case.build()
+    check(inputs, reference(inputs))
+
+
+def test_neither_tiles_nor_garbage_after_the_end_of_a_sequence_matter(case, reference):
+    inputs = case.build(seed=1)
+    expected = reference(inputs)
+    kv = inputs.kv
+    is_live = np.zeros(kv.k_pages.shape[:1] + kv.k_pages.shape[2:3], bool)  # [P, B]
+    for s, kv_len in enumerate(inputs.kv_lens):
+        for i in range(kv_len):
+            is_live[inputs.page_table[s, i // kv.page_size], i % kv.page_size] = True
+
+    def poison(x):
+        if x is None or jnp.dtype(x.dtype) == jnp.int8:
+            return x
+        mask = is_live[:, None, :, None] if x.ndim == 4 else is_live[:, None]
+        return jnp.where(mask, x, jnp.array(jnp.nan, x.dtype))
+
+    inputs = dataclasses.replace(inputs, kv=jax.tree.map(poison, kv))
+    check(inputs, expected, config=XlaTiles(kv_block=8, q_block=16))
+
+
+def test_one_program_serves_every_length(make_case, reference):
+    traces = []
+    f = jax.jit(lambda *a: traces.append(1) or ragged_paged_attention(*a, sm_scale=0.25))
+    inputs = make_case(name="", seqs=((1, 300), (1, 300))).build()
+    for length in (1, 8, 130, 300):
+        inputs = dataclasses.replace(inputs, kv_lens=np.array([length, 300], np.int32))
+        out = f(*inputs.args)
+        np.testing.assert_allclose(np.asarray(out), reference(inputs)[0], **F32_TOLERANCE)
+    assert len(traces) == 1
+
+
+def test_any_mix_of_sequences_gives_what_each_gives_alone(make_case):
+    seqs = ((1, 50), (40, 70), (1, 1), (5, 5), (70, 70))
+    inputs = make_case(name="", seqs=seqs).build()
+    together = attend(*inputs.args, **inputs.kwargs)
+    for s in range(len(seqs)):
+        first, end = inputs.q_starts[s], inputs.q_starts[s + 1]
+        q, kv, kv_lens, table, _ = inputs.args
+        alone = attend(
+            *(q[first:end], kv, kv_lens[s : s + 1], table[s : s + 1]),
+            jnp.array([0, end - first], jnp.int32),
+            **{**inputs.kwargs, "max_q_len": int(end - first)},
+        )
+        np.testing.assert_allclose(np.asarray(alone), np.asarray(together[first:end]), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_inputs_are_accumulated_in_f32(make_case, reference, dtype):
+    inputs = make_case(name="", seqs=((1, 300), (40, 60))).build(dtype=dtype)
+    out, lse = attend(*inputs.args, **inputs.kwargs, return_lse=True)
+    assert out.dtype == dtype and lse.dtype == jnp.float32
+    expected = reference(inputs)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected[0], rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(np.asarray(lse, np.float64), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_table_costs_nothing_in_temporaries(make_case):
+    """The padded table of 4096 tokens is never gathered: temporaries stay below a page's worth."""
+    case = make_case(name="", seqs=((1, 20),) * 4)
+    q, kv, kv_lens, table, q_starts = case.build().args
+    wide = jnp.pad(table, ((0, 0), (0, 4096 // case.page_size - table.shape[1])))
+    temps = []
+    for t in (table, wide):
+        args = (q, kv, kv_lens, t, q_starts)
+        compiled = attend.lower(*args, sm_scale=1.0, max_q_len=1).compile()
+        temps.append(compiled.memory_analysis().temp_size_in_bytes)
+    gathered = 2 * 4 * 4096 * 2 * case.head_dim * 4
+    assert temps[1] < gathered / 8, temps
