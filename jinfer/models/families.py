@@ -1,6 +1,6 @@
 """Hugging Face checkpoints in our terms: config.json -> ModelConfig, tensor names <-> params paths.
 
-Knows nothing of jax. A loader streams a checkpoint through it, one tensor in memory at a time:
+Knows nothing of files. A loader streams a checkpoint through it, one tensor in memory at a time:
 
     config = config_from_hf(json.load(open("config.json")))
     missing = dict(expected_shapes(config))      # {("layers", 0, "attn", "q", "w"): (D, N*H), ...}
@@ -26,11 +26,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
+from jax.tree_util import SequenceKey
 
 from jinfer.config import ModelConfig
 from jinfer.models.hf_config import SUPPORTED as SUPPORTED
 from jinfer.models.hf_config import config_from_hf as config_from_hf
+from jinfer.models.model import Model
 
 Path: TypeAlias = tuple[str | int, ...]
 """Keys into the params tree, e.g. ("layers", 3, "attn", "q", "w")."""
@@ -65,42 +68,11 @@ class Placement:
 @functools.lru_cache(maxsize=8)
 def expected_shapes(config: ModelConfig) -> Mapping[Path, tuple[int, ...]]:
     """Returns every parameter of the model with its shape; layers as a tuple."""
-    d, v, f = config.hidden_size, config.vocab_size, config.intermediate_size
-    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
-    shapes: dict[Path, tuple[int, ...]] = {("embed", "w"): (v, d), ("final_norm", "scale"): (d,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head", "w"] = (d, v)
-    for i in range(config.num_layers):
-        layer: dict[Path, tuple[int, ...]] = {
-            ("attn_norm", "scale"): (d,),
-            ("mlp_norm", "scale"): (d,),
-            ("attn", "q", "w"): (d, n * h),
-            ("attn", "k", "w"): (d, k * h),
-            ("attn", "v", "w"): (d, k * h),
-            ("attn", "o", "w"): (n * h, d),
-        }
-        if config.post_norms:
-            layer |= {("attn_post_norm", "scale"): (d,), ("mlp_post_norm", "scale"): (d,)}
-        if config.qk_norm:
-            layer |= {("attn", "q_norm", "scale"): (h,), ("attn", "k_norm", "scale"): (h,)}
-        if config.attention_bias:
-            layer |= {("attn", "q", "b"): (n * h,)}
-            layer |= {("attn", "k", "b"): (k * h,), ("attn", "v", "b"): (k * h,)}
-        if config.attention_out_bias:
-            layer |= {("attn", "o", "b"): (d,)}
-        if config.is_moe_layer(i):
-            e, fe = config.num_experts, config.expert_intermediate_size
-            layer |= {("mlp", "router", "w"): (d, e)}
-            layer |= {("mlp", "gate", "w"): (e, d, fe), ("mlp", "up", "w"): (e, d, fe)}
-            layer |= {("mlp", "down", "w"): (e, fe, d)}
-        else:
-            layer |= {("mlp", "gate", "w"): (d, f), ("mlp", "up", "w"): (d, f)}
-            layer |= {("mlp", "down", "w"): (f, d)}
-            if config.mlp_bias:
-                layer |= {("mlp", "gate", "b"): (f,), ("mlp", "up", "b"): (f,)}
-                layer |= {("mlp", "down", "b"): (d,)}
-        shapes |= {("layers", i, *path): shape for path, shape in layer.items()}
-    return shapes
+    leaves, _ = jax.tree.flatten_with_path(Model(config).abstract_params())
+    return {
+        tuple(key.idx if isinstance(key, SequenceKey) else key.key for key in path): leaf.shape
+        for path, leaf in leaves
+    }
 
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
