@@ -137,11 +137,11 @@ def _as_strings(name: str, value: Any) -> tuple[str, ...]:
         not isinstance(value, (bytes, Mapping)) and hasattr(value, "__iter__"),
         f"{name} must be a string or a list of strings, got {value!r}",
     )
-    strings = tuple(dict.fromkeys(value))
+    strings: list[str] = list(value)
     for text in strings:
         require(isinstance(text, str), f"{name} must hold strings, got {text!r}")
         require(text != "", f"{name} holds an empty string, which would match everywhere")
-    return strings
+    return tuple(dict.fromkeys(strings))
 
 
 def _as_logit_bias(value: Any) -> dict[int, float] | None:
@@ -283,10 +283,10 @@ class SamplingParams:
 
     def __post_init__(self, *refused: Any) -> None:
         for (name, reason), value in zip(_REFUSED_IN_ORDER, refused, strict=True):
-            neutral = getattr(type(self), name)
-            # best_of = 1 and an unset value in any spelling ask for nothing either.
-            is_neutral = value is None or value == neutral or (name == "best_of" and value == 1)
-            require(is_neutral, f"{name}={value!r} is not supported: {reason}")
+            # An unset value in any spelling asks for nothing, nor does the best of one.
+            is_unset = value is None or value is False or value in ([], (), {})
+            is_neutral = value == getattr(type(self), name) or (name == "best_of" and value == 1)
+            require(is_unset or is_neutral, f"{name}={value!r} is not supported: {reason}")
         self._normalise()
         self._check_ranges()
         self._check_contradictions()
@@ -391,7 +391,10 @@ class SamplingParams:
     @classmethod
     def from_optional(cls, **kwargs: Any) -> SamplingParams:
         """Builds from values of which None means "the default" (but max_tokens=None: no limit)."""
-        return cls(**{k: v for k, v in kwargs.items() if v is not None or k == "max_tokens"})
+        given: dict[str, Any] = {
+            k: v for k, v in kwargs.items() if v is not None or k == "max_tokens"
+        }
+        return cls(**given)
 
     def clone(self) -> SamplingParams:
         """Returns an equal copy; change fields with `dataclasses.replace`."""
