@@ -1,0 +1,296 @@
+"""`load_tokenizer`: a Hugging Face tokenizer for any model that `load` takes; no torch, no jax.
+
+A GGUF file brings its vocabulary, merges or scores, token types and chat template as metadata; they
+are put together here as llama.cpp reads them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jinfer.weights.gguf import END_OF_TURN
+from jinfer.weights.gguf_file import GGUFFile
+from jinfer.weights.locate import locate
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_HF_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "tekken.json",
+)
+_SPACE = "▁"  # how sentencepiece spells a space
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SLASH_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LLAMA3 = (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL,)
+_QWEN2 = (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL,)
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    + _SLASH_TAIL,
+)
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?|\p{{N}}{{1,3}}" + _SLASH_TAIL,
+)
+_SPLITS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "exaone4"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (r"\p{N}", _GPT2)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan"), _QWEN2),
+    "tekken": _TEKKEN,
+    **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+"""tokenizer.ggml.pre -> the expressions that cut a text before merging, each applied to the pieces
+that the one before it left."""
+
+# These look a whole word up before they merge, and start with bos unless the file says otherwise.
+_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
+
+
+def load_tokenizer(
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model.
+
+    Args:
+      path_or_name: as for `load`: a Hugging Face folder, a .gguf file, a folder with exactly one, a
+        name on the hub, or "smollm2". A folder's tokenizer files go before its GGUF file.
+      revision: branch, tag or commit of a hub name.
+
+    Returns:
+      A fast tokenizer of transformers, with chat template and special tokens.
+
+    Raises:
+      FileNotFoundError: nothing is there, or nothing by that name can be fetched.
+      ValueError: there is no tokenizer in it, or one of an unknown kind.
+    """
+    folder = pathlib.Path(path_or_name).expanduser()
+    if any((folder / name).is_file() for name in _HF_FILES) and revision is None:
+        return _from_hf(folder, None)
+    path = locate(path_or_name, revision)
+    if path is None:
+        return _from_hf(path_or_name, revision)
+    if path.is_dir():
+        raise ValueError(f"no tokenizer in {path}: expected one of {', '.join(_HF_FILES)}")
+    return tokenizer_from_gguf(GGUFFile(path))
+
+
+def _from_hf(name: str | os.PathLike[str], revision: str | None) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(os.fspath(name), revision=revision)
+    except (OSError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(f"cannot load a tokenizer from {os.fspath(name)!r}: {reason}") from error
+
+
+def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerBase:
+    """Builds the tokenizer that a GGUF file describes.
+
+    Raises:
+      ValueError: it describes none, or one whose kind or pre-tokenizer is unknown.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    get = _Getter(file)
+    kind = get("model")
+    tokens = get("tokens")
+    if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
+        raise ValueError(
+            f"{file.path} has no tokenizer that can be read (tokenizer.ggml.model is {kind!r}); "
+            f"supported: 'gpt2' (byte-level BPE) and 'llama' (sentencepiece)"
+        )
+    if len(set(tokens)) != len(tokens):
+        raise ValueError(f"{file.path} has the same token twice in its vocabulary")
+    types = get("token_type")
+    types = np.ones(len(tokens), np.int32) if types is None else types
+    backend, add_bos = (_byte_level if kind == "gpt2" else _sentencepiece)(get, tokens, types)
+    _add_whole_tokens(backend, get, tokens, types)
+    named = {
+        name: tokens[token_id]
+        for name, key in _NAMED_TOKENS.items()
+        if (token_id := get(key)) is not None and token_id < len(tokens)
+    }
+    add_bos = bool(get("add_bos_token", add_bos)) and "bos_token" in named
+    add_eos = bool(get("add_eos_token", False)) and "eos_token" in named
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        add_bos_token=add_bos,
+        add_eos_token=add_eos,
+        model_max_length=int(file.metadata.get(f"{get.arch}.context_length", 1 << 30)),
+        **named,
+    )
+    tokenizer.chat_template = _chat_template(file.metadata)
+    return tokenizer
+
+
+_NAMED_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+
+
+class _Getter:
+    """tokenizer.ggml.* of a file."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.arch = str(file.metadata.get("general.architecture"))
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        return self.file.metadata.get(f"tokenizer.ggml.{key}", default)
+
+
+def _chat_template(metadata: dict[str, Any]) -> Any:
+    """Returns the template, or {name: template} where the file has several."""
+    prefix = "tokenizer.chat_template"
+    default = metadata.get(prefix)
+    named = {
+        key.removeprefix(prefix + "."): value
+        for key, value in metadata.items()
+        if key.startswith(prefix + ".")
+    }
+    return default if not named else named if default is None else {"default": default, **named}
+
+
+def _byte_level(
+    get: _Getter, tokens: list[str], types: np.ndarray
+) -> tuple[tokenizers.Tokenizer, bool]:
+    """GPT-2's BPE over bytes; returns the tokenizer and whether a bos token is usual."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    pre = get("pre")
+    if pre is None:
+        logger.warning("%s names no pre-tokenizer, assuming llama.cpp's default", get.file.path)
+        pre = "default"
+    if pre not in _SPLITS:
+        raise ValueError(
+            f"{get.file.path} needs the pre-tokenizer {pre!r}; supported: {', '.join(_SPLITS)}"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=_known(merges, tokens),
+        ignore_merges=pre in _WHOLE_WORDS_FIRST,
+    )
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in _SPLITS[pre]]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend, pre in _WHOLE_WORDS_FIRST
+
+
+def _known(merges: list[tuple[str, ...]], tokens: list[str]) -> list[tuple[str, str]]:
+    """Leaves out merges whose result is no token: they can never apply."""
+    known = set(tokens)
+    return [
+        (merge[0], merge[1])
+        for merge in merges
+        if len(merge) == 2 and known.issuperset((*merge, merge[0] + merge[1]))
+    ]
+
+
+def _sentencepiece(
+    get: _Getter, tokens: list[str], types: np.ndarray
+) -> tuple[tokenizers.Tokenizer, bool]:
+    """BPE over characters, best-scored pair first, unknown characters as bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    has_bytes = bool((types == _BYTE).any())
+    unknown = get("unknown_token_id", 0)
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=_merges_from_scores(get, tokens, types),
+        unk_token=tokens[unknown] if unknown < len(tokens) else None,
+        fuse_unk=True,
+        byte_fallback=has_bytes,
+    )
+    backend = Tokenizer(model)
+    starts_with_space = bool(get("add_space_prefix", True))
+    steps: list[Any] = [normalizers.Prepend(_SPACE)] if starts_with_space else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    after: list[Any] = [decoders.Strip(" ", 1, 0)] if starts_with_space else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
+    return backend, True
+
+
+def _merges_from_scores(
+    get: _Getter, tokens: list[str], types: np.ndarray
+) -> list[tuple[str, str]]:
+    """Every way to put a token together from two others, best token first.
+
+    Sentencepiece merges the pair whose result has the highest score. In Gemma's files the scores do
+    not say that order, the token ids do.
+    """
+    scores = get("scores")
+    if scores is None or get.arch.startswith("gemma"):
+        scores = -np.arange(len(tokens), dtype=np.float64)
+    mergeable = ~np.isin(types, (_UNKNOWN, _CONTROL, _BYTE))
+    ids = {token: i for i, token in enumerate(tokens) if mergeable[i]}
+    ranked = []
+    for token, i in ids.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                ranked.append((-float(scores[i]), i, ids[left], ids[right]))
+    ranked.sort()
+    return [(tokens[left], tokens[right]) for _, _, left, right in ranked]
+
+
+def _add_whole_tokens(
+    backend: tokenizers.Tokenizer, get: _Getter, tokens: list[str], types: np.ndarray
+) -> None:
+    """Marks the tokens that are matched whole: control tokens (special) and user-defined ones."""
+    from tokenizers import AddedToken
+
+    is_control = types == _CONTROL
+    for token in END_OF_TURN:  # files that mark these otherwise are mistaken
+        if token in tokens:
+            is_control[tokens.index(token)] = True
+    # Phi-3's templates put a line break after each role, which its special tokens swallow.
+    name = str(get.file.metadata.get("general.name", "")).lower()
+    is_phi3 = get("model") == "llama" and ("phi-3" in name or "phi3" in name)
+    keeps_space = ("<unk>", "<s>", "<|endoftext|>")
+    backend.add_special_tokens(
+        [
+            AddedToken(
+                tokens[i],
+                normalized=False,
+                special=True,
+                rstrip=is_phi3 and tokens[i] not in keeps_space,
+            )
+            for i in np.flatnonzero(is_control | (types == _UNKNOWN))
+        ]
+    )
+    backend.add_tokens(
+        [
+            AddedToken(tokens[i], normalized=False, special=False)
+            for i in np.flatnonzero((types == _USER_DEFINED) & ~is_control)
+        ]
+    )

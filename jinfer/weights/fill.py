@@ -1,0 +1,159 @@
+"""Tensors of an open checkpoint -> params on the device, one parameter in host memory at a time.
+
+Knows no file format: a checkpoint is anything with the members of `Checkpoint`, its tensors under
+Hugging Face names and in Hugging Face layout ([O, I]).
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jinfer.config import ModelConfig
+from jinfer.models.families import Path, Placement, expected_shapes, placements, unflatten
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Checkpoint(Protocol):
+    """What `fill` needs to know of a checkpoint.
+
+    Attributes:
+      path: named in messages.
+      config: with `tie_word_embeddings` and the bias flags as the tensors say.
+      dtype: one of `DTYPES`: what the weights are meant to be computed in.
+      shapes: Hugging Face name -> shape, for every tensor that is not to be skipped.
+    """
+
+    path: pathlib.Path
+    config: ModelConfig
+    dtype: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        """Returns a tensor, in `dtype` if it must be converted anyway, else as stored."""
+        ...
+
+    def spell(self, path: Path) -> str:
+        """Returns the name that the tensor for the parameter at `path` would have in the file."""
+        ...
+
+
+def resolve_dtype(dtype: Any, stored: str) -> np.dtype[Any]:
+    """Returns the dtype to load weights in.
+
+    Args:
+      dtype: a name or dtype among `DTYPES`; None or "auto" for `stored` on accelerators and float32
+        on CPUs, whose bfloat16 dots are ten times slower.
+      stored: the checkpoint's own dtype.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        dtype = "float32" if jax.default_backend() == "cpu" else stored
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)}, got {dtype!r}")
+    return found
+
+
+def fill(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Returns the params of `checkpoint.config`, every leaf on the default device in `dtype`.
+
+    All names and shapes are checked before the first tensor is read.
+
+    Raises:
+      ValueError: a tensor is unknown, missing, there twice, or not of the shape of the config.
+    """
+    plan = _plan(checkpoint)
+    shapes = expected_shapes(checkpoint.config)
+    leaves = {path: _load(checkpoint, pieces, shapes[path], dtype) for path, pieces in plan.items()}
+    return unflatten(leaves, checkpoint.config)
+
+
+_Pieces = list[tuple[str, Placement]]
+
+
+def _plan(checkpoint: Checkpoint) -> dict[Path, _Pieces]:
+    """Returns the pieces of each parameter, in the order of `expected_shapes`."""
+    config, where = checkpoint.config, f"checkpoint {checkpoint.path}"
+    expected = expected_shapes(config)
+    plan: dict[Path, _Pieces] = {path: [] for path in expected}
+    for name, shape in checkpoint.shapes.items():
+        places = placements(config, name)
+        for place in places:
+            _check_shape(config, name, shape, place, where)
+            taken = plan[place.path]
+            if any(place.expert == other.expert or other.expert is None for _, other in taken):
+                raise ValueError(f"{where} holds {checkpoint.spell(place.path)} twice")
+            taken.append((name, place))
+        stops = [place.rows[1] for place in places if place.rows is not None]
+        if stops and max(stops) != shape[-2 if len(shape) > 1 else 0]:
+            raise ValueError(
+                f"{where}: {name} is {list(shape)}, but the config makes it {max(stops)} rows"
+            )
+    missing = []
+    for path, pieces in plan.items():
+        is_stack = bool(pieces) and pieces[0][1].expert is not None
+        if len(pieces) < (expected[path][0] if is_stack else 1):
+            missing.append(checkpoint.spell(path))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{where} lacks {missing[0]}{more}; a {config.family} model of "
+            f"{config.num_layers} layers needs it"
+        )
+    return plan
+
+
+def _check_shape(
+    config: ModelConfig, name: str, shape: tuple[int, ...], place: Placement, where: str
+) -> None:
+    want = expected_shapes(config)[place.path]
+    if place.expert is not None:
+        want = want[1:]
+    if place.transpose:
+        want = (*want[:-2], want[-1], want[-2])
+    part = f"rows {place.rows[0]} to {place.rows[1]} of " if place.rows else ""
+    if len(want) == len(shape):
+        got = place.take(np.broadcast_to(np.zeros((), bool), shape)).shape
+        if (got if not place.transpose else (*got[:-2], got[-1], got[-2])) == want:
+            return
+    raise ValueError(
+        f"{where}: {name} is {list(shape)}, but the config asks for {part}{list(want)} there"
+    )
+
+
+def _load(
+    checkpoint: Checkpoint, pieces: _Pieces, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> jax.Array:
+    name, place = pieces[0]
+    transpose = place.transpose
+    if place.expert is None:
+        tensor = _cut(checkpoint.read(name, dtype), place)
+    else:  # a stack is filled in the checkpoint's layout and transposed as a whole
+        stack_shape = (shape[0], shape[2], shape[1]) if transpose else shape
+        tensor = np.empty(stack_shape, dtype)
+        for name, place in pieces:
+            tensor[place.expert] = _cut(checkpoint.read(name, dtype), place)
+    if not (tensor.flags.writeable or transpose) and tensor.dtype == dtype:
+        tensor = np.array(
+            tensor
+        )  # not the mapped file: on CPUs jax may keep the buffer it is given
+    # The device transposes and converts: on accelerators that is far faster than numpy.
+    array = jax.device_put(np.ascontiguousarray(tensor))
+    if transpose:
+        array = jnp.swapaxes(array, -1, -2)
+    return array.astype(dtype)
+
+
+def _cut(tensor: np.ndarray, place: Placement) -> np.ndarray:
+    """Like `place.take`, before any transposition."""
+    taken = place.take(tensor)
+    return taken.swapaxes(-1, -2) if place.transpose else taken

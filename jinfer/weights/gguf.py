@@ -1,0 +1,368 @@
+"""GGUF files as checkpoints: metadata -> ModelConfig, tensors under their Hugging Face names.
+
+What differs from Hugging Face, and is undone here:
+- "llama" files hold the rows of q and k in the order of interleaved rotation:
+      row 2j of a head = row j there,  row 2j + 1 = row j + head_dim / 2;
+- Gemma files hold 1 + gamma for gamma;
+- Llama 3.1's rope scaling is a tensor of divisors, rope_freqs.weight, rather than four numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jinfer.config import ModelConfig
+from jinfer.models.families import Path, config_from_hf, placements
+from jinfer.weights.gguf_file import GGUFFile
+
+ARCHITECTURES = {
+    "llama": "llama",  # also Mistral; with experts, Mixtral
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+}
+"""general.architecture -> Hugging Face's model_type."""
+
+# Keys that change the maths in ways the decoder does not know; no supported family writes them.
+_REFUSED = (
+    *("logit_scale", "residual_scale", "embedding_scale", "expert_shared_count"),
+    *("attention.clamp_kqv", "attention.max_alibi_bias", "attention.temperature_length"),
+)
+# Ends of a turn that older files do not name by key.
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+_TOP = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+class _Metadata:
+    """Lookups under the architecture's prefix, with the file named when something is missing."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.arch = str(file.metadata.get("general.architecture"))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.file.metadata.get(f"{self.arch}.{key}")
+        if isinstance(value, float):  # float32 0.00001 reads as 9.99999974e-06
+            return float(str(np.float32(value)))
+        return default if value is None else value
+
+    def require(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise ValueError(f"{self.file.path} lacks the metadata {self.arch}.{key}")
+        return value
+
+    def tokenizer(self, key: str) -> Any:
+        return self.file.metadata.get(f"tokenizer.ggml.{key}")
+
+
+def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
+    """Returns the tokens that end a text or a turn, the file's eos token first."""
+    metadata = _Metadata(file)
+    ids = [metadata.tokenizer(key) for key in _END_KEYS]
+    tokens = metadata.tokenizer("tokens")
+    if isinstance(tokens, list) and metadata.tokenizer("eot_token_id") is None:
+        ids += [tokens.index(token) for token in END_OF_TURN if token in tokens]
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def gguf_config(file: GGUFFile) -> ModelConfig:
+    """Translates a file's metadata.
+
+    Raises:
+      ValueError: the architecture is unknown, or a key is missing or not supported.
+    """
+    meta = _Metadata(file)
+    if meta.arch not in ARCHITECTURES:
+        raise ValueError(
+            f"unknown GGUF architecture {meta.arch!r} in {file.path}; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    for key in _REFUSED:
+        if meta.get(key):
+            raise ValueError(f"{file.path} sets {meta.arch}.{key}, which is not supported")
+    num_heads = int(meta.require("attention.head_count"))
+    hidden_size = int(meta.require("embedding_length"))
+    head_dim = int(meta.get("attention.key_length", hidden_size // num_heads))
+    if int(meta.get("attention.value_length", head_dim)) != head_dim:
+        raise ValueError(f"{file.path} has values and keys of different lengths: not supported")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ValueError(f"{file.path} has no tensor 'token_embd.weight'")
+    family = ARCHITECTURES[meta.arch]
+    if family == "llama" and meta.get("expert_count"):
+        family = "mixtral"
+    hf: dict[str, Any] = {
+        "model_type": family,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden_size,
+        "intermediate_size": _intermediate_size(meta),
+        "num_hidden_layers": int(meta.require("block_count")),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": int(meta.get("attention.head_count_kv", num_heads)),
+        "head_dim": head_dim,
+        "max_position_embeddings": int(meta.require("context_length")),
+        "rms_norm_eps": meta.require("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": meta.tokenizer("bos_token_id"),
+        "eos_token_id": list(eos_token_ids(file)),
+        "pad_token_id": meta.tokenizer("padding_token_id"),
+        **_windows(meta, family),
+        **_experts(meta),
+        **_rope(file, meta, family, head_dim),
+    }
+    if family in ("gemma2", "gemma3_text"):
+        hf |= _gemma(meta, family, hf)
+    config = config_from_hf(hf)
+    return dataclasses.replace(
+        config,
+        attention_bias=_has_bias(file, "attn_q") or _has_bias(file, "attn_qkv"),
+        attention_out_bias=_has_bias(file, "attn_output"),
+        mlp_bias=_has_bias(file, "ffn_down"),
+    )
+
+
+def _has_bias(file: GGUFFile, module: str) -> bool:
+    return f"blk.0.{module}.bias" in file.tensors
+
+
+def _intermediate_size(meta: _Metadata) -> int:
+    width = meta.get("feed_forward_length")
+    if width is None:  # a file whose every layer has experts may leave it out
+        width = meta.require("expert_feed_forward_length")
+    if isinstance(width, np.ndarray):
+        if len(set(width.tolist())) != 1:
+            raise ValueError(f"{meta.file.path} has layers of different widths: not supported")
+        width = width[0]
+    return int(width)
+
+
+def _windows(meta: _Metadata, family: str) -> dict[str, Any]:
+    window = meta.get("attention.sliding_window")
+    if family == "gemma2" and window is None:
+        window = 4096
+    found: dict[str, Any] = {"sliding_window": int(window) if window else None}
+    pattern = meta.get("attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray):
+        found["layer_types"] = ["sliding_attention" if w else "full_attention" for w in pattern]
+    elif pattern and family == "gemma3_text":
+        found["sliding_window_pattern"] = int(pattern)
+    return found
+
+
+def _experts(meta: _Metadata) -> dict[str, Any]:
+    count = meta.get("expert_count")
+    if not count:
+        return {}
+    return {
+        "num_experts": int(count),
+        "num_local_experts": int(count),
+        "num_experts_per_tok": int(meta.require("expert_used_count")),
+        "moe_intermediate_size": int(
+            meta.get("expert_feed_forward_length") or _intermediate_size(meta)
+        ),
+        "norm_topk_prob": bool(meta.get("expert_weights_norm", True)),
+    }
+
+
+def _gemma(meta: _Metadata, family: str, hf: Mapping[str, Any]) -> dict[str, Any]:
+    # The 27B models scale by model width a head; llama.cpp knows them by their depth too.
+    is_27b = hf["num_hidden_layers"] == {"gemma2": 46, "gemma3_text": 62}[family]
+    per_head = hf["hidden_size"] / hf["num_attention_heads"]
+    scalar = per_head if is_27b else hf["head_dim"]
+    if (scale := meta.get("attention.scale")) is not None:
+        scalar = scale**-2.0
+    found: dict[str, Any] = {"query_pre_attn_scalar": scalar}
+    for ours, theirs in (("attn", "attn_logit_softcapping"), ("final", "final_logit_softcapping")):
+        if (cap := meta.get(f"{ours}_logit_softcapping")) is not None:
+            found[theirs] = cap
+    return found
+
+
+def _rope(file: GGUFFile, meta: _Metadata, family: str, head_dim: int) -> dict[str, Any]:
+    context = int(meta.require("context_length"))
+    original = int(meta.get("rope.scaling.original_context_length", context))
+    rotated = int(meta.get("rope.dimension_count", head_dim))
+    factor = float(meta.get("rope.scaling.factor", meta.get("rope.scale_linear")) or 1.0)
+    kind = meta.get("rope.scaling.type") or ("none" if factor == 1.0 else "linear")
+    rope: dict[str, Any] = {
+        "rope_type": "default" if kind == "none" else kind,
+        "rope_theta": float(meta.get("rope.freq_base", 10000.0)),
+        "factor": factor,
+    }
+    attention_factor = meta.get("rope.scaling.attn_factor")
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = original
+        rope["beta_fast"] = meta.get("rope.scaling.yarn_beta_fast")
+        rope["beta_slow"] = meta.get("rope.scaling.yarn_beta_slow")
+        if attention_factor not in (None, 1.0):  # on top of what yarn prescribes
+            rope["attention_factor"] = float(attention_factor) * (1.0 + 0.1 * math.log(factor))
+    if "rope_factors_long.weight" in file.tensors:
+        short, long = (file.read(f"rope_factors_{part}.weight") for part in ("short", "long"))
+        rope |= {
+            "rope_type": "longrope",
+            "factor": context / original,
+            "short_factor": short.tolist(),
+            "long_factor": long.tolist(),
+            "original_max_position_embeddings": original,
+            "attention_factor": attention_factor,
+        }
+    elif "rope_freqs.weight" in file.tensors:
+        divisors = file.read("rope_freqs.weight")
+        if divisors.shape != (rotated // 2,):
+            raise ValueError(
+                f"{file.path}: rope_freqs.weight is {list(divisors.shape)}, expected [{rotated // 2}]"
+            )
+        rope |= _frequency_divisors(divisors, rope["rope_theta"], rotated, original)
+    if rotated != head_dim:
+        rope["partial_rotary_factor"] = rotated / head_dim
+    if family != "gemma3_text":
+        return {"rope_parameters": rope, "original_max_position_embeddings": original}
+    local = float(meta.get("rope.freq_base_swa", 10000.0))
+    return {
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+    }
+
+
+def _frequency_divisors(
+    divisors: np.ndarray, theta: float, rotated: int, context: int
+) -> dict[str, Any]:
+    """Names the rope scaling that divides the frequencies so.
+
+    Llama 3.1's own if its numbers (8192 positions before, factors 1 and 4) give these divisors;
+    otherwise longrope with the same divisors at every length, which is the same thing spelled out.
+    """
+    factor = float(divisors.max())
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    smooth = np.clip((8192 / wavelengths - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    if np.allclose(1.0 / ((1 - smooth) / factor + smooth), divisors, rtol=1e-4):
+        return {
+            "rope_type": "llama3",
+            "factor": round(factor, 4),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return {
+        "rope_type": "longrope",
+        "factor": 1.0,
+        "short_factor": divisors.tolist(),
+        "long_factor": divisors.tolist(),
+        "original_max_position_embeddings": context,
+        "attention_factor": 1.0,
+    }
+
+
+class GGUFCheckpoint:
+    """A GGUF file as a `Checkpoint`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: truncated, one of several parts, or of an unknown architecture, type or tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = GGUFFile(path)
+        self.path = pathlib.Path(path)
+        num_parts = int(self._file.metadata.get("split.count", 1))
+        if num_parts > 1:
+            raise ValueError(
+                f"{path} is one of {num_parts} parts; merge them first: llama-gguf-split --merge"
+            )
+        self.config = gguf_config(self._file)
+        kinds = {tensor.type_name for tensor in self._file.tensors.values()}
+        self.dtype = "float32" if kinds == {"F32"} else "bfloat16"
+        self._stored: dict[str, str] = {}  # Hugging Face name -> ours
+        for name in self._file.tensors:
+            if name in _ROPE_TENSORS or name.endswith("attn_rot_embd.weight"):
+                continue
+            hf_name = self._hf_name(name)
+            if hf_name is None:
+                known = ", ".join(["token_embd", "output_norm", "output", *_IN_LAYER])
+                raise ValueError(f"unknown tensor {name!r} in {path}; supported: {known}")
+            self._stored[hf_name] = name
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            hf_name: self._file.tensors[name].shape for hf_name, name in self._stored.items()
+        }
+
+    def _hf_name(self, name: str) -> str | None:
+        module, _, leaf = name.rpartition(".")
+        if module in _TOP:
+            return f"{_TOP[module]}.{leaf}"
+        match = _LAYER_TENSOR.fullmatch(name)
+        if match is None or match[2] not in _IN_LAYER:
+            return None
+        inner = _IN_LAYER[match[2]]
+        if match[2] == "ffn_norm" and self.config.post_norms:
+            inner = "pre_feedforward_layernorm"
+        if match[2] == "ffn_up" and self.config.family == "phi3":
+            inner = "mlp.gate_up_proj"
+        return f"model.layers.{match[1]}.{inner}.{match[3]}"
+
+    def read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        stored = self._stored[name]
+        is_gamma = self.config.norm_plus_one and stored.endswith("norm.weight")
+        tensor = self._file.read(stored, np.float32 if is_gamma else dtype)
+        if is_gamma:
+            tensor -= 1.0
+        part = stored.split(".")[-2]
+        if self.config.family in ("llama", "mixtral") and part in ("attn_q", "attn_k"):
+            # [heads, head_dim / 2, 2, ...] -> [heads, 2, head_dim / 2, ...]
+            halves = tensor.reshape(-1, self.config.head_dim // 2, 2, *tensor.shape[1:])
+            tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+        return tensor
+
+    def spell(self, path: Path) -> str:
+        prefix = f"blk.{path[1]}." if path[0] == "layers" else ""
+        leaf = "bias" if path[-1] == "b" else "weight"
+        for module in _IN_LAYER if prefix else _TOP:
+            name = f"{prefix}{module}.{leaf}"
+            try:
+                places = placements(self.config, self._hf_name(name) or name)
+            except ValueError:  # not a tensor of this family
+                continue
+            if any(place.path == path for place in places):
+                return name
+        return "/".join(map(str, path))

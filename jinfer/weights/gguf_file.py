@@ -1,0 +1,191 @@
+"""The GGUF container: metadata, tensor table and dequantized tensors; knows nothing of models.
+
+The file is memory-mapped and read lazily. The `gguf` package does the arithmetic of the quantized
+types; its own reader builds one numpy object for each vocabulary entry, which takes seconds, so the
+header is parsed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+import pathlib
+import struct
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"GGUF"
+SUPPORTED_VERSIONS = (2, 3)
+SUPPORTED_TYPES = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+)
+CHUNK_ELEMENTS = 1 << 22
+"""Elements dequantized at once: the float32 temporaries stay small beside the tensor."""
+
+# GGUF value types: number -> numpy dtype, with two that are not numbers.
+_SCALARS = {
+    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
+    **{10: "<u8", 11: "<i8", 12: "<f8"},
+}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFTensor:
+    """One row of the tensor table.
+
+    Attributes:
+      name: as in the file, e.g. "blk.0.attn_q.weight".
+      shape: numpy order: the quantized axis last, `[out, in]` for a linear.
+      type_name: the storage type, e.g. "Q4_K"; one of `SUPPORTED_TYPES`.
+      offset: first byte, counted from the start of the file.
+      num_bytes: stored size.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    offset: int
+    num_bytes: int
+
+
+class _Cursor:
+    """Reads little-endian values off a buffer, and says when it ends too soon."""
+
+    def __init__(self, path: pathlib.Path, buffer: mmap.mmap) -> None:
+        self.path, self.buffer, self.position = path, buffer, 0
+
+    def take(self, num_bytes: int) -> int:
+        """Steps over `num_bytes` and returns where they start."""
+        start = self.position
+        if num_bytes < 0 or start + num_bytes > len(self.buffer):
+            raise ValueError(
+                f"{self.path} is truncated: its header runs past the end of the file "
+                f"({len(self.buffer)} bytes); download it again"
+            )
+        self.position = start + num_bytes
+        return start
+
+    def unpack(self, code: str) -> Any:
+        return struct.unpack_from("<" + code, self.buffer, self.take(struct.calcsize(code)))[0]
+
+    def string(self) -> str:
+        length = self.unpack("Q")
+        start = self.take(length)
+        return self.buffer[start : start + length].decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            kind, count = self.unpack("I"), self.unpack("Q")
+            if kind in _SCALARS:
+                return self.numbers(_SCALARS[kind], count)
+            return [self.value(kind) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise ValueError(f"{self.path} is damaged: metadata of unknown type {kind}")
+        return self.numbers(_SCALARS[kind], 1)[0].item()
+
+    def numbers(self, dtype: str, count: int) -> np.ndarray:
+        start = self.take(np.dtype(dtype).itemsize * count)
+        return np.frombuffer(self.buffer, dtype, count, start).copy()
+
+
+class GGUFFile:
+    """An open GGUF file.
+
+    Attributes:
+      path: where it lies.
+      metadata: key -> str, bool, int, float, list of str, or a numpy array of numbers.
+      tensors: name -> `GGUFTensor`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not GGUF, of an unsupported version or type, or truncated.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no GGUF file at {self.path}")
+        with self.path.open("rb") as file:
+            if file.read(4) != MAGIC:
+                raise ValueError(f"{self.path} is not a GGUF file: it does not start with 'GGUF'")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+                self._read_header(_Cursor(self.path, buffer))
+
+    def _read_header(self, cursor: _Cursor) -> None:
+        cursor.take(len(MAGIC))
+        version = cursor.unpack("I")
+        if version not in SUPPORTED_VERSIONS:
+            swapped = version & 0xFFFF == 0
+            raise ValueError(
+                f"{self.path} is {'big-endian' if swapped else f'GGUF version {version}'}; "
+                f"supported: little-endian GGUF versions {', '.join(map(str, SUPPORTED_VERSIONS))}"
+            )
+        num_tensors, num_keys = cursor.unpack("Q"), cursor.unpack("Q")
+        self.metadata: dict[str, Any] = {}
+        for _ in range(num_keys):
+            key = cursor.string()
+            self.metadata[key] = cursor.value(cursor.unpack("I"))
+        self.tensors: dict[str, GGUFTensor] = self._read_table(cursor, num_tensors)
+
+    def _read_table(self, cursor: _Cursor, num_tensors: int) -> dict[str, GGUFTensor]:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        rows = []
+        for _ in range(num_tensors):
+            name = cursor.string()
+            shape = tuple(cursor.unpack("Q") for _ in range(cursor.unpack("I")))[::-1]
+            rows.append((name, shape, cursor.unpack("I"), cursor.unpack("Q")))
+        alignment = int(self.metadata.get("general.alignment", 32))
+        data_start = -(-cursor.position // alignment) * alignment
+        known_types = {int(kind): kind.name for kind in GGMLQuantizationType}
+        tensors: dict[str, GGUFTensor] = {}
+        for name, shape, kind, offset in rows:
+            type_name = known_types.get(kind, f"number {kind}")
+            if type_name not in SUPPORTED_TYPES:
+                raise ValueError(
+                    f"tensor {name!r} of {self.path} has type {type_name}; "
+                    f"supported: {', '.join(SUPPORTED_TYPES)}"
+                )
+            block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+            num_bytes = int(np.prod(shape, dtype=np.int64)) // block_size * block_bytes
+            if shape[-1] % block_size:
+                raise ValueError(
+                    f"tensor {name!r} of {self.path} is damaged: rows of {shape[-1]} are not "
+                    f"whole {type_name} blocks of {block_size}"
+                )
+            if data_start + offset + num_bytes > len(cursor.buffer):
+                raise ValueError(
+                    f"{self.path} is truncated: tensor {name!r} needs bytes up to "
+                    f"{data_start + offset + num_bytes}, the file has {len(cursor.buffer)}; "
+                    f"download it again"
+                )
+            tensors[name] = GGUFTensor(name, shape, type_name, data_start + offset, num_bytes)
+        return tensors
+
+    def read(self, name: str, dtype: np.dtype[Any] | type = np.float32) -> np.ndarray:
+        """Returns tensor `name` as a fresh array of its shape in `dtype`, dequantized by chunks."""
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[name]
+        out = np.empty(tensor.shape, dtype)
+        if out.size == 0:
+            return out
+        # Mapped for as long as it is read, so that the file does not pile up in resident memory.
+        stored = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,))
+        if tensor.type_name in ("F32", "F16"):
+            out.reshape(-1)[:] = stored.view("<f4" if tensor.type_name == "F32" else "<f2")
+            return out
+        rows = out.reshape(-1, tensor.shape[-1])
+        stored = np.asarray(stored).reshape(len(rows), -1)
+        kind = GGMLQuantizationType[tensor.type_name]
+        step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
+        for start in range(0, len(rows), step):
+            rows[start : start + step] = dequantize(stored[start : start + step], kind)
+        return out

@@ -1,0 +1,240 @@
+"""Hugging Face folders: config.json and safetensors, one file or several; no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jinfer.config import ModelConfig
+from jinfer.models.families import Path, config_from_hf, names_of, placements
+from jinfer.weights.fill import DTYPES
+
+INDEX = "model.safetensors.index.json"
+# The types of plain weights; any other comes with a quantization that says what it means.
+_STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_EMBEDDING_NAMES = (
+    *("model.embed_tokens.weight", "embed_tokens.weight"),
+    *("language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: `path` from byte `offset`, C order."""
+
+    path: pathlib.Path
+    dtype_name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """Returns the tensor as a read-only view of the file, unmapped when it is dropped."""
+        dtype = _STORED_DTYPES[self.dtype_name]
+        if 0 in self.shape:
+            return np.empty(self.shape, dtype)
+        return np.memmap(self.path, dtype, "r", self.offset, self.shape)
+
+
+def read_safetensors_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of one .safetensors file.
+
+    Raises:
+      ValueError: the file is cut short, or its header is not one.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if size < 8 or start > size:
+            raise ValueError(
+                f"{path} is truncated or no safetensors file: {size} bytes, its header should end "
+                f"at byte {start}; download it again"
+            )
+        try:
+            header = json.loads(file.read(start - 8))
+            rows = {
+                name: (row["dtype"], tuple(row["shape"]), *row["data_offsets"])
+                for name, row in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} has a damaged safetensors header ({error})") from error
+    tensors = {}
+    for name, (dtype_name, shape, begin, end) in rows.items():
+        if start + end > size:
+            raise ValueError(
+                f"{path} is truncated: tensor {name} needs bytes up to {start + end}, the file has "
+                f"{size}; download it again"
+            )
+        dtype = _STORED_DTYPES.get(dtype_name)
+        if dtype is not None and end - begin != dtype.itemsize * int(np.prod(shape, dtype=int)):
+            raise ValueError(
+                f"{path} is damaged: {name} is {dtype_name}{list(shape)} in {end - begin} bytes"
+            )
+        tensors[name] = StoredTensor(path, dtype_name, shape, start + begin)
+    return tensors
+
+
+def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the weight files of a folder: those of its index, else the single one, else all.
+
+    Raises:
+      FileNotFoundError: the index names a file that is not there.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, Mapping) or not weight_map:
+            raise ValueError(f"{index} has no 'weight_map'")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{index} names {file.name}, which is not in the folder")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    # "consolidated" is Mistral's own spelling of weights that the folder also holds.
+    return sorted(
+        file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated")
+    )
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Raises:
+      ValueError: it is not one.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
+    return value
+
+
+def read_hf_config(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Returns a folder's config, with the ends of generation_config.json, and its config.json.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: the architecture is unknown, or the checkpoint is quantized.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no config.json in {folder}: not a Hugging Face model folder")
+    hf = read_json(path)
+    _refuse_quantized(folder, hf)
+    config = config_from_hf(hf)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        eos = read_json(generation).get("eos_token_id")  # what transformers' generate stops at
+        if eos is not None:
+            ids = tuple(eos) if isinstance(eos, list) else (eos,)
+            config = dataclasses.replace(config, eos_token_ids=ids)
+    return config, hf
+
+
+def _refuse_quantized(folder: pathlib.Path, hf: Mapping[str, Any]) -> None:
+    """The door where readers of quantized formats are to be chosen by `quant_method`."""
+    stated = hf.get("quantization_config") or (hf.get("text_config") or {}).get(
+        "quantization_config"
+    )
+    files = [
+        name
+        for name in ("quantize_config.json", "hf_quant_config.json")
+        if (folder / name).is_file()
+    ]
+    if stated or files:
+        method = stated.get("quant_method") if isinstance(stated, Mapping) else None
+        raise ValueError(
+            f"{folder} holds quantized weights (method {method or ', '.join(files) or 'unnamed'}), "
+            f"which are not supported; use the unquantized checkpoint or a GGUF file"
+        )
+
+
+class HFCheckpoint:
+    """A Hugging Face folder as a `Checkpoint`: tensors are mapped one by one, never held.
+
+    Raises:
+      FileNotFoundError: no config.json, or a shard is missing.
+      ValueError: no safetensors, damaged or truncated files, unknown or quantized model.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(folder)
+        config, hf = read_hf_config(self.path)
+        files = safetensors_files(self.path)
+        if not files:
+            pickles = any(self.path.glob("*.bin")) or any(self.path.glob("*.pth"))
+            hint = "; it has PyTorch pickles only: save it as safetensors" if pickles else ""
+            raise ValueError(
+                f"no weights in {self.path}: expected model.safetensors, {INDEX} and its files, "
+                f"or one .gguf file{hint}"
+            )
+        self._tensors: dict[str, StoredTensor] = {}
+        for file in files:
+            for name, tensor in read_safetensors_header(file).items():
+                if name in self._tensors:
+                    raise ValueError(
+                        f"{name} is in both {self._tensors[name].path.name} and {file.name} "
+                        f"of {self.path}"
+                    )
+                self._tensors[name] = tensor
+        for name, tensor in self._tensors.items():
+            if tensor.dtype_name not in _STORED_DTYPES and placements(config, name):
+                raise ValueError(
+                    f"{name} in {tensor.path} is stored as {tensor.dtype_name}; "
+                    f"supported: {', '.join(_STORED_DTYPES)}"
+                )
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tensor.shape for name, tensor in self._tensors.items()
+        }
+        self.config = self._untangle_head(config)
+        self.dtype = self._own_dtype(hf)
+
+    def _untangle_head(self, config: ModelConfig) -> ModelConfig:
+        """Obeys the tensors over the flag: tools write a tied matrix once or twice."""
+        embedding = self._embedding()
+        head = self._tensors.get("lm_head.weight") or self._tensors.get(
+            "language_model.lm_head.weight"
+        )
+        is_tied = head is None
+        if head is not None and config.tie_word_embeddings and embedding is not None:
+            is_tied = head.shape == embedding.shape and np.array_equal(
+                head.read(), embedding.read()
+            )
+        return dataclasses.replace(config, tie_word_embeddings=is_tied)
+
+    def _embedding(self) -> StoredTensor | None:
+        return next((self._tensors[n] for n in _EMBEDDING_NAMES if n in self._tensors), None)
+
+    def _own_dtype(self, hf: Mapping[str, Any]) -> str:
+        text = hf.get("text_config") or {}
+        for holder in (hf, text):
+            stated = str(holder.get("dtype") or holder.get("torch_dtype")).removeprefix("torch.")
+            if stated in DTYPES:
+                return stated
+        embedding = self._embedding()
+        if embedding is not None and embedding.dtype_name in ("BF16", "F16"):
+            return _STORED_DTYPES[embedding.dtype_name].name
+        return "float32"
+
+    def read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        tensor = self._tensors[name].read()
+        return tensor.astype(dtype) if tensor.dtype == np.float64 else tensor
+
+    def spell(self, path: Path) -> str:
+        return names_of(self.config, path)[0]

@@ -1,0 +1,62 @@
+"""`load`: a folder, a GGUF file, a hub name or the default model -> (Model, params)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from jinfer.config import ModelConfig
+from jinfer.models.model import Model
+from jinfer.weights.fill import Checkpoint, fill, resolve_dtype
+from jinfer.weights.gguf import GGUFCheckpoint
+from jinfer.weights.hf import HFCheckpoint, read_hf_config, safetensors_files
+from jinfer.weights.locate import fetch_from_hub, locate
+
+_CONFIG_FILES = ("config.json", "generation_config.json")
+_WEIGHT_FILES = (*_CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
+
+
+def load(
+    path_or_name: str | os.PathLike[str], *, dtype: Any = None, revision: str | None = None
+) -> tuple[Model, dict[str, Any]]:
+    """Loads a model, one tensor in host memory at a time.
+
+    Args:
+      path_or_name: a Hugging Face folder, a .gguf file, a folder with exactly one, a name on the
+        Hugging Face hub, or "smollm2", the default model. What exists on disk goes first.
+      dtype: "float32", "bfloat16" or "float16" for every parameter; None or "auto": the
+        checkpoint's own on accelerators, float32 on CPUs.
+      revision: branch, tag or commit of a hub name.
+
+    Returns:
+      The model, and its params on the default device.
+
+    Raises:
+      FileNotFoundError: nothing is there, or nothing by that name can be fetched.
+      ValueError: it cannot be loaded; one line says which part, and what is supported.
+    """
+    checkpoint = open_checkpoint(path_or_name, revision=revision)
+    params = fill(checkpoint, resolve_dtype(dtype, checkpoint.dtype))
+    return Model(checkpoint.config), params
+
+
+def open_checkpoint(
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None
+) -> Checkpoint:
+    """Returns the checkpoint, its config and tensor table read, no tensor yet; raises as `load`."""
+    path = locate(path_or_name, revision)
+    if path is None:
+        path = fetch_from_hub(os.fspath(path_or_name), revision, _WEIGHT_FILES)
+    return GGUFCheckpoint(path) if path.is_file() else HFCheckpoint(path)
+
+
+def load_config(
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None
+) -> ModelConfig:
+    """Returns a model's config: config.json is enough, of a hub name nothing more is fetched."""
+    path = locate(path_or_name, revision)
+    if path is None:
+        path = fetch_from_hub(os.fspath(path_or_name), revision, _CONFIG_FILES)
+    if path.is_dir() and not safetensors_files(path):
+        return read_hf_config(path)[0]
+    return open_checkpoint(path).config

@@ -1,0 +1,75 @@
+"""Where a model lies: a folder or file on disk, the default model, or a name on the hub."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+from jinfer.weights.default_model import DEFAULT_MODEL, default_model_path
+
+
+def locate(
+    path_or_name: str | os.PathLike[str], revision: str | None = None
+) -> pathlib.Path | None:
+    """Returns the Hugging Face folder or the .gguf file meant; None for a name on the hub.
+
+    A folder with exactly one .gguf file and no safetensors stands for that file. What exists on
+    disk goes before names.
+
+    Raises:
+      FileNotFoundError: it is spelled like a path and not there, or the default cannot be had.
+      ValueError: a file of another kind, an ambiguous folder, or a `revision` for something local.
+    """
+    name = os.fspath(path_or_name)
+    path = pathlib.Path(name).expanduser()
+    if path.exists() or name == DEFAULT_MODEL:
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for names on the hub, {name!r} is local")
+        return _local(path) if path.exists() else default_model_path()
+    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if looks_like_path or path.suffix in (".gguf", ".safetensors") or not name:
+        raise FileNotFoundError(f"no model at {name!r}: there is no such file or folder")
+    return None
+
+
+def _local(path: pathlib.Path) -> pathlib.Path:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(
+                f"{path} is not a .gguf file; give the folder of a Hugging Face model instead"
+            )
+        return path
+    has_safetensors = any(path.glob("*.safetensors*"))
+    ggufs = sorted(path.glob("*.gguf"))
+    if has_safetensors or not ggufs:
+        return path
+    if len(ggufs) > 1:
+        names = ", ".join(file.name for file in ggufs)
+        raise ValueError(f"{path} has several GGUF files; give the path of one of them: {names}")
+    return ggufs[0]
+
+
+def fetch_from_hub(name: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
+    """Returns the local copy of a hub repository, fetching the files that match.
+
+    Raises:
+      FileNotFoundError: there is no such repository, or it cannot be reached.
+    """
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(patterns)
+        )
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # offline, unknown, gated, ill-formed names
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise FileNotFoundError(
+            f"no local model {name!r}, and the hub did not give one ({type(error).__name__}: "
+            f"{reason}); give a folder, a .gguf file, or {DEFAULT_MODEL!r}"
+        ) from error
+    return pathlib.Path(folder)
