@@ -59,8 +59,8 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the first device step takes in."""
-        return sum(seq.num_tokens for seq in self.seqs)
+        """Tokens whose KV the step computes."""
+        return sum(max(seq.num_tokens, seq.num_samples) for seq in self.seqs)
 
 
 @dataclasses.dataclass(frozen=True)

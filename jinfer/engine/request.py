@@ -30,7 +30,7 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
+@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class Request:
     """One sequence to generate. Mutable; only the scheduler changes it.
 
@@ -43,6 +43,7 @@ class Request:
       eos_token_ids: tokens that end the sequence unless `params.ignore_eos`.
       arrival: place in the order of arrival.
       priority: smaller is served first; equal ones by arrival.
+      bad_words_token_ids: the token sequences of `params.bad_words`, for the sampler.
       tokenizer: (argument only) makes the detokenizer, if `params.detokenize`.
       detokenizer: makes text of the output; None for token ids only.
       max_output_tokens: most tokens it may generate: `params.max_tokens`, what `max_model_len`
@@ -69,6 +70,7 @@ class Request:
     max_model_len: int
     priority: int = 0
     eos_token_ids: Sequence[int] = ()
+    bad_words_token_ids: Sequence[Sequence[int]] = ()
     tokenizer: dataclasses.InitVar[Any] = None
     detokenizer: Detokenizer | None = dataclasses.field(default=None, init=False)
     max_output_tokens: int = dataclasses.field(init=False)
@@ -110,6 +112,12 @@ class Request:
             self.logprobs = []
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}, {self.status.value}, {len(self.prompt_token_ids)} + "
+            f"{len(self.output_token_ids)} + {self.num_in_flight} tokens)"
+        )
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -36,7 +36,7 @@ class SchedulerStats:
 
     num_plans: int = 0
     num_preemptions: int = 0
-    num_scheduled_tokens: int = 0  # input tokens, those computed again included
+    num_scheduled_tokens: int = 0  # computed by all plans, again and again included
     num_output_tokens: int = 0  # accepted by commit
     num_discarded_tokens: int = 0  # sampled beyond the end of a request
     num_finished: int = 0  # however they ended
