@@ -30,9 +30,11 @@ CPU_KV_BYTES = (
     4 * 2**30
 )  # on a CPU the pool takes at most this, and at most a quarter of the memory
 
+# The formats of `jinfer.qtensor.QFormat` that the planner knows.
 _FORMAT = re.compile(
-    r"(?P<kind>int[2-8]|fp8(-e4m3|-e5m2)?|nf4)"
-    r"(-(?P<scope>g[1-9]\d*|channel|tensor))?(?P<asym>-asym)?(:dyn)?"
+    r"(?:int(?P<bits>[2-8])|(?P<fp8>fp8-e4m3|fp8-e5m2)|nf4|fp4)"
+    r"-(?:g(?P<group>[1-9]\d*)|(?P<whole>channel|tensor)|block(?P<block>[1-9]\d*))"
+    r"(?P<asym>-asym)?(?::[a-z-]+)?"
 )
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -157,17 +159,19 @@ def quantized_bytes(shape: tuple[int, ...], quantization: str) -> int:
             f"quantization must read like int4-g128, int4-g64-asym, int8-channel or "
             f"fp8-e4m3-channel, got {quantization!r}"
         )
-    kind, scope = match["kind"], match["scope"] or "channel"
-    bits = 8 if kind.startswith("fp8") else int(kind[-1])
+    bits = int(match["bits"] or (8 if match["fp8"] else 4))
     *lead, num_in, num_out = shape
-    if scope == "tensor":
-        num_scales = math.prod(lead)
+    if match["whole"]:
+        num_scales = num_out if match["whole"] == "channel" else 1
+    elif match["block"]:
+        num_scales = math.ceil(num_in / int(match["block"])) * math.ceil(
+            num_out / int(match["block"])
+        )
     else:
-        groups = math.ceil(num_in / int(scope[1:])) if scope.startswith("g") else 1
-        num_scales = math.prod(lead) * groups * num_out
-    zero_bits = bits if match["asym"] else 0
-    bits_all = math.prod(shape) * bits + num_scales * (8 * SCALE_BYTES + zero_bits)
-    return math.ceil(bits_all / 8)
+        num_scales = math.ceil(num_in / int(match["group"])) * num_out
+    code_bytes = math.ceil(num_in * bits / 8) * num_out if bits != 4 else num_in * num_out / 2
+    zero_bytes = (0.5 if bits == 4 else 1) if match["asym"] else 0
+    return math.ceil(math.prod(lead) * (code_bytes + num_scales * (SCALE_BYTES + zero_bytes)))
 
 
 def part_bytes(config: ModelConfig, dtype: str, quantization: str | None = None) -> dict[Part, int]:

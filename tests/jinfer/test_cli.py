@@ -421,3 +421,22 @@ def test_plan_takes_quantization_kv_dtype_and_memory(jinfer):
 def test_plan_says_when_the_weights_do_not_fit(jinfer):
     _, out, _ = jinfer("plan", "--model", "llama-2-70b", "--memory", "80GiB")
     assert "80.00 GiB at 0.9 does not hold the weights" in out
+
+
+def test_plan_reads_the_config_of_a_folder(jinfer, tmp_path):
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 100,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    status, out, err = jinfer("plan", "--model", tmp_path)
+    assert status == 0, err
+    block = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16 + 2 * 8
+    assert f"{2 * 100 * 8 + 2 * block + 8:,} parameters, 2 layers, 1 KV heads of 4" in out
+    status, _, err = jinfer("plan", "--model", tmp_path / "nowhere")
+    assert status == 1 and err.count("\n") == 1 and "nowhere" in err

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jinfer import memory
+from jinfer import memory, qtensor
 from jinfer.memory import PRESETS
 
 GIB = 2**30
@@ -76,10 +77,35 @@ def test_formats_by_hand(text, expected):
     assert memory.quantized_bytes((5, 64, 32), text) == 5 * expected  # experts
 
 
-@pytest.mark.parametrize("text", ["int4-g0", "int9-g128", "int4-g", "awq", "", "int4-g128-"])
+@pytest.mark.parametrize(
+    "text", ["int4-g0", "int9-g128", "int4-g", "awq", "", "int4-g128-", "int8", "nf4-g64-dq"]
+)
 def test_an_unknown_format_is_refused_by_name(text):
     with pytest.raises(ValueError, match="quantization must read like"):
         memory.quantized_bytes((64, 32), text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4-g128",
+        "int4-g64-asym",
+        "int8-channel:dyn",
+        "int8-tensor",
+        "int3-g32",
+        "int3-g32-asym",
+        "int5-channel",
+        "fp8-e4m3-channel:dyn",
+        "fp8-e5m2-tensor",
+        "fp8-e4m3-block32",
+        "nf4-g64",
+    ],
+)
+def test_the_planner_and_the_quantized_tensor_agree(text):
+    fmt = qtensor.QFormat.parse(text)
+    w = jnp.ones((100, 48), jnp.float32)
+    stored = qtensor.quantize(w, fmt, scale_dtype=jnp.bfloat16)
+    assert memory.quantized_bytes(w.shape, text) == stored.nbytes
 
 
 def test_quantization_leaves_embeddings_norms_and_head_alone():
