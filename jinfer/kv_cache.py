@@ -100,8 +100,6 @@ def move_slots(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCac
     dst_offsets = dst % kv.page_size
 
     def move(pool: Array) -> Array:
-        return pool.at[dst_pages, :, dst_offsets].set(
-            pool[src_pages, :, src_offsets], mode="drop"
-        )
+        return pool.at[dst_pages, :, dst_offsets].set(pool[src_pages, :, src_offsets], mode="drop")
 
     return dataclasses.replace(kv, k=move(kv.k), v=move(kv.v))

@@ -1,0 +1,49 @@
+"""The padded sizes that steps are compiled for; knows nothing of jax."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+
+from jinfer.config import EngineConfig
+
+
+def ladder(first: int, last: int, factor: int) -> tuple[int, ...]:
+    """Returns first, first * factor, ... up to and always including `last`."""
+    sizes = []
+    size = first
+    while size < last:
+        sizes.append(size)
+        size *= factor
+    return (*sizes, last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Padded sizes: few, so that everything is compiled during warm-up.
+
+    Attributes:
+      decode: sequences in a pure decode step: 1, 2, 4, ...
+      tokens: tokens in a step that prefills: 16, 64, 256, ...
+      seqs: sequences in a step that prefills: one alone, or as many as there may be.
+    """
+
+    decode: tuple[int, ...]
+    tokens: tuple[int, ...]
+    seqs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Buckets:
+        """Returns the buckets that cover every plan under `config`."""
+        return cls(
+            decode=ladder(1, config.max_num_seqs, 2),
+            tokens=ladder(min(16, config.max_num_batched_tokens), config.max_num_batched_tokens, 4),
+            seqs=ladder(1, config.max_num_seqs, max(2, config.max_num_seqs)),
+        )
+
+
+def fit(sizes: tuple[int, ...], size: int) -> int:
+    """Returns the smallest of `sizes` that holds `size`."""
+    idx = bisect.bisect_left(sizes, size)
+    assert idx < len(sizes), f"{size} is beyond the largest bucket {sizes[-1]}"
+    return sizes[idx]

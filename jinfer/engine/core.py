@@ -1,0 +1,169 @@
+"""The engine: scheduler, runner and the steps in flight between them; knows nothing of text in.
+
+Up to two steps are under way: step n + 1 is dispatched before the tokens of step n are read.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from jinfer.config import EngineConfig
+from jinfer.engine.plan import Progress
+from jinfer.engine.request import Request
+from jinfer.engine.runner import Launched, Runner
+from jinfer.engine.scheduler import Scheduler
+from jinfer.sampling import check_request
+from jinfer.sampling_params import SamplingParams, child_seed
+
+MAX_STEPS_IN_FLIGHT = 2
+
+
+class Engine:
+    """Serves requests of token ids, continuously batched.
+
+    Args:
+      runner: owns the device.
+      config: limits and policies.
+      tokenizer: for incremental detokenization; None serves token ids only.
+      eos_token_ids: tokens that end a request unless it ignores them.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        tokenizer: Any | None,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.runner = runner
+        self.config = config
+        self.tokenizer = tokenizer
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.scheduler = Scheduler(config, runner.cache.num_pages, runner.cache.page_size)
+        self._in_flight: collections.deque[Launched] = collections.deque()
+        self._arrivals = itertools.count()
+        self._seeds = random.Random(config.seed)
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        sample_idx: int = 0,
+        priority: int = 0,
+    ) -> Request:
+        """Queues a request.
+
+        Args:
+          request_id: unique among live requests.
+          prompt_token_ids: at least one id, all inside the vocabulary.
+          params: how to sample.
+          sample_idx: which of `params.n` samples this is; it enters the seed.
+          priority: lower is served first.
+
+        Raises:
+          ValueError: the prompt is empty, too long or has foreign ids, or a field cannot be met.
+        """
+        bad_words = self._bad_words(params)
+        self.check(prompt_token_ids, params, bad_words)
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt_token_ids),
+            params=params,
+            seed=child_seed(seed, sample_idx),
+            arrival=next(self._arrivals),
+            priority=priority,
+            eos_token_ids=self.eos_token_ids,
+            tokenizer=self.tokenizer,
+            bad_words_token_ids=bad_words,
+            max_model_len=self.config.max_model_len,
+        )
+        self.scheduler.add(request)
+        return request
+
+    def check(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        bad_words_token_ids: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """Raises ValueError if the request cannot be served."""
+        vocab_size = self.runner.vocab_size
+        if not len(prompt_token_ids):
+            raise ValueError("the prompt is empty: it must have at least one token")
+        bad = next(
+            (t for t in prompt_token_ids if isinstance(t, bool) or not 0 <= t < vocab_size), None
+        )
+        if bad is not None:
+            raise ValueError(
+                f"token id {bad} is outside the vocabulary: expected 0..{vocab_size - 1}"
+            )
+        if len(prompt_token_ids) >= self.config.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(prompt_token_ids)} tokens and leaves no room for output in "
+                f"a context of max_model_len={self.config.max_model_len}: shorten it or raise "
+                "max_model_len"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and value > self.config.max_logprobs:
+                raise ValueError(
+                    f"{name}={value} is more than max_logprobs={self.config.max_logprobs}: "
+                    "raise max_logprobs when the engine is made, or ask for -1 (all)"
+                )
+        check_request(
+            params,
+            vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            bad_words_token_ids=bad_words_token_ids,
+        )
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Tokenizes bad words, each at the start of a text and after a space, as vLLM does."""
+        if not params.bad_words:
+            return []
+        if self.tokenizer is None:
+            raise ValueError("bad_words are found in the text, and the engine has no tokenizer")
+        sequences = []
+        for word in params.bad_words:
+            bare = word.lstrip()
+            at_start = self.tokenizer.encode(bare, add_special_tokens=False)
+            after_space = self.tokenizer.encode(f" {bare}", add_special_tokens=False)
+            sequences.append(at_start)
+            if len(after_space) == len(at_start) and after_space[0] != at_start[0]:
+                sequences.append(after_space)
+        return sequences
+
+    def abort(self, request_id: str) -> Request | None:
+        """Ends a request and frees what it holds; returns it, or None if it is not live."""
+        return self.scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished or any step is under way."""
+        return self.scheduler.has_work() or bool(self._in_flight)
+
+    def step(self) -> list[Progress]:
+        """Dispatches what can be dispatched, then waits for the oldest step under way.
+
+        Returns:
+          What each of that step's requests gained.
+        """
+        while len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
+            plan = self.scheduler.plan()
+            if plan is None:
+                break
+            self._in_flight.append(self.runner.launch(plan))
+        if not self._in_flight:
+            return []
+        launched = self._in_flight.popleft()
+        result = self.runner.fetch(launched)
+        for seq, entries in zip(launched.plan.seqs, result.prompt_logprobs, strict=True):
+            for position, entry in entries:
+                seq.request.set_prompt_logprob(position, entry)
+        return self.scheduler.commit(launched.plan, result.samples, result.logprobs)

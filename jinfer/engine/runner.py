@@ -1,0 +1,380 @@
+"""Turns a plan into one jitted step on the device and its results back into Python values.
+
+The runner owns the device: weights, KV pool, sampler state. It decides nothing about requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jinfer import kv_cache, sampling, steps
+from jinfer.batch import DecodeBatch, StepBatch
+from jinfer.config import CacheConfig, EngineConfig
+from jinfer.engine import buckets
+from jinfer.engine.plan import Plan
+from jinfer.engine.request import Request
+from jinfer.models.model import Model
+from jinfer.sampling import ArgRow, SampleArgs
+from jinfer.sampling_params import SamplingParams
+from jinfer.typing import Params
+
+logger = logging.getLogger(__name__)
+
+
+class CompileCounter:
+    """Counts every program that XLA compiles (or loads from its cache) in this process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+
+
+compile_counter = CompileCounter()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Logprobs of one position.
+
+    Attributes:
+      token_id, logprob, rank: of the sampled (or given) token; rank 1 is the most likely.
+      ids, logprobs: [k] the most likely tokens, best first; k = V in id order for "all".
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    ids: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A step under way: its plan and the device arrays to fetch."""
+
+    plan: Plan
+    tokens: jax.Array
+    top: tuple[jax.Array, ...] | None
+    full: jax.Array | None
+    prompt_top: tuple[jax.Array, ...] | None
+    prompt_full: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """Fetched results, in the order of `plan.seqs`.
+
+    Attributes:
+      samples: token ids sampled for each sequence.
+      logprobs: for each sequence one `TokenLogprobs` a sample, or None.
+      prompt_logprobs: for each sequence `(position, TokenLogprobs)` of prompt tokens.
+    """
+
+    samples: list[list[int]]
+    logprobs: list[list[TokenLogprobs] | None]
+    prompt_logprobs: list[list[tuple[int, TokenLogprobs]]]
+
+
+class Runner:
+    """Executes plans on the default device.
+
+    Args:
+      model: the model.
+      params: its weights; used as they are, no copy.
+      cache: size of the KV pool.
+      config: engine limits.
+    """
+
+    def __init__(
+        self, model: Model, params: Params, cache: CacheConfig, config: EngineConfig
+    ) -> None:
+        self.model = model
+        self.params = params
+        self.cache = cache
+        self.config = config
+        self.buckets = buckets.Buckets.of(config)
+        self.max_pages = -(-config.max_model_len // cache.page_size)
+        self.vocab_size = model.config.vocab_size
+        self.top_k = min(config.max_logprobs, self.vocab_size)
+        self._num_rows = config.max_num_seqs
+        self._arg_rows: weakref.WeakKeyDictionary[Request, ArgRow] = weakref.WeakKeyDictionary()
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes an empty pool and an empty sampler state."""
+        self.kv = kv_cache.init(self.model.config, self.cache)
+        self.state = sampling.init_state(self._num_rows, self.vocab_size)
+
+    # ------------------------------------------------------------------ launching
+
+    def launch(self, plan: Plan) -> Launched:
+        """Dispatches a plan and returns at once."""
+        for seq in plan.seqs:
+            if seq.is_new_row:
+                self._reset_row(seq.request)
+        if plan.is_decode and all(seq.num_samples > 0 for seq in plan.seqs):
+            return self._launch_decode(plan)
+        return self._launch_ragged(plan)
+
+    def _reset_row(self, request: Request) -> None:
+        setup = sampling.pack_row(
+            request.params,
+            request.prompt_token_ids,
+            request.output_token_ids,
+            vocab_size=self.vocab_size,
+            eos_token_ids=request.eos_token_ids,
+            bad_words_token_ids=request.bad_words_token_ids,
+        )
+        self.state = steps.reset_row(self.state, _int32(request.row), setup)
+
+    def _args(self, plan: Plan, size: int) -> SampleArgs:
+        return sampling.pack_args([self._arg_row(seq.request) for seq in plan.seqs], size)
+
+    def _arg_row(self, request: Request) -> ArgRow:
+        row = self._arg_rows.get(request)
+        if row is None:
+            row = sampling.arg_row(
+                request.params, seed=request.seed, prompt_len=request.num_prompt_tokens
+            )
+            self._arg_rows[request] = row
+        return row
+
+    def _fill_rows(self, plan: Plan, batch: StepBatch | DecodeBatch) -> None:
+        for s, seq in enumerate(plan.seqs):
+            request = seq.request
+            batch.rows[s] = request.row
+            batch.prompt_lens[s] = request.num_prompt_tokens
+            batch.page_table[s, : len(request.pages)] = request.pages
+
+    def _launch_decode(self, plan: Plan) -> Launched:
+        size = buckets.fit(self.buckets.decode, len(plan.seqs))
+        batch = self._decode_padding(size)
+        self._fill_rows(plan, batch)
+        for s, seq in enumerate(plan.seqs):
+            batch.positions[s] = seq.start
+            batch.limits[s] = seq.num_samples
+            batch.tokens[s] = _known_tokens(seq.request, seq.start, 1)[0]
+        out = self._decode(batch, self._args(plan, size), plan.num_steps)
+        return self._launched(plan, out, prompt_targets=None)
+
+    def _launch_ragged(self, plan: Plan) -> Launched:
+        num_tokens = buckets.fit(self.buckets.tokens, plan.num_tokens)
+        size = buckets.fit(self.buckets.seqs, len(plan.seqs))
+        page_size = self.cache.page_size
+        batch = self._ragged_padding(num_tokens, size)
+        self._fill_rows(plan, batch)
+        sampled = np.zeros(size, np.bool_)
+        targets = np.zeros(num_tokens, np.int32)
+        begin = 0
+        for s, seq in enumerate(plan.seqs):
+            end = begin + seq.num_tokens
+            positions = np.arange(seq.start, seq.start + seq.num_tokens, dtype=np.int32)
+            pages = batch.page_table[s, positions // page_size]
+            batch.tokens[begin:end] = _known_tokens(seq.request, seq.start, seq.num_tokens)
+            batch.positions[begin:end] = positions
+            batch.seq_ids[begin:end] = s
+            batch.slots[begin:end] = pages * page_size + positions % page_size
+            batch.q_starts[s + 1 :] = end
+            batch.kv_lens[s] = seq.start + seq.num_tokens
+            sampled[s] = seq.num_samples > 0
+            if seq.wants_prompt_logprobs:
+                following = seq.request.prompt_token_ids[seq.start + 1 : positions[-1] + 2]
+                targets[begin : begin + len(following)] = following
+            begin = end
+        out = self._forward(batch, self._args(plan, size), sampled)
+        return self._launched(plan, out, prompt_targets=targets)
+
+    def _ragged_padding(self, num_tokens: int, size: int) -> StepBatch:
+        return StepBatch.padding(
+            num_tokens,
+            size,
+            max_pages=self.max_pages,
+            num_slots=self.cache.num_slots,
+            num_rows=self._num_rows,
+        )
+
+    def _decode_padding(self, size: int) -> DecodeBatch:
+        return DecodeBatch.padding(size, max_pages=self.max_pages, num_rows=self._num_rows)
+
+    def _forward(self, batch: StepBatch, args: SampleArgs, sampled: Any) -> steps.StepOutput:
+        out, self.kv, self.state = steps.forward_step(
+            self.model,
+            self.params,
+            self.kv,
+            self.state,
+            batch,
+            args,
+            sampled,
+            impl=self.config.attention_impl,
+        )
+        return out
+
+    def _decode(self, batch: DecodeBatch, args: SampleArgs, num_steps: int) -> steps.StepOutput:
+        out, self.kv, self.state = steps.decode_loop(
+            self.model,
+            self.params,
+            self.kv,
+            self.state,
+            batch,
+            args,
+            _int32(num_steps),
+            max_steps=self.config.num_decode_steps,
+            impl=self.config.attention_impl,
+        )
+        return out
+
+    def _launched(self, plan: Plan, out: steps.StepOutput, prompt_targets: Any) -> Launched:
+        """Dispatches what the plan's requests want beside tokens."""
+        wanted = {seq.request.params.logprobs for seq in plan.seqs if seq.num_samples}
+        prompt_wanted = {
+            seq.request.params.prompt_logprobs for seq in plan.seqs if seq.wants_prompt_logprobs
+        }
+        top = full = prompt_top = prompt_full = None
+        if wanted - {None}:
+            assert plan.num_steps == 1, "logprobs are those of a single step"
+            top = steps.top_logprobs(out.logits, out.tokens, k=self.top_k)
+            if -1 in wanted:
+                full = steps.log_softmax(out.logits)
+        if prompt_wanted:
+            assert prompt_targets is not None and out.hidden is not None
+            prompt_top = steps.prompt_logprobs(
+                self.model, self.params, out.hidden, prompt_targets, k=self.top_k
+            )
+            if -1 in prompt_wanted:
+                prompt_full = steps.prompt_log_softmax(self.model, self.params, out.hidden)
+        return Launched(plan, out.tokens, top, full, prompt_top, prompt_full)
+
+    # ------------------------------------------------------------------ fetching
+
+    def fetch(self, launched: Launched) -> StepResult:
+        """Waits for a step and returns its results."""
+        plan = launched.plan
+        tokens = np.asarray(launched.tokens)
+        samples = [tokens[: seq.num_samples, s].tolist() for s, seq in enumerate(plan.seqs)]
+        return StepResult(
+            samples,
+            self._fetch_logprobs(launched, samples),
+            self._fetch_prompt_logprobs(launched),
+        )
+
+    def _fetch_logprobs(
+        self, launched: Launched, samples: list[list[int]]
+    ) -> list[list[TokenLogprobs] | None]:
+        rows: list[list[TokenLogprobs] | None] = [None] * len(samples)
+        if launched.top is None:
+            return rows
+        top = [np.asarray(x) for x in launched.top]
+        full = None if launched.full is None else np.asarray(launched.full)
+        for s, seq in enumerate(launched.plan.seqs):
+            wanted = seq.request.params.logprobs
+            if wanted is not None and samples[s]:
+                rows[s] = [_token_logprobs(wanted, s, samples[s][-1], top, full)]
+        return rows
+
+    def _fetch_prompt_logprobs(self, launched: Launched) -> list[list[tuple[int, TokenLogprobs]]]:
+        rows: list[list[tuple[int, TokenLogprobs]]] = [[] for _ in launched.plan.seqs]
+        if launched.prompt_top is None:
+            return rows
+        top = [np.asarray(x) for x in launched.prompt_top]
+        full = None if launched.prompt_full is None else np.asarray(launched.prompt_full)
+        begin = 0
+        for s, seq in enumerate(launched.plan.seqs):
+            prompt = seq.request.prompt_token_ids
+            wanted = seq.request.params.prompt_logprobs
+            if seq.wants_prompt_logprobs and wanted is not None:
+                last = min(seq.start + seq.num_tokens, len(prompt) - 1)
+                for position in range(seq.start + 1, last + 1):
+                    t = begin + position - 1 - seq.start
+                    entry = _token_logprobs(wanted, t, prompt[position], top, full)
+                    rows[s].append((position, entry))
+            begin += seq.num_tokens
+        return rows
+
+    # ------------------------------------------------------------------ warming up
+
+    def warmup(self) -> float:
+        """Compiles every program that a plan can need; returns the seconds it took.
+
+        The programs run once with nothing but padding, which leaves pool and state as they were.
+        """
+        begin = time.perf_counter()
+        for size in self.buckets.decode:
+            out = self._decode(self._decode_padding(size), sampling.pack_args([], size), 1)
+            self._warm_logprobs(out)
+        for num_tokens in self.buckets.tokens:
+            for size in self.buckets.seqs:
+                batch = self._ragged_padding(num_tokens, size)
+                sampled = np.zeros(size, np.bool_)
+                out = self._forward(batch, sampling.pack_args([], size), sampled)
+                self._warm_logprobs(out)
+                targets: Any = np.zeros(num_tokens, np.int32)
+                assert out.hidden is not None
+                steps.prompt_logprobs(self.model, self.params, out.hidden, targets, k=self.top_k)
+                steps.prompt_log_softmax(self.model, self.params, out.hidden)
+        setup = sampling.pack_row(SamplingParams(), [0], [], vocab_size=self.vocab_size)
+        self.state = steps.reset_row(self.state, _int32(self._num_rows), setup)
+        jax.block_until_ready((self.kv, self.state))
+        return time.perf_counter() - begin
+
+    def _warm_logprobs(self, out: steps.StepOutput) -> None:
+        steps.top_logprobs(out.logits, out.tokens, k=self.top_k)
+        steps.log_softmax(out.logits)
+
+    def update_weights(self, params: Params) -> None:
+        """Serves `params` from the next step on, without copying them.
+
+        Raises:
+          ValueError: their tree, shapes or dtypes differ from the present weights'.
+        """
+        old, new = (jax.tree_util.tree_flatten_with_path(p) for p in (self.params, params))
+        if old[1] != new[1]:
+            raise ValueError(
+                "the new weights' tree differs from the present one's: expected "
+                f"{old[1].num_leaves} leaves, got {new[1].num_leaves}, or other names"
+            )
+        for (path, before), (_, after) in zip(old[0], new[0]):
+            if (before.shape, before.dtype) != (jnp.shape(after), after.dtype):
+                raise ValueError(
+                    f"weight {jax.tree_util.keystr(path)} must be {before.dtype}"
+                    f"{list(before.shape)}, got {after.dtype}{list(jnp.shape(after))}"
+                )
+        self.params = params
+
+
+def _int32(value: Any) -> Any:
+    return np.int32(value)
+
+
+def _known_tokens(request: Request, start: int, count: int) -> list[int]:
+    """Token ids at positions start .. start + count - 1, -1 where still on the device."""
+    prompt = request.prompt_token_ids
+    end = start + count
+    tokens = prompt[start:end]
+    if end > len(prompt):
+        offset = max(start - len(prompt), 0)
+        tokens = tokens + request.output_token_ids[offset : end - len(prompt)]
+    return tokens + [-1] * (count - len(tokens))
+
+
+def _token_logprobs(
+    wanted: int, row: int, token: int, top: list[np.ndarray], full: np.ndarray | None
+) -> TokenLogprobs:
+    ids, logprobs, token_logprob, rank = (x[row] for x in top)
+    if wanted == -1:
+        assert full is not None
+        ids, logprobs = np.arange(full.shape[-1]), full[row]
+    else:
+        ids, logprobs = ids[:wanted], logprobs[:wanted]
+    return TokenLogprobs(token, float(token_logprob), int(rank), ids, logprobs)

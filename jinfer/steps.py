@@ -1,0 +1,237 @@
+"""The jitted steps of the engine: the only library file that says `jax.jit`.
+
+Weights, KV pool and sampler state cross the boundary as plain pytrees; the pool and the state are
+donated and come back updated. Nothing here waits for the device. One program serves every context
+length and every mix of sampling fields; only the padded sizes named by `buckets` make new ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jinfer import kv_cache, sampling
+from jinfer.batch import DecodeBatch, StepBatch
+from jinfer.kv_cache import KVCache
+from jinfer.models.model import Model
+from jinfer.sampling import SampleArgs, SamplerState
+from jinfer.typing import Params
+from pallas_kernels.paged_attention import PagedKV, ragged_paged_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What a step leaves on the device for the host to fetch, or not.
+
+    Attributes:
+      tokens: [n, S] sampled ids, one row a decode step (n = 1 for `forward_step`).
+      logits: [S, V] f32 raw logits behind the last row of `tokens`.
+      hidden: [T, D] hidden states after the final norm (`forward_step` only).
+    """
+
+    tokens: Int[Array, "n S"]
+    logits: Float[Array, "S V"]
+    hidden: Float[Array, "T D"] | None
+
+
+def _forward(
+    model: Model, params: Params, kv: KVCache, state: SamplerState, batch: StepBatch, impl: str
+) -> tuple[Array, KVCache]:
+    """Runs the blocks over a ragged batch through the paged pool; returns hidden [T, D]."""
+    config = model.config
+
+    def attend(layer: Any, q: Array, k: Array, v: Array, kv: KVCache) -> tuple[Array, KVCache]:
+        kv = kv_cache.write(kv, layer, k, v, batch.slots)
+        out = ragged_paged_attention(
+            q,
+            PagedKV(kv.k, kv.v, None, None),
+            batch.kv_lens,
+            kv_cache.layer_pages(kv, layer, batch.page_table),
+            batch.q_starts,
+            sm_scale=config.sm_scale,
+            soft_cap=config.attention_soft_cap,
+            sliding_window=model.window(layer),
+            max_q_len=batch.max_q_len,
+            impl=impl,
+        )
+        assert isinstance(out, Array)
+        return out, kv
+
+    last_tokens = state.last_tokens.at[batch.rows].get(mode="fill", fill_value=0)  # [S]
+    tokens = jnp.where(batch.tokens < 0, last_tokens[batch.seq_ids], batch.tokens)
+    context_lens = jnp.maximum(batch.prompt_lens[batch.seq_ids], batch.positions + 1)
+    return model.apply(params, tokens, batch.positions, attend, kv, context_lens=context_lens)
+
+
+def _sample(
+    logits: Array,
+    args: SampleArgs,
+    state: SamplerState,
+    batch: StepBatch,
+    active: Array,
+    token_mask: Array | None,
+) -> tuple[Array, SamplerState]:
+    """Draws one token a sequence, at position kv_len, and notes it in the state."""
+    with jax.named_scope("sampler"):
+        positions = batch.kv_lens
+        processed = sampling.process_logits(logits, args, state, batch.rows, positions, token_mask)
+        tokens = sampling.sample(processed, args, positions)
+        return tokens, sampling.observe(state, batch.rows, tokens, active)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "impl"), donate_argnames=("kv", "state"))
+def forward_step(
+    model: Model,
+    params: Params,
+    kv: KVCache,
+    state: SamplerState,
+    batch: StepBatch,
+    args: SampleArgs,
+    sampled: Bool[Array, "S"],
+    token_mask: UInt32[Array, "S W"] | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[StepOutput, KVCache, SamplerState]:
+    """Runs one ragged step: prefill chunks, decodes, or both.
+
+    Args:
+      model: static.
+      params: weights.
+      kv: the pool, donated.
+      state: sampler state of R rows, donated.
+      batch: S sequences in T tokens, padded to a bucket.
+      args: sampling fields, one row a sequence.
+      sampled: [S] whether the sequence's last token ends its known tokens, so that the token
+        sampled after it counts. Others leave no trace in `state`.
+      token_mask: [S, ceil(V / 32)] packed mask of allowed tokens, or None.
+      impl: attention backend.
+    """
+    hidden, kv = _forward(model, params, kv, state, batch, impl)
+    logits = model.unembed(params, hidden[jnp.maximum(batch.q_starts[1:] - 1, 0)])  # [S, V]
+    tokens, state = _sample(logits, args, state, batch, sampled, token_mask)
+    return StepOutput(tokens[None], logits, hidden), kv, state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_steps", "impl"), donate_argnames=("kv", "state")
+)
+def decode_loop(
+    model: Model,
+    params: Params,
+    kv: KVCache,
+    state: SamplerState,
+    batch: DecodeBatch,
+    args: SampleArgs,
+    num_steps: Int[Array, ""],
+    *,
+    max_steps: int,
+    impl: str = "auto",
+) -> tuple[StepOutput, KVCache, SamplerState]:
+    """Runs `num_steps` decode steps without coming back to the host.
+
+    Args:
+      model: static.
+      params: weights.
+      kv: the pool, donated.
+      state: sampler state, donated.
+      batch: S sequences, padded to a bucket.
+      args: sampling fields.
+      num_steps: dynamic, at most `max_steps`.
+      max_steps: static height of the returned tokens.
+      impl: attention backend.
+
+    Returns:
+      tokens [max_steps, S], of which the first `num_steps` rows (and of sequence s the first
+      `batch.limits[s]`) count; the pool; the state.
+    """
+    size = batch.rows.shape[0]
+    seq_ids = jnp.arange(size, dtype=jnp.int32)
+    q_starts = jnp.arange(size + 1, dtype=jnp.int32)
+
+    def step(carry):
+        i, kv, state, out_tokens, _ = carry
+        active = i < batch.limits
+        positions = batch.positions + i
+        pages = batch.page_table[seq_ids, jnp.where(active, positions // kv.page_size, 0)]
+        slots = jnp.where(active, pages * kv.page_size + positions % kv.page_size, kv.num_slots)
+        here = StepBatch(
+            tokens=jnp.where((i > 0) | (batch.tokens < 0), -1, batch.tokens),
+            positions=positions,
+            seq_ids=seq_ids,
+            slots=slots,
+            q_starts=q_starts,
+            kv_lens=jnp.where(active, positions + 1, 0),
+            prompt_lens=batch.prompt_lens,
+            page_table=batch.page_table,
+            rows=batch.rows,
+            max_q_len=1,
+        )
+        hidden, kv = _forward(model, params, kv, state, here, impl)
+        logits = model.unembed(params, hidden)
+        tokens, state = _sample(logits, args, state, here, active, None)
+        return i + 1, kv, state, out_tokens.at[i].set(tokens), logits
+
+    carry = (
+        jnp.zeros((), jnp.int32),
+        kv,
+        state,
+        jnp.zeros((max_steps, size), jnp.int32),
+        jnp.zeros((size, model.config.vocab_size), jnp.float32),
+    )
+    _, kv, state, out_tokens, logits = jax.lax.while_loop(lambda c: c[0] < num_steps, step, carry)
+    return StepOutput(out_tokens, logits, None), kv, state
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def reset_row(state: SamplerState, row: Int[Array, ""], setup: Any) -> SamplerState:
+    """Prepares one sampler row for a request that is (re-)admitted; `state` is donated."""
+    return sampling.reset_row(state, row, setup)
+
+
+@functools.partial(jax.jit, static_argnames=("k",))
+def top_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, "n S"], *, k: int):
+    """Returns the k best of each row, and logprob and rank of the step's first sampled tokens."""
+    return sampling.top_logprobs(logits, tokens[0], k)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k"))
+def prompt_logprobs(
+    model: Model, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, "T"], *, k: int
+):
+    """Logprobs of the token that follows each of T positions, 16 rows of logits at a time.
+
+    Returns:
+      As `top_logprobs`, for T rows: ids [T, k], logprobs [T, k], target logprob [T], rank [T].
+    """
+    rows = 16
+    size = targets.shape[0]
+    pad = -size % rows
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, rows, hidden.shape[-1])
+    padded = jnp.pad(targets, (0, pad)).reshape(-1, rows)
+
+    def block(carry):
+        x, tokens = carry
+        return sampling.top_logprobs(model.unembed(params, x), tokens, k)
+
+    out = jax.lax.map(block, (hidden, padded))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], out)
+
+
+@jax.jit
+def log_softmax(logits: Float[Array, "S V"]) -> Float[Array, "S V"]:
+    """The whole vocabulary's logprobs, for `logprobs=-1`."""
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def prompt_log_softmax(
+    model: Model, params: Params, hidden: Float[Array, "T D"]
+) -> Float[Array, "T V"]:
+    """The whole vocabulary's logprobs after each of T positions, for `prompt_logprobs=-1`."""
+    return jax.nn.log_softmax(model.unembed(params, hidden), axis=-1)
