@@ -1,0 +1,86 @@
+"""Writes docs/benchmarks.md from benchmarks/results/*.json; --check only compares.
+
+Every bench writes the same JSON (see scripts/bench_engine.py); nothing there is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+Made by `python scripts/render_benchmarks.py` from `benchmarks/results/*.json`; do not edit. Every
+number comes from the command above its table, with peers in the same run. *limit* is what the
+hardware would allow, *goal* the ratio that was aimed at.
+"""
+COLUMNS = ("case", "metric", "unit", "jinfer", "peer", "peer's value", "ratio", "limit", "goal")
+
+
+def render(reports: dict[str, dict[str, Any]]) -> str:
+    """Returns the page for {name: report}."""
+    parts = [HEAD]
+    for name, report in sorted(reports.items()):
+        versions = ", ".join(
+            f"{package} {version}" for package, version in report["versions"].items()
+        )
+        table = [row_text(COLUMNS), row_text(["---"] * len(COLUMNS))]
+        table += [row_text(cells(row)) for row in report["rows"]]
+        where = f"{report['date']}, {report['device']}; {versions}."
+        parts.append("\n\n".join([f"## {name}", f"`{report['command']}`", where, "\n".join(table)]))
+    if not reports:
+        parts.append("No results yet.")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Returns the cells of one row in the order of COLUMNS."""
+    ratio, goal = row["ratio"], row.get("goal")
+    reached = ""
+    if goal:
+        reached = f"{goal:g}x {'met' if ratio >= goal else 'missed'}"
+    return [
+        row["case"],
+        row["metric"],
+        row["unit"],
+        number(row["value"]),
+        row["peer"] or "",
+        number(row["peer_value"]),
+        "" if ratio is None else f"{ratio:.2f}x",
+        number(row["limit"]),
+        reached,
+    ]
+
+
+def number(value: float | None) -> str:
+    """Prints a value with about four digits; nothing for None."""
+    return "" if value is None else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def row_text(values: Any) -> str:
+    """Joins cells into a Markdown row."""
+    return "| " + " | ".join(str(value).replace("|", "\\|") for value in values) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="fail if the page is not up to date")
+    args = parser.parse_args()
+    page = render({path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")})
+    if args.check:
+        is_fresh = PAGE.is_file() and PAGE.read_text() == page
+        if not is_fresh:
+            print(f"{PAGE} is not what benchmarks/results/ gives", file=sys.stderr)
+        return 0 if is_fresh else 1
+    PAGE.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
