@@ -65,6 +65,7 @@ GENERATE_FLAGS: Flags = (
 )
 ENGINE_FLAGS: Flags = (
     ("dtype", {"help": "of weights and activations, such as float32 or bfloat16"}),
+    ("kv-cache-dtype", {"help": "of K and V, if not that of the weights"}),
     ("max-model-len", {"type": int, "help": "context in tokens, prompt and output together"}),
     ("max-num-seqs", {"type": int, "help": "sequences decoded together"}),
     ("max-num-batched-tokens", {"type": int, "help": "token budget of one step"}),
@@ -75,6 +76,7 @@ ENGINE_FLAGS: Flags = (
     ("tokenizer", {"help": "folder or hub name, if not the model's own"}),
     ("revision", {"help": "of a hub model"}),
     ("num-decode-steps", {"type": int, "help": "decode steps that stay on the device"}),
+    ("max-logprobs", {"type": int, "help": "most logprobs that a request may ask for"}),
     ("attention-impl", {"help": "name one kernel instead of the automatic choice"}),
 )
 

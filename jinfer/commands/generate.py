@@ -11,7 +11,6 @@ from typing import Any
 from jinfer import jsonl
 from jinfer.commands import flags
 from jinfer.commands.terminal import chat_prompt, format_rate, print_stream, say
-from jinfer.config import EngineConfig
 
 SUMMARY = "complete one prompt, or every line of a JSONL file"
 
@@ -118,7 +117,7 @@ def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
                     llm,
                     job,
                     make_request=make_request,
-                    max_in_flight=2 * getattr(args, "max_num_seqs", EngineConfig.max_num_seqs),
+                    max_in_flight=2 * llm.config.max_num_seqs,
                     on_error=report,
                     on_progress=advance,
                 )

@@ -39,7 +39,7 @@ class FakeLLM:
 
     def __init__(self, model, *, max_num_seqs=4, **kwargs):
         self.model, self.kwargs = model, kwargs
-        self.max_num_seqs = max_num_seqs
+        self.config = SimpleNamespace(max_num_seqs=max_num_seqs)
         self.step_s = float(os.environ.get("FAKE_LLM_STEP_S", "0"))
         self.requests = {}
         self.most_requests = 0
@@ -73,7 +73,7 @@ class FakeLLM:
     def step(self):
         time.sleep(self.step_s)
         outputs = []
-        for request in list(self.requests.values())[: self.max_num_seqs]:
+        for request in list(self.requests.values())[: self.config.max_num_seqs]:
             request.num_out += 1
             outputs.append(self._output(request, 0))
             if outputs[-1].finished:

@@ -98,7 +98,7 @@ def test_flags_reach_the_engine_and_the_sampler(jinfer, llm):
         ),
     )
     assert status == 0, err
-    assert (llm.last.model, llm.last.max_num_seqs) == ("m", 8)
+    assert (llm.last.model, llm.last.config.max_num_seqs) == ("m", 8)
     assert llm.last.kwargs == {
         "dtype": "bfloat16",
         "kv_cache_memory_bytes": 2**30,
@@ -206,6 +206,13 @@ def test_jsonl_takes_all_three_prompts_and_line_parameters(jinfer, llm, tmp_path
     assert texts == {1: ["ONE"], 2: ["USER:TWO;ASS"], 3: ["X", "X"]}
     assert found[2]["id"] == "b"
     assert [llm.last.params[str(n)].temperature for n in (1, 2, 3)] == [0.0, 0.0, 0.7]
+
+
+def test_a_job_keeps_twice_the_running_requests_in_flight(jinfer, llm, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "one"}\n' * 30)
+    status, _, _ = jinfer("generate", "--input", source, "--output", target, "--max-num-seqs", 3)
+    assert (status, llm.last.most_requests, len(results(target))) == (0, 6, 30)
 
 
 def test_a_finished_job_loads_no_model(jinfer, llm, tmp_path):
