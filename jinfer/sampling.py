@@ -6,6 +6,9 @@ result depends on its own row alone, never on its batch mates or on the padded s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -34,7 +37,11 @@ from jinfer.sampler_state import reset_row as reset_row
 from jinfer.sampler_state import state_bytes as state_bytes
 from jinfer.sampler_state import state_flags as state_flags
 
-_NEG_INF = -jnp.inf
+_NEG_INF = float("-inf")
+_BLOCK = 64  # neighbours whose maximum stands for them in `_largest`
+_NUM_BLOCKS = 128  # blocks that it keeps
+
+Test: TypeAlias = Callable[[Array], Array]  # thresholds [S] -> bool [S]
 
 
 def process_logits(
@@ -154,40 +161,102 @@ def _cut(x: Array, args: SampleArgs) -> Array:
     threshold = top + jnp.log(args.min_p)  # -inf without min_p, and for a row without tokens
     needs_k = (args.top_k > 0) & (args.top_k < x.shape[1])
     needs_p = args.top_p < 1.0
-
-    def raise_to_k(threshold: Array) -> Array:
-        k = jnp.where(needs_k, args.top_k, x.shape[1]).astype(jnp.float32)
-        # f32 sums count exactly up to 2^24 and are several times faster on CPUs than integer ones.
-        low, _ = _bisect(lambda t: jnp.sum(jnp.where(x >= t[:, None], 1.0, 0.0), axis=-1) >= k, top)
-        return jnp.where(needs_k, jnp.maximum(threshold, low), threshold)
-
-    def raise_to_p(threshold: Array) -> Array:
-        shift = jnp.where(top > _NEG_INF, top, 0.0)[:, None]
-        mass = jnp.where(x >= threshold[:, None], jnp.exp(x - shift), 0.0)
-        goal = args.top_p * jnp.sum(mass, axis=-1)
-        _, high = _bisect(
-            lambda t: jnp.sum(jnp.where(x > t[:, None], mass, 0.0), axis=-1) >= goal, top
-        )
-        return jnp.where(needs_p, jnp.maximum(threshold, high), threshold)
-
-    threshold = lax.cond(jnp.any(needs_k), raise_to_k, lambda t: t, threshold)
-    threshold = lax.cond(jnp.any(needs_p), raise_to_p, lambda t: t, threshold)
+    threshold = lax.cond(
+        jnp.any(needs_k | needs_p),
+        lambda t: _raise_threshold(x, args, top, t, needs_k, needs_p),
+        lambda t: t,
+        threshold,
+    )
     return jnp.where(x >= threshold[:, None], x, _NEG_INF)
 
 
-def _bisect(holds, top: Array) -> tuple[Array, Array]:
+def _raise_threshold(
+    x: Array, args: SampleArgs, top: Array, threshold: Array, needs_k: Array, needs_p: Array
+) -> Array:
+    """Returns the [S] thresholds raised to the edge of top-k, then to that of top-p."""
+    few, floor = _largest(x)
+    bottom = jnp.full_like(floor, _NEG_INF)
+
+    def search(make_test: Callable[[Array], Test], needed: Array) -> tuple[Array, Array]:
+        """Bisects over the few largest values, and over all in the rows where those fall short.
+
+        Which rows do is decided row by row, so that none depends on its company.
+        """
+        test = make_test(few)
+        found = _bisect(test, floor, top)
+        is_found = test(floor)
+        in_all = lax.cond(
+            jnp.any(needed & ~is_found),
+            lambda: _bisect(make_test(x), bottom, top),
+            lambda: found,
+        )
+        return jnp.where(is_found, found[0], in_all[0]), jnp.where(is_found, found[1], in_all[1])
+
+    def raise_to_k(threshold: Array) -> Array:
+        # f32 sums count exactly up to 2^24 and are several times faster on CPUs than integer ones.
+        k = args.top_k.astype(jnp.float32)
+
+        def holds_k(values: Array) -> Test:
+            return lambda t: jnp.sum(jnp.where(values >= t[:, None], 1.0, 0.0), axis=-1) >= k
+
+        edge, _ = search(holds_k, needs_k)
+        return jnp.where(needs_k, jnp.maximum(threshold, edge), threshold)
+
+    def raise_to_p(threshold: Array) -> Array:
+        shift = jnp.where(top > _NEG_INF, top, 0.0)[:, None]
+
+        def mass_of(values: Array) -> Array:
+            return jnp.where(values >= threshold[:, None], jnp.exp(values - shift), 0.0)
+
+        goal = args.top_p * jnp.sum(mass_of(x), axis=-1)
+
+        def holds_p(values: Array) -> Test:
+            mass = mass_of(values)
+            return lambda t: jnp.sum(jnp.where(values > t[:, None], mass, 0.0), axis=-1) >= goal
+
+        _, edge = search(holds_p, needs_p)
+        return jnp.where(needs_p, jnp.maximum(threshold, edge), threshold)
+
+    threshold = lax.cond(jnp.any(needs_k), raise_to_k, lambda t: t, threshold)
+    return lax.cond(jnp.any(needs_p), raise_to_p, lambda t: t, threshold)
+
+
+def _largest(x: Array) -> tuple[Array, Array]:
+    """Returns some of each row's values and a floor, such that all values above it are among them.
+
+    They are the blocks of 64 neighbours with the 128 greatest maxima; the least of those maxima is
+    the floor. So the 128 largest values are always there, and no sort sees the whole vocabulary:
+
+        x  | 3 1 | 0 9 | 4 8 | 2 2 |     with 2 blocks of 2:   few 0 9 4 8   floor 8
+
+    Returns:
+      [S, 8192] (all of a smaller vocabulary) and [S].
+    """
+    num_rows, vocab_size = x.shape
+    if vocab_size <= _NUM_BLOCKS * _BLOCK:
+        return x, jnp.full((num_rows,), _NEG_INF)
+    padding = -vocab_size % _BLOCK
+    blocks = jnp.pad(x, ((0, 0), (0, padding)), constant_values=_NEG_INF)
+    blocks = blocks.reshape(num_rows, -1, _BLOCK)
+    peaks, which = lax.top_k(jnp.max(blocks, axis=-1), _NUM_BLOCKS)
+    few = jnp.take_along_axis(blocks, which[:, :, None], axis=1)
+    # Not peaks[:, -1]: XLA would fold that slice into its top_k and sort every block's maximum.
+    return few.reshape(num_rows, -1), jnp.min(peaks, axis=-1)
+
+
+def _bisect(holds: Test, low: Array, top: Array) -> tuple[Array, Array]:
     """Finds, in each row, the two neighbouring f32 between which `holds` turns from true to false.
 
-    `holds` must be decreasing in the threshold and true at -inf; it is never asked above `top`.
-    Walks the order-preserving map of f32 to u32 (flip the sign bit of positive numbers, all bits
-    of negative ones), so that 32 halvings end at neighbouring floats whatever the range.
+    `holds` must be decreasing in the threshold and true at `low` (elsewhere the row's result means
+    nothing); it is never asked above `top`. Walks the order-preserving map of f32 to u32 (flip the
+    sign bit of positive numbers, all bits of negative ones), so that 32 halvings end at
+    neighbouring floats whatever the range.
 
     Returns:
       The largest threshold at which it holds, and the next float above it; where it holds at
       `top` itself, `top` and the float after it.
     """
-    low = _to_key(jnp.full_like(top, _NEG_INF))
-    high = _to_key(top) + jnp.uint32(1)
+    ends = _to_key(low), _to_key(top) + jnp.uint32(1)
 
     def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
@@ -195,7 +264,7 @@ def _bisect(holds, top: Array) -> tuple[Array, Array]:
         is_true = holds(_from_key(middle))
         return jnp.where(is_true, middle, low), jnp.where(is_true, high, middle)
 
-    low, high = lax.fori_loop(0, 32, halve, (low, high))
+    low, high = lax.fori_loop(0, 32, halve, ends)
     return _from_key(low), _from_key(high)
 
 

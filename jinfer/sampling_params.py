@@ -131,13 +131,12 @@ def _as_strings(name: str, value: Any) -> tuple[str, ...]:
     """Returns `value` (None, a string or several) as distinct non-empty strings."""
     if value is None:
         return ()
-    if isinstance(value, str):
-        value = (value,)
+    items: Any = (value,) if isinstance(value, str) else value
     require(
-        not isinstance(value, (bytes, Mapping)) and hasattr(value, "__iter__"),
+        not isinstance(items, (bytes, Mapping)) and hasattr(items, "__iter__"),
         f"{name} must be a string or a list of strings, got {value!r}",
     )
-    strings: list[str] = list(value)
+    strings: list[Any] = list(items)
     for text in strings:
         require(isinstance(text, str), f"{name} must hold strings, got {text!r}")
         require(text != "", f"{name} holds an empty string, which would match everywhere")

@@ -237,26 +237,43 @@ def test_the_cuts_match_the_reference_on_grids_full_of_ties(seed):
         assert_same_distribution(got[i], reference(logits[i], p, prompt=PROMPT, output=OUTPUT))
 
 
-def test_large_vocabularies_are_cut_where_float64_cuts_them():
-    size, vocab = 4, 50_000
-    logits = np.random.default_rng(1).normal(size=(size, vocab)).astype(np.float32) * 2
+LARGE = 50_000  # beyond the size at which only blocks with great maxima are searched first
+
+
+def large_batch(kind):
+    """Logits whose nucleus lies in few blocks ("peaked"), in most ("flat"), or both in turn."""
+    rng = np.random.default_rng(1)
+    flat = rng.normal(size=(8, LARGE)).astype(np.float32) * 2
+    peaked = flat + 20 * (rng.random((8, LARGE)) < 0.001).astype(np.float32)
+    coarse = np.round(peaked)
+    mixed = np.where(np.arange(8)[:, None] % 2 == 0, peaked, flat)
+    return {"flat": flat, "peaked": peaked, "coarse": coarse, "mixed": mixed}[kind]
+
+
+@pytest.mark.parametrize("kind", ["peaked", "flat", "coarse", "mixed"])
+def test_large_vocabularies_are_cut_where_float64_cuts_them(kind):
     params = [
-        SamplingParams(top_p=0.95), SamplingParams(top_k=500),
-        SamplingParams(top_k=3000, top_p=0.5), SamplingParams(min_p=0.02, top_p=0.9),
+        SamplingParams(top_p=0.95), SamplingParams(top_k=1), SamplingParams(top_k=128),
+        SamplingParams(top_k=129), SamplingParams(top_k=3000, top_p=0.5),
+        SamplingParams(min_p=0.02, top_p=0.9), SamplingParams(top_p=0.3), SamplingParams(top_k=50),
     ]  # fmt: skip
-    args = sampling.pack_args([sampling.arg_row(p, seed=0, prompt_len=1) for p in params], size)
-    state = sampling.init_state(1, vocab, LIMITS)
-    rows = positions = np.zeros(size, np.int32)
-    got = np.asarray(process(logits, args, state, rows, positions))
+    logits = large_batch(kind)
+    state = sampling.init_state(1, LARGE, LIMITS)
+    rows = positions = np.zeros(8, np.int32)
+    arg_rows = [sampling.arg_row(p, seed=0, prompt_len=1) for p in params]
+    got = np.asarray(process(logits, sampling.pack_args(arg_rows, 8), state, rows, positions))
     for i, p in enumerate(params):
         x = np.sort(logits[i].astype(np.float64))[::-1]
         x = x[x >= x[0] + math.log(p.min_p)] if p.min_p else x
-        x = x[: p.top_k] if p.top_k else x
+        x = x[x >= x[p.top_k - 1]] if p.top_k else x
         mass = np.cumsum(np.exp(x - x[0]))
-        want = np.searchsorted(mass, p.top_p * mass[-1]) + 1
+        edge = x[np.searchsorted(mass, p.top_p * mass[-1])]
         # The mass is summed in f32: the edge may move by the few tokens that 1e-6 of it holds.
-        slack = 0 if p.top_p == 1.0 else 2
-        assert abs(int(np.isfinite(got[i]).sum()) - want) <= slack
+        slack = 0 if p.top_p == 1.0 or kind == "coarse" else 2
+        assert abs(int(np.isfinite(got[i]).sum()) - int((x >= edge).sum())) <= slack
+        alone = sampling.pack_args(arg_rows[i : i + 1], 1)
+        alone = process(logits[i : i + 1], alone, state, rows[:1], positions[:1])
+        np.testing.assert_array_equal(alone[0], got[i])
 
 
 # --- rows without hope, and hostile logits -------------------------------------------------------
@@ -431,7 +448,7 @@ def test_greedy_takes_the_lowest_id_among_equals():
     assert draw(x, args, np.zeros(3, np.int32)).tolist() == [9, V - 1, 0]
 
 
-def test_a_greedy_batch_draws_no_random_numbers_and_nothing_is_sorted():
+def test_a_greedy_batch_draws_no_random_numbers_and_no_vocabulary_is_sorted():
     state, args, rows, positions = make([SamplingParams(temperature=0)] * 2)
     logits = random_logits(2)
 
@@ -443,7 +460,7 @@ def test_a_greedy_batch_draws_no_random_numbers_and_nothing_is_sorted():
     assert "cond" in outer
     assert not {n for n in outer if "random" in n or "threefry" in n or n in ("exp", "while")}
     text = str(jax.make_jaxpr(both)(logits))
-    assert "random_bits" in text and " sort" not in text and "top_k" not in text
+    assert "random_bits" in text and " sort" not in text
 
 
 # --- the state -----------------------------------------------------------------------------------
