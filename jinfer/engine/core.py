@@ -144,6 +144,17 @@ class Engine:
         """Ends a request and frees what it holds; returns it, or None if it is not live."""
         return self.scheduler.abort(request_id)
 
+    def metrics(self) -> dict[str, float]:
+        """Returns counts since the engine was made, and what is held now."""
+        scheduler = self.scheduler
+        return {
+            **vars(scheduler.stats),
+            "num_running": scheduler.num_running,
+            "num_waiting": scheduler.num_waiting,
+            "num_free_pages": scheduler.pool.num_free,
+            "num_pages": scheduler.pool.num_pages,
+        }
+
     def has_work(self) -> bool:
         """Whether any request is unfinished or any step is under way."""
         return self.scheduler.has_work() or bool(self._in_flight)

@@ -1,0 +1,447 @@
+"""`LLM`: prompts in, text out. The imperative shell around one engine on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jinfer import llm_options as options
+from jinfer.engine.core import Engine
+from jinfer.engine.runner import Runner, compile_counter
+from jinfer.groups import LogprobFormatter, RequestGroup
+from jinfer.models.model import Model
+from jinfer.outputs import RequestOutput
+from jinfer.sampling_params import RequestOutputKind, SamplingParams
+from jinfer.typing import Params
+
+
+class LLM:
+    """A model behind a paged, continuously batched engine.
+
+    Args:
+      model: a Hugging Face folder or hub name, a GGUF file, "smollm2" (the embedded default), or a
+        `Model` together with `params`.
+      params: weights of a `Model`; served as they are, with no copy.
+      tokenizer: a tokenizer, or where to load one from; default: the model's own.
+      skip_tokenizer_init: serve token ids only.
+      chat_template: Jinja template to use instead of the tokenizer's.
+      dtype: of weights and activations: "auto" (the checkpoint's on accelerators, float32 on
+        CPUs), "float32", "bfloat16" or "float16".
+      kv_cache_dtype: of K and V: "auto" (that of the weights) or one of the above.
+      revision: branch, tag or commit of a hub name.
+      max_model_len: longest sequence in tokens, prompt included; default: what the model was made
+        for, or what the KV pool holds if that is less.
+      max_num_seqs: most sequences in one step; default 32 on CPUs, 128 elsewhere.
+      max_num_batched_tokens: most tokens in one step; default 512 on CPUs, 2048 elsewhere.
+      block_size: tokens a page; default 32 on CPUs, 64 elsewhere.
+      enable_chunked_prefill: split prompts over steps; False needs a token budget that holds the
+        longest prompt.
+      num_decode_steps: most decode steps in one program; default 1 on CPUs, 8 elsewhere.
+      gpu_memory_utilization: share of the accelerator's memory for weights, pool and temporaries.
+      kv_cache_memory_bytes: size of the KV pool, instead of that share.
+      num_gpu_blocks_override: number of pages, instead of either.
+      max_logprobs: most logprobs a position that a request may ask for (besides -1, all).
+      seed: of requests that bring none.
+      attention_impl: "auto", or a backend by name: "xla", "mosaic_gpu", "mosaic_tpu".
+      generation_config: "auto": defaults of sampling come from the model's generation_config.json;
+        "none": those of `SamplingParams`.
+
+    Raises:
+      FileNotFoundError: no such model.
+      ValueError: an argument cannot be met; the message says which and what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Model,
+        *,
+        params: Params | None = None,
+        tokenizer: Any | None = None,
+        skip_tokenizer_init: bool = False,
+        chat_template: str | None = None,
+        dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
+        revision: str | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        block_size: int | None = None,
+        enable_chunked_prefill: bool = True,
+        num_decode_steps: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_memory_bytes: int | None = None,
+        num_gpu_blocks_override: int | None = None,
+        max_logprobs: int = 20,
+        seed: int = 0,
+        attention_impl: str = "auto",
+        generation_config: str = "auto",
+        **refused: Any,
+    ) -> None:
+        options.refuse(refused, known=LLM.__init__.__annotations__)
+        options.enable_compilation_cache()
+        if isinstance(model, Model):
+            if params is None:
+                raise ValueError("a Model needs its weights: pass params=")
+            self._source = None
+        else:
+            if params is not None:
+                raise ValueError("params go with a Model; a path or name brings its own")
+            from jinfer.weights.load import load
+
+            self._source = model
+            model, params = load(model, dtype=None if dtype == "auto" else dtype, revision=revision)
+        self.model = model
+        self.chat_template = chat_template
+        self._tokenizer = None
+        if not skip_tokenizer_init:
+            self._tokenizer = self._load_tokenizer(tokenizer, revision)
+        self._default_fields = self._read_generation_config(generation_config)
+
+        self.config, cache = options.resolve(
+            model.config,
+            params,
+            kv_cache_dtype=kv_cache_dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            enable_chunked_prefill=enable_chunked_prefill,
+            num_decode_steps=num_decode_steps,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            num_gpu_blocks_override=num_gpu_blocks_override,
+            max_logprobs=max_logprobs,
+            seed=seed,
+            attention_impl=attention_impl,
+        )
+        self._runner = Runner(model, params, cache, self.config)
+        self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
+        self._format_logprobs = LogprobFormatter(self._tokenizer)
+        self._groups: dict[str, RequestGroup] = {}
+        self._group_of: dict[str, RequestGroup] = {}
+        self._undelivered: list[RequestOutput] = []
+        self._ids = itertools.count()
+
+    # ------------------------------------------------------------------ making
+
+    def _load_tokenizer(self, tokenizer: Any | None, revision: str | None) -> Any | None:
+        if tokenizer is None:
+            tokenizer = self._source
+        if isinstance(tokenizer, (str, os.PathLike)):
+            from jinfer.tokenizer import load_tokenizer
+
+            return load_tokenizer(tokenizer, revision=revision)
+        return tokenizer
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        ids = self.model.config.eos_token_ids
+        if not ids and self._tokenizer is not None and self._tokenizer.eos_token_id is not None:
+            ids = (self._tokenizer.eos_token_id,)
+        return ids
+
+    def _read_generation_config(self, source: str) -> dict[str, Any]:
+        if source not in ("auto", "none"):
+            raise ValueError(f'generation_config must be "auto" or "none", got {source!r}')
+        path = pathlib.Path(self._source or "") / "generation_config.json"
+        if source == "none" or self._source is None or not path.is_file():
+            return {}
+        given = json.loads(path.read_text())
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        fields = {name: given[name] for name in names if given.get(name) is not None}
+        if given.get("max_new_tokens") is not None:
+            fields["max_tokens"] = given["max_new_tokens"]
+        if given.get("do_sample") is False:
+            fields["temperature"] = 0.0
+        return fields
+
+    def warmup(self) -> float:
+        """Compiles every program that serving can need; returns seconds. Nothing compiles after."""
+        return self._runner.warmup()
+
+    # ------------------------------------------------------------------ asking
+
+    def get_tokenizer(self) -> Any:
+        """Returns the tokenizer, or None with `skip_tokenizer_init`."""
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns what `generate` uses when given none: the model's generation_config.json."""
+        return SamplingParams(**self._default_fields)
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled in this process so far."""
+        return compile_counter.count
+
+    def get_metrics(self) -> dict[str, float]:
+        """Returns the engine's counts since it was made."""
+        return {**self._engine.metrics(), "num_compilations": self.num_compilations}
+
+    def check_integrity(self) -> None:
+        """Raises if pages, rows and requests do not agree with each other."""
+        self._engine.scheduler.check()
+
+    def update_weights(self, params: Params) -> None:
+        """Serves `params` from the next step on: no copy, no compilation.
+
+        Raises:
+          ValueError: tree, shapes or dtypes differ from the present weights'.
+        """
+        self._runner.update_weights(params)
+
+    # ------------------------------------------------------------------ requests
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Mapping[str, Any] | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> None:
+        """Queues a request; `step` brings its output.
+
+        Args:
+          request_id: any string not in use.
+          prompt: text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or ids.
+          params: how to sample; default `get_default_sampling_params()`.
+          priority: lower is served first.
+
+        Raises:
+          ValueError: the request cannot be served; nothing is queued.
+          TypeError: the prompt is of another kind.
+        """
+        if request_id in self._groups:
+            raise ValueError(f"request id {request_id!r} is in use")
+        params = self.get_default_sampling_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+        text, token_ids = self._tokenize(prompt)
+        requests = []
+        try:
+            for idx in range(params.n):
+                child_id = f"{request_id}/{idx}"
+                requests.append(
+                    self._engine.add(child_id, token_ids, params, sample_idx=idx, priority=priority)
+                )
+        except ValueError:
+            for request in requests:
+                self._engine.abort(request.request_id)
+            raise
+        group = RequestGroup(request_id, text, params, requests)
+        self._groups[request_id] = group
+        for request in requests:
+            self._group_of[request.request_id] = group
+
+    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
+        text = None
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or len(prompt) != 1:
+                raise ValueError(
+                    'a prompt dict has one key, "prompt" or "prompt_token_ids", got '
+                    f"{sorted(prompt)}"
+                )
+            ((_, prompt),) = prompt.items()
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError("this engine has no tokenizer: give prompts as prompt_token_ids")
+            text, prompt = prompt, self._tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence) or not all(
+            isinstance(t, int) and not isinstance(t, bool) for t in prompt
+        ):
+            raise TypeError(f"a prompt must be text or token ids, got {type(prompt).__name__}")
+        return text, list(prompt)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees what it holds; unknown ids are ignored."""
+        group = self._groups.pop(request_id, None)
+        if group is not None:
+            for request in group.requests:
+                self._engine.abort(request.request_id)
+                self._group_of.pop(request.request_id, None)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has more to bring."""
+        return bool(self._groups or self._undelivered)
+
+    def step(self) -> list[RequestOutput]:
+        """Advances the engine by one step and returns the requests that gained something."""
+        outputs, self._undelivered = self._undelivered, []
+        return outputs + self._step()
+
+    def _step(self) -> list[RequestOutput]:
+        touched: dict[str, RequestGroup] = {}
+        for progress in self._engine.step():
+            group = self._group_of.get(progress.request.request_id)
+            if group is not None:
+                touched[group.request_id] = group
+        outputs = []
+        for group in touched.values():
+            output = group.output(self._format_logprobs)
+            if output is not None:
+                outputs.append(output)
+            if group.is_finished:
+                del self._groups[group.request_id]
+                for request in group.requests:
+                    del self._group_of[request.request_id]
+        return outputs
+
+    # ------------------------------------------------------------------ generating
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Generates for all prompts and returns their outputs in order.
+
+        Args:
+          prompts: one prompt or a list: see `add_request`.
+          sampling_params: for all, or one for each.
+          use_tqdm: show a progress bar on stderr.
+          priority: one number a prompt; lower is served first.
+
+        Raises:
+          ValueError, TypeError: a prompt cannot be served; none is.
+        """
+        prompts = _as_list(prompts)
+        params = _per_prompt("sampling_params", sampling_params, len(prompts))
+        priorities = _per_prompt("priority", priority, len(prompts))
+        ids = [f"generate-{next(self._ids)}" for _ in prompts]
+        done: dict[str, RequestOutput] = {}
+        try:
+            for request_id, prompt, p, order in zip(ids, prompts, params, priorities, strict=True):
+                p = self.get_default_sampling_params() if p is None else p
+                if isinstance(p, SamplingParams) and p.output_kind is RequestOutputKind.DELTA:
+                    raise ValueError("generate returns whole outputs; for deltas use stream")
+                self.add_request(request_id, prompt, p, priority=order or 0)
+            wanted = set(ids)
+            with _progress_bar(len(ids), use_tqdm) as bar:
+                while len(done) < len(ids):
+                    for output in self._advance(wanted):
+                        if output.finished:
+                            done[output.request_id] = output
+                            bar.update()
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+        return [done[request_id] for request_id in ids]
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generates the next message of one conversation, or of each of several.
+
+        Args:
+          messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+          sampling_params: as for `generate`.
+          use_tqdm: as for `generate`.
+          chat_template: Jinja template instead of the engine's.
+          add_generation_prompt: end the prompt where the assistant begins to speak.
+          continue_final_message: go on with the last message instead.
+          tools: JSON schemas of functions, handed to the template.
+          chat_template_kwargs: further variables of the template.
+
+        Raises:
+          ValueError: no chat template, or it refuses the messages.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            {
+                "prompt_token_ids": self._apply_chat_template(
+                    conversation,
+                    chat_template=chat_template or self.chat_template,
+                    add_generation_prompt=add_generation_prompt and not continue_final_message,
+                    continue_final_message=continue_final_message,
+                    tools=list(tools) if tools else None,
+                    **(chat_template_kwargs or {}),
+                )
+            }
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _apply_chat_template(self, conversation: Any, **options: Any) -> list[int]:
+        from jinja2 import TemplateError
+
+        if self._tokenizer is None:
+            raise ValueError("chat needs a tokenizer")
+        try:
+            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from None
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def stream(
+        self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Yields deltas (new text and tokens) of one prompt or several, as they are made.
+
+        The texts of a completion's deltas, joined, are what `generate` returns. Closing the
+        iterator ends the requests. `output_kind` is DELTA whatever the parameters say; request
+        ids are "stream-..." in the order of the prompts.
+        """
+        prompts = _as_list(prompts)
+        params = _per_prompt("sampling_params", sampling_params, len(prompts))
+        ids = [f"stream-{next(self._ids)}" for _ in prompts]
+        left = set(ids)
+        try:
+            for request_id, prompt, p in zip(ids, prompts, params, strict=True):
+                p = self.get_default_sampling_params() if p is None else p
+                p = dataclasses.replace(p, output_kind=RequestOutputKind.DELTA)
+                self.add_request(request_id, prompt, p)
+            while left:
+                for output in self._advance(set(ids)):
+                    if output.finished:
+                        left.discard(output.request_id)
+                    yield output
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+
+    def _advance(self, wanted: set[str]) -> list[RequestOutput]:
+        """Runs a step; outputs of requests not in `wanted` wait for the next `step`."""
+        mine = []
+        for output in self._step():
+            (mine if output.request_id in wanted else self._undelivered).append(output)
+        return mine
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt, or a list of them, as a list."""
+    is_one = isinstance(prompts, (str, Mapping)) or (
+        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
+    )
+    return [prompts] if is_one else list(prompts)
+
+
+def _per_prompt(name: str, values: Any, count: int) -> list[Any]:
+    if not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
+    return list(values)
+
+
+def _progress_bar(total: int, is_shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="generate", unit="req", disable=not is_shown)

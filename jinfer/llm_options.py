@@ -1,0 +1,197 @@
+"""What `LLM` is asked for, made into configs: defaults by platform, memory, refusals."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jinfer import memory
+from jinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jinfer.typing import Params
+
+logger = logging.getLogger(__name__)
+
+_KV_DTYPES = ("float32", "bfloat16", "float16")
+
+# Arguments of other engines' LLM, and why they are not taken.
+REFUSED = {
+    "quantization": "give a checkpoint that is quantized already, once such can be loaded",
+    "speculative_config": "speculative decoding is not built yet",
+    "enable_prefix_caching": "the prefix cache is not built yet",
+    "enable_lora": "LoRA adapters are not built yet",
+    "structured_outputs_config": "structured output is not built yet",
+    "tensor_parallel_size": "this engine runs on one device",
+    "pipeline_parallel_size": "this engine runs on one device",
+    "data_parallel_size": "this engine runs on one device",
+    "trust_remote_code": "no code of a model's repository is ever run",
+    "enforce_eager": "every step is compiled by XLA",
+    "cpu_offload_gb": "weights and KV stay on the device",
+    "logits_processors": "use the fields of SamplingParams, which run on the device",
+    "tokenizer_mode": "there is one kind of tokenizer: the fast one",
+    "scheduling_policy": "requests are served by priority, then arrival",
+}
+
+
+def resolve(
+    model: ModelConfig,
+    params: Params,
+    *,
+    kv_cache_dtype: str,
+    max_model_len: int | None,
+    max_num_seqs: int | None,
+    max_num_batched_tokens: int | None,
+    block_size: int | None,
+    enable_chunked_prefill: bool,
+    num_decode_steps: int | None,
+    gpu_memory_utilization: float,
+    kv_cache_memory_bytes: int | None,
+    num_gpu_blocks_override: int | None,
+    max_logprobs: int,
+    seed: int,
+    attention_impl: str,
+) -> tuple[EngineConfig, CacheConfig]:
+    """Resolves the arguments of `LLM`; None stands for the platform's default.
+
+    Raises:
+      ValueError: they contradict each other, the model or the memory.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    max_num_seqs = (32 if on_cpu else 128) if max_num_seqs is None else max_num_seqs
+    block_size = (32 if on_cpu else 64) if block_size is None else block_size
+    budget = max_num_batched_tokens
+    if budget is None:
+        budget = max(512 if on_cpu else 2048, max_num_seqs)
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = str(params["embed"]["w"].dtype)
+    if kv_cache_dtype not in _KV_DTYPES:
+        raise ValueError(
+            f"kv_cache_dtype must be auto or one of {', '.join(_KV_DTYPES)}, got {kv_cache_dtype}"
+        )
+    # Checks the fields before memory is counted in them; the length comes later.
+    EngineConfig(
+        max_model_len=1,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        block_size=block_size,
+    )
+    num_pages = _num_pages(
+        model,
+        params,
+        page_size=block_size,
+        dtype=kv_cache_dtype,
+        max_tokens=max_num_seqs * (max_model_len or model.max_position_embeddings),
+        num_tokens=budget,
+        num_seqs=max_num_seqs,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        num_gpu_blocks_override=num_gpu_blocks_override,
+    )
+    max_model_len = _resolve_max_model_len(max_model_len, model, num_pages * block_size)
+    if max_num_batched_tokens is None and not enable_chunked_prefill:
+        budget = max(budget, max_model_len)
+    if num_decode_steps is None:
+        num_decode_steps = 1 if on_cpu else 8
+    config = EngineConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        block_size=block_size,
+        enable_chunked_prefill=enable_chunked_prefill,
+        num_decode_steps=num_decode_steps,
+        max_logprobs=min(max_logprobs, model.vocab_size),
+        seed=seed,
+        attention_impl=attention_impl,
+    )
+    return config, CacheConfig(num_pages=num_pages, page_size=block_size, dtype=kv_cache_dtype)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the cache folder, unless JAX was told where, or not to."""
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+        return
+    from jinfer.weights.default_model import cache_dir
+
+    folder = cache_dir() / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("no compilation cache: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def refuse(arguments: Mapping[str, Any], *, known: Iterable[str]) -> None:
+    """Raises for arguments that `LLM` does not take, with the reason or the nearest name."""
+    for name in arguments:
+        if name in REFUSED:
+            raise ValueError(f"LLM does not take {name}: {REFUSED[name]}")
+        close = difflib.get_close_matches(name, [*known, *REFUSED], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise TypeError(f"LLM has no argument {name}{hint}")
+
+
+def _num_pages(
+    config: ModelConfig,
+    params: Params,
+    *,
+    page_size: int,
+    dtype: str,
+    max_tokens: int,
+    num_tokens: int,
+    num_seqs: int,
+    gpu_memory_utilization: float,
+    kv_cache_memory_bytes: int | None,
+    num_gpu_blocks_override: int | None,
+) -> int:
+    """Sizes the KV pool."""
+    if num_gpu_blocks_override is not None:
+        if num_gpu_blocks_override < 1:
+            raise ValueError(
+                f"num_gpu_blocks_override must be positive, got {num_gpu_blocks_override}"
+            )
+        return num_gpu_blocks_override
+    if kv_cache_memory_bytes is None:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        kv_cache_memory_bytes = memory.kv_budget_bytes(
+            device_bytes=stats.get("bytes_limit"),
+            used_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+            gpu_memory_utilization=gpu_memory_utilization,
+            reserved_bytes=memory.temp_bytes(config, num_tokens=num_tokens, num_seqs=num_seqs),
+        )
+    num_pages = memory.num_pages(
+        config,
+        page_size=page_size,
+        dtype=dtype,
+        budget_bytes=kv_cache_memory_bytes,
+        max_tokens=max_tokens,
+    )
+    if num_pages < 1:
+        raise ValueError(
+            f"no room for a KV cache: one page takes "
+            f"{memory.page_bytes(config, page_size, dtype)} bytes, left are "
+            f"{kv_cache_memory_bytes}; raise kv_cache_memory_bytes or gpu_memory_utilization"
+        )
+    return num_pages
+
+
+def _resolve_max_model_len(wanted: int | None, config: ModelConfig, num_slots: int) -> int:
+    made_for = config.max_position_embeddings
+    if wanted is None:
+        return min(made_for, num_slots)
+    if wanted > made_for:
+        raise ValueError(
+            f"max_model_len={wanted} is beyond the {made_for} positions the model was made for"
+        )
+    if wanted > num_slots:
+        raise ValueError(
+            f"max_model_len={wanted} does not fit the KV pool of {num_slots} tokens: raise "
+            "kv_cache_memory_bytes, or lower max_model_len"
+        )
+    return wanted
