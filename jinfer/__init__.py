@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jinfer.functional import Generated as Generated
+    from jinfer.functional import generate as generate
     from jinfer.llm import LLM as LLM
     from jinfer.models.model import Model as Model
     from jinfer.outputs import CompletionOutput as CompletionOutput
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 # Public names and their modules; loaded when first used, so that `import jinfer` stays light.
 _MODULES = {
+    "Generated": "jinfer.functional",
     "LLM": "jinfer.llm",
     "Model": "jinfer.models.model",
     "CompletionOutput": "jinfer.outputs",
@@ -26,6 +29,7 @@ _MODULES = {
     "RequestOutput": "jinfer.outputs",
     "RequestOutputKind": "jinfer.sampling_params",
     "SamplingParams": "jinfer.sampling_params",
+    "generate": "jinfer.functional",
     "load": "jinfer.weights.load",
 }
 __all__ = [*_MODULES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -99,7 +99,7 @@ def process_logits(
         lambda x: x,
         x,
     )
-    return lax.cond(jnp.any(~args.is_greedy), lambda x: _cut(x, args), lambda x: x, x)
+    return lax.cond(jnp.any(~args.is_greedy), lambda x: filter_logits(x, args), lambda x: x, x)
 
 
 def _apply_state(
@@ -154,7 +154,7 @@ def _apply_state(
     return x
 
 
-def _cut(x: Array, args: SampleArgs) -> Array:
+def filter_logits(x: Float[Array, "S V"], args: SampleArgs) -> Float[Array, "S V"]:
     """Steps 6 to 9 of `process_logits`; greedy rows pass unchanged."""
     x = x / jnp.where(args.is_greedy, 1.0, args.temperature)[:, None]
     top = jnp.max(x, axis=-1)  # [S]
