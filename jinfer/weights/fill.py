@@ -39,8 +39,12 @@ class Checkpoint(Protocol):
         """Returns a tensor, in `dtype` if it must be converted anyway, else as stored."""
         ...
 
-    def spell(self, path: Path) -> str:
-        """Returns the name that the tensor for the parameter at `path` would have in the file."""
+    def label(self, name: str) -> str:
+        """Returns what the file itself calls a tensor of `shapes`, for messages."""
+        ...
+
+    def spell(self, path: Path, expert: int = 0) -> str:
+        """Returns the name that the tensor for a parameter (of that expert) has in such files."""
         ...
 
 
@@ -86,9 +90,9 @@ def _plan(checkpoint: Checkpoint) -> dict[Path, _Pieces]:
     expected = expected_shapes(config)
     plan: dict[Path, _Pieces] = {path: [] for path in expected}
     for name, shape in checkpoint.shapes.items():
-        places = placements(config, name)
+        places, label = placements(config, name), checkpoint.label(name)
         for place in places:
-            _check_shape(config, name, shape, place, where)
+            _check_shape(config, label, shape, place, where)
             taken = plan[place.path]
             if any(place.expert == other.expert or other.expert is None for _, other in taken):
                 raise ValueError(f"{where} holds {checkpoint.spell(place.path)} twice")
@@ -96,13 +100,13 @@ def _plan(checkpoint: Checkpoint) -> dict[Path, _Pieces]:
         stops = [place.rows[1] for place in places if place.rows is not None]
         if stops and max(stops) != shape[-2 if len(shape) > 1 else 0]:
             raise ValueError(
-                f"{where}: {name} is {list(shape)}, but the config makes it {max(stops)} rows"
+                f"{where}: {label} is {list(shape)}, but the config makes it {max(stops)} rows"
             )
     missing = []
     for path, pieces in plan.items():
-        is_stack = bool(pieces) and pieces[0][1].expert is not None
-        if len(pieces) < (expected[path][0] if is_stack else 1):
-            missing.append(checkpoint.spell(path))
+        experts = {place.expert for _, place in pieces}
+        needed = {None} if experts <= {None} else set(range(expected[path][0]))
+        missing += [checkpoint.spell(path, expert or 0) for expert in needed - experts]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
@@ -113,7 +117,7 @@ def _plan(checkpoint: Checkpoint) -> dict[Path, _Pieces]:
 
 
 def _check_shape(
-    config: ModelConfig, name: str, shape: tuple[int, ...], place: Placement, where: str
+    config: ModelConfig, label: str, shape: tuple[int, ...], place: Placement, where: str
 ) -> None:
     want = expected_shapes(config)[place.path]
     if place.expert is not None:
@@ -126,7 +130,7 @@ def _check_shape(
         if (got if not place.transpose else (*got[:-2], got[-1], got[-2])) == want:
             return
     raise ValueError(
-        f"{where}: {name} is {list(shape)}, but the config asks for {part}{list(want)} there"
+        f"{where}: {label} is {list(shape)}, but the config asks for {part}{list(want)} there"
     )
 
 

@@ -250,13 +250,15 @@ def _rope(file: GGUFFile, meta: _Metadata, family: str, head_dim: int) -> dict[s
         divisors = file.read("rope_freqs.weight")
         if divisors.shape != (rotated // 2,):
             raise ValueError(
-                f"{file.path}: rope_freqs.weight is {list(divisors.shape)}, expected [{rotated // 2}]"
+                f"{file.path}: rope_freqs.weight has {divisors.size} numbers, not {rotated // 2}"
             )
         rope |= _frequency_divisors(divisors, rope["rope_theta"], rotated, original)
     if rotated != head_dim:
         rope["partial_rotary_factor"] = rotated / head_dim
-    if family != "gemma3_text":
+    if family == "phi3":  # which states it outside its rope, where it goes first
         return {"rope_parameters": rope, "original_max_position_embeddings": original}
+    if family != "gemma3_text":
+        return {"rope_parameters": rope}
     local = float(meta.get("rope.freq_base_swa", 10000.0))
     return {
         "rope_parameters": {
@@ -322,6 +324,13 @@ class GGUFCheckpoint:
             if hf_name is None:
                 known = ", ".join(["token_embd", "output_norm", "output", *_IN_LAYER])
                 raise ValueError(f"unknown tensor {name!r} in {path}; supported: {known}")
+            try:
+                placements(self.config, hf_name)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} has a tensor {name!r}, but a {self.config.family} model of "
+                    f"{self.config.num_layers} layers has no place for it"
+                ) from error
             self._stored[hf_name] = name
         self.shapes: Mapping[str, tuple[int, ...]] = {
             hf_name: self._file.tensors[name].shape for hf_name, name in self._stored.items()
@@ -354,7 +363,10 @@ class GGUFCheckpoint:
             tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
         return tensor
 
-    def spell(self, path: Path) -> str:
+    def label(self, name: str) -> str:
+        return self._stored[name]
+
+    def spell(self, path: Path, expert: int = 0) -> str:
         prefix = f"blk.{path[1]}." if path[0] == "layers" else ""
         leaf = "bias" if path[-1] == "b" else "weight"
         for module in _IN_LAYER if prefix else _TOP:

@@ -236,5 +236,8 @@ class HFCheckpoint:
         tensor = self._tensors[name].read()
         return tensor.astype(dtype) if tensor.dtype == np.float64 else tensor
 
-    def spell(self, path: Path) -> str:
-        return names_of(self.config, path)[0]
+    def label(self, name: str) -> str:
+        return name
+
+    def spell(self, path: Path, expert: int = 0) -> str:
+        return names_of(self.config, path)[expert]

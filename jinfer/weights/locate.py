@@ -23,7 +23,7 @@ def locate(
     """
     name = os.fspath(path_or_name)
     path = pathlib.Path(name).expanduser()
-    if path.exists() or name == DEFAULT_MODEL:
+    if name and (path.exists() or name == DEFAULT_MODEL):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for names on the hub, {name!r} is local")
         return _local(path) if path.exists() else default_model_path()
