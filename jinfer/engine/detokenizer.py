@@ -98,10 +98,9 @@ class Detokenizer:
 
     def finish(self) -> None:
         """Shows what is held back: no more tokens will come. Once is enough, twice does no harm."""
-        if not self._is_finished:
-            self._is_finished = True
-            self._show(self._held + self._decoder.flush())
-            self._held = ""
+        self._is_finished = True
+        self._show(self._held + self._decoder.flush())
+        self._held = ""
 
     def _show(self, text: str) -> None:
         if text:
