@@ -146,10 +146,9 @@ def _load(
         tensor = np.empty(stack_shape, dtype)
         for name, place in pieces:
             tensor[place.expert] = _cut(checkpoint.read(name, dtype), place)
-    if not (tensor.flags.writeable or transpose) and tensor.dtype == dtype:
-        tensor = np.array(
-            tensor
-        )  # not the mapped file: on CPUs jax may keep the buffer it is given
+    is_view_of_file = not tensor.flags.writeable
+    if is_view_of_file and not transpose and tensor.dtype == dtype:
+        tensor = np.array(tensor)  # on CPUs jax may keep the very buffer that it is given
     # The device transposes and converts: on accelerators that is far faster than numpy.
     array = jax.device_put(np.ascontiguousarray(tensor))
     if transpose:

@@ -293,7 +293,6 @@ def _frequency_divisors(
         "short_factor": divisors.tolist(),
         "long_factor": divisors.tolist(),
         "original_max_position_embeddings": context,
-        "attention_factor": 1.0,
     }
 
 

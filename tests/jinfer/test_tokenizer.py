@@ -271,6 +271,7 @@ def spm_vocabulary(pieces: list[str]):
 SPM_PIECES = [
     *("▁t", "he", "▁a", "in", "▁the", "at", "▁c", "▁cat", "▁in", "ing", "re", "▁s", "▁sat", "▁▁"),
     *("▁▁▁", "th", "ha", "hat", "that", "▁that", "ca", "atin", "日本", "▁", *"theainrcsgbdou日本"),
+    *("<0", "x4", "<0x4", "1>", *"<0x41>"),  # not to be merged into a byte
 ]
 
 
@@ -311,7 +312,7 @@ def test_sentencepiece_files_merge_the_best_score_first(add_space, tmp_path):
     tokenizer = load_tokenizer(path)
     rng = random.Random(0)
     texts = ["".join(rng.choices("theaincrgsb  日本é\n", k=rng.randint(0, 40))) for _ in range(400)]
-    for text in texts + TEXTS:
+    for text in [*texts, *TEXTS, "<0x41>"]:
         if "<|" in text:
             continue
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -368,16 +369,18 @@ def test_gemma_files_go_by_token_order_and_keep_whitespace_runs_whole(tmp_path):
         "llama",
         tokens,
         types=types,
-        scores=[-1000.0] * len(tokens),
+        scores=[float(i) for i in range(len(tokens))],
         arch="gemma2",
         add_space_prefix=False,
         bos_token_id=1,
     )
     tokenizer = load_tokenizer(path)
     by_order = [-float(i) for i in range(len(tokens))]
-    for text in ["the cat in the hat that sat", "  sat   in"]:
+    misled = [float(i) for i in range(len(tokens))]
+    for text in ["the cat in the hat that sat", "  catin"]:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == encode_by_score(text, tokens, by_order, add_space=False)
+        assert ids != encode_by_score(text, tokens, misled, add_space=False)
     ids = tokenizer.encode("the\n\ncat     sat", add_special_tokens=False)
     assert len(tokens) - 2 in ids and len(tokens) - 1 in ids
     assert tokenizer.decode(ids) == "the\n\ncat     sat"
