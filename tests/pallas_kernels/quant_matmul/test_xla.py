@@ -1,0 +1,89 @@
+"""The reference against float64: every form that it takes on CPUs, GPUs and TPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import target
+from pallas_kernels.quant_matmul import prepare, quant_matmul
+
+F32_SUMS = 2e-6  # f32 rows and sums of a few hundred terms
+BF16_OUT = 3e-3  # one rounding to bf16 at the end
+
+
+def multiply(inputs, x_dtype, kind, is_prepared=False):
+    """One program, as a step would have it; in the form for `kind`, run on the CPU."""
+
+    def f(x, q, scale, zero):
+        if not is_prepared:
+            return quant_matmul(x, q, scale, zero, group=inputs.group, impl="xla")
+        w = prepare(q, scale, zero, group=inputs.group)
+        return quant_matmul(x, w.q, w.scale, w.zero, group=w.group, layout=w.layout, impl="xla")
+
+    with target.state(kind):
+        return jax.jit(f)(*inputs.arrays(x_dtype))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "h100"])
+def test_xla_agrees_with_float64(case, inputs, kind, relative_error):
+    y = multiply(inputs, "float32", kind)
+    assert y.dtype == jnp.float32
+    assert relative_error(y, inputs.expected()) < F32_SUMS
+
+
+@pytest.mark.parametrize("kind", ["cpu", "h100"])
+def test_a_prepared_weight_means_the_same(case, inputs, kind, relative_error):
+    """And bf16 rows are rounded once, at the end."""
+    y = multiply(inputs, "bfloat16", kind, is_prepared=True)
+    assert y.dtype == jnp.bfloat16
+    assert relative_error(y, inputs.expected()) < BF16_OUT
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 100, 300])
+@pytest.mark.parametrize("kind", ["cpu", "h100"])
+def test_any_number_of_rows_agrees(num_rows, kind, relative_error):
+    rng = np.random.default_rng(num_rows)
+    x = rng.standard_normal((num_rows, 96)).astype(np.float32)
+    q = rng.integers(-8, 8, (96, 40))
+    scale = rng.uniform(0.5, 1.5, (3, 40)).astype(np.float32)
+    with target.state(kind):
+        f = jax.jit(functools.partial(quant_matmul, impl="xla"))
+        y = f(jnp.asarray(x), jnp.asarray(q, jnp.int4), jnp.asarray(scale))
+    expected = x.astype(np.float64) @ (q * np.repeat(scale.astype(np.float64), 32, 0))
+    assert relative_error(y, expected) < F32_SUMS
+
+
+def test_digits_keep_small_entries_beside_an_outlier():
+    """On a CPU rows become 22-bit integers: an entry 1e-4 of the largest keeps 1e-3 of itself."""
+    x = np.full((1, 64), 1e-4, np.float32)
+    x[0, 0] = 1.0
+    q = np.ones((64, 8), np.int8)
+    q[0] = 0
+    y = quant_matmul(jnp.asarray(x), jnp.asarray(q), jnp.ones((1, 8), jnp.float32), impl="xla")
+    np.testing.assert_allclose(np.asarray(y), 63e-4, rtol=1e-3)
+
+
+def test_rows_of_zeros_give_zeros_and_nan_stays_nan():
+    x = np.zeros((3, 64), np.float32)
+    x[1, 5] = np.nan
+    x[2, 5] = np.inf
+    q = jnp.ones((64, 8), jnp.int8)
+    y = np.asarray(quant_matmul(jnp.asarray(x), q, jnp.ones((1, 8), jnp.float32), impl="xla"))
+    assert (y[0] == 0).all()
+    assert not np.isfinite(y[1:]).any()
+
+
+def test_jit_vmap_and_leading_axes_agree_with_plain_calls():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 64)), jnp.float32)
+    q = jnp.asarray(rng.integers(-8, 8, (64, 32)), jnp.int8)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, (2, 32)), jnp.float32)
+    whole = quant_matmul(x, q, scale)
+    assert whole.shape == (2, 3, 32)
+    np.testing.assert_allclose(jax.jit(quant_matmul)(x, q, scale), whole, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(lambda r: quant_matmul(r, q, scale))(x), whole, rtol=1e-5, atol=1e-5
+    )
