@@ -245,11 +245,9 @@ class _ByteLevelDecoder:
 
     def push(self, token_id: int) -> str:
         token = self._vocabulary.token(token_id, self._skips_special)
-        return (
-            ""
-            if token is None
-            else self._utf8.decode(self._vocabulary.token_bytes(token_id, token))
-        )
+        if token is None:
+            return ""
+        return self._utf8.decode(self._vocabulary.token_bytes(token_id, token))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

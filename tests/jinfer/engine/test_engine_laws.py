@@ -151,7 +151,7 @@ class Harness:
         self.check()
 
     def drain(self):
-        for _ in range(20_000):
+        for _ in range(3000):
             if not self.scheduler.has_work():
                 break
             self.step()

@@ -51,6 +51,17 @@ class Driver:
         self.drain(token)
         return plan
 
+    def is_undisturbed(self):
+        """Whether nothing has been preempted yet; fails if that goes on too long."""
+        assert self.scheduler.stats.num_plans < 100, "no preemption"
+        return self.scheduler.stats.num_preemptions == 0
+
+    def run(self):
+        for _ in range(200):
+            if self.scheduler.has_work():
+                self.step()
+        assert not self.scheduler.has_work(), "stuck"
+
     def drain(self, token=7):
         while self.scheduler.num_in_flight:
             self.commit(self.scheduler._in_flight[0], token)
@@ -146,8 +157,7 @@ def test_a_sequence_that_fills_the_whole_pool_ends_with_length(num_prompt_tokens
     driver = Driver(num_pages=4, num_decode_steps=3)
     request = driver.add(num_prompt_tokens, max_tokens=None)
     other = driver.add(1, max_tokens=3)
-    while driver.scheduler.has_work():
-        driver.step()
+    driver.run()
     # 16 places hold all but the last of 17 tokens.
     assert num_prompt_tokens + len(request.output_token_ids) == 17
     assert request.finish_reason == other.finish_reason == "length"
@@ -214,7 +224,7 @@ def crowded():
 def test_the_latest_request_is_preempted_and_keeps_its_tokens_in_flight():
     driver, first, second = crowded()
     plans = [driver.scheduler._in_flight[0]]
-    while not driver.scheduler.stats.num_preemptions:
+    while driver.is_undisturbed():
         plans.append(driver.plan())
     assert second.status is RequestStatus.PREEMPTED
     assert (second.pages, second.row, second.num_computed_tokens) == ([], None, 0)
@@ -248,7 +258,7 @@ def test_the_victim_has_the_lowest_priority_before_the_latest_arrival():
 def test_a_preempted_request_goes_before_those_that_never_ran():
     driver, _, second = crowded()
     waiting = driver.add(1)
-    while not driver.scheduler.stats.num_preemptions:
+    while driver.is_undisturbed():
         driver.step()
     assert driver.scheduler._waiting == [second, waiting]
 
@@ -256,7 +266,7 @@ def test_a_preempted_request_goes_before_those_that_never_ran():
 def test_a_preempted_request_that_stops_by_a_token_in_flight_never_comes_back():
     driver, _, second = crowded()
     plans = [driver.scheduler._in_flight[0]]
-    while not driver.scheduler.stats.num_preemptions:
+    while driver.is_undisturbed():
         plans.append(driver.plan())
     [_, progress] = driver.commit(plans[0], EOS)
     assert progress.request is second and progress.finished
@@ -278,7 +288,7 @@ def test_abort_frees_everything_at_any_moment(moment):
     elif moment == "decoding":
         driver.plan()
     else:
-        while not driver.scheduler.stats.num_preemptions:
+        while driver.is_undisturbed():
             driver.plan()
     aborted = driver.scheduler.abort(second.request_id)
     driver.scheduler.check()
@@ -288,8 +298,7 @@ def test_abort_frees_everything_at_any_moment(moment):
     num_outputs = len(second.output_token_ids)
     driver.drain()
     assert len(second.output_token_ids) == num_outputs
-    while driver.scheduler.has_work():
-        driver.step()
+    driver.run()
     assert driver.scheduler.pool.num_free == 4
     assert second.metrics.finished_time is not None
     assert driver.scheduler.abort("nobody") is None
