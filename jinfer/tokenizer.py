@@ -94,13 +94,27 @@ def load_tokenizer(
 
 
 def _from_hf(name: str | os.PathLike[str], revision: str | None) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
+    transformers = _import_transformers()
     try:
-        return AutoTokenizer.from_pretrained(os.fspath(name), revision=revision)
+        return transformers.AutoTokenizer.from_pretrained(os.fspath(name), revision=revision)
     except (OSError, ValueError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(f"cannot load a tokenizer from {os.fspath(name)!r}: {reason}") from error
+
+
+def _import_transformers() -> Any:
+    """Imports transformers, less its advice to install PyTorch: nothing here needs that."""
+    source = logging.getLogger("transformers")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "PyTorch was not found" not in record.getMessage()
+
+    source.addFilter(is_news)
+    try:
+        import transformers
+    finally:
+        source.removeFilter(is_news)
+    return transformers
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerBase:
@@ -109,8 +123,6 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerBase:
     Raises:
       ValueError: it describes none, or one whose kind or pre-tokenizer is unknown.
     """
-    from transformers import PreTrainedTokenizerFast
-
     get = _Getter(file)
     kind = get("model")
     tokens = get("tokens")
@@ -132,7 +144,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerBase:
     }
     add_bos = bool(get("add_bos_token", add_bos)) and "bos_token" in named
     add_eos = bool(get("add_eos_token", False)) and "eos_token" in named
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = _import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
         add_bos_token=add_bos,

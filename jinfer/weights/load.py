@@ -25,7 +25,7 @@ def load(
       path_or_name: a Hugging Face folder, a .gguf file, a folder with exactly one, a name on the
         Hugging Face hub, or "smollm2", the default model. What exists on disk goes first.
       dtype: "float32", "bfloat16" or "float16" for every parameter; None or "auto": the
-        checkpoint's own on accelerators, float32 on CPUs.
+        checkpoint's own on accelerators (bfloat16 for GGUF files, unless all F32), float32 on CPUs.
       revision: branch, tag or commit of a hub name.
 
     Returns:

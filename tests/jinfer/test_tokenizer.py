@@ -121,6 +121,7 @@ def test_a_tokenizer_is_built_without_torch(smollm2_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[19556, 905]", done.stderr
+    assert done.stderr == ""
 
 
 # Byte-level BPE of other models.
