@@ -179,7 +179,8 @@ def races_found() -> bool:
     """Tells whether the last simulated TPU kernel, run with `detect_races`, had a race."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
-    return bool(interpreter.get_races().races_found)
+    races: Any = interpreter.races
+    return races is not None and bool(races.races_found)
 
 
 # Differences between JAX versions.
