@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -167,13 +168,13 @@ class QFormat:
         return self.num_groups(num_inputs), -(-num_outputs // self.block)
 
 
-def split_groups(x: Array, group: int, mode: str = "constant") -> Array:
-    """[..., I, O] -> [..., G, g, O]; a short last group is padded (zeros, or its edge)."""
+def split_groups(x: Array, group: int) -> Array:
+    """[..., I, O] -> [..., G, g, O]; a short last group is padded with zeros."""
     *lead, num_inputs, num_outputs = x.shape
     num_groups = -(-num_inputs // group)
     pad = num_groups * group - num_inputs
     if pad:
-        x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, pad), (0, 0)], mode=mode)
+        x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, pad), (0, 0)])
     return x.reshape(*lead, num_groups, group, num_outputs)
 
 
@@ -184,6 +185,17 @@ def expand_groups(per_group: Array, fmt: QFormat, num_inputs: int, num_outputs: 
     if per_group.shape[-2] == 1:
         return per_group
     return jnp.repeat(per_group, fmt.group_size(num_inputs), axis=-2)[..., :num_inputs, :]
+
+
+def reduce_groups(x: Array, fmt: QFormat, reduce: Callable[..., Array]) -> Array:
+    """Reduces [..., I, O] over the weights that share a scale, to the scale's shape."""
+    *_, num_inputs, num_outputs = x.shape
+    out = reduce(split_groups(x, fmt.group_size(num_inputs)), axis=-2)  # [..., G, O]
+    if fmt.block == 1 and fmt.group != TENSOR:
+        return out
+    width = fmt.block if fmt.block > 1 else num_outputs
+    out = reduce(split_groups(jnp.swapaxes(out, -1, -2), width), axis=-2)
+    return jnp.swapaxes(out, -1, -2)
 
 
 def find_scales(
@@ -205,14 +217,8 @@ def find_scales(
     Returns:
       scale of `fmt.scale_shape`, and zero (int8, signed; floats if fmt.float_zero) or None.
     """
-    *_, num_inputs, num_outputs = w.shape
-    group = fmt.group_size(num_inputs)
-    low = split_groups(w, group).min(axis=-2)  # [..., G, O]; padding zeros change nothing:
-    high = split_groups(w, group).max(axis=-2)  # the range is widened to hold 0 anyway
-    if fmt.block > 1 or fmt.group == TENSOR:
-        width = fmt.block if fmt.block > 1 else num_outputs
-        low = jnp.swapaxes(split_groups(jnp.swapaxes(low, -1, -2), width).min(axis=-2), -1, -2)
-        high = jnp.swapaxes(split_groups(jnp.swapaxes(high, -1, -2), width).max(axis=-2), -1, -2)
+    # A short last group is padded with zeros: they change nothing, since the range holds 0 anyway.
+    low, high = reduce_groups(w, fmt, jnp.min), reduce_groups(w, fmt, jnp.max)
     return scales_from_range(low, high, fmt, grid=grid, scale_dtype=scale_dtype)
 
 

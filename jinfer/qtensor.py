@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jinfer.config import require
 from jinfer.qformat import (
     CODEBOOKS,
     FP8_DTYPES,
+    TENSOR,
     Grid,
     QFormat,
     decode,
@@ -216,6 +218,25 @@ def from_codes(
     else:
         q = codes.astype(jnp.int8)
     return QTensor(q, scale, zero, act_scale, perm, fmt, pad)
+
+
+def split_outputs(x: QTensor, widths: Sequence[int]) -> list[QTensor]:
+    """Cuts a weight into pieces of `widths` outputs: undoes a concatenation along the last axis.
+
+    Raises:
+      ValueError: outputs share scales (tensor, block or double scales), or widths do not add up.
+    """
+    scale = x.scale
+    if isinstance(scale, DoubleScale) or x.fmt.block > 1 or x.fmt.group == TENSOR:
+        raise ValueError(f"{x.fmt} cannot be split: its outputs share scales")
+    require(sum(widths) == x.shape[-1], f"widths {list(widths)} do not sum to {x.shape[-1]}")
+    pieces, start = [], 0
+    for width in widths:
+        cut = slice(start, start + width)
+        zero = None if x.zero is None else x.zero[..., cut]
+        pieces.append(dataclasses.replace(x, q=x.q[..., cut], scale=scale[..., cut], zero=zero))
+        start += width
+    return pieces
 
 
 def check_finite(x: Array, what: str) -> None:

@@ -1,0 +1,103 @@
+"""Sums and factors of X^T X that are the same bits on every run and with any number of threads.
+
+Knows nothing of weights. XLA's CPU matmuls of these shapes keep one order of summation whatever
+the thread count (tests/jinfer/quant/test_factor.py); LAPACK's Cholesky does not, so here is one of
+them.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+LEAF = 128  # rows that are factored one by one
+CHUNK = 512  # tokens of one partial sum
+# Damping is retried with these multiples; the last try also lifts the diagonal to its mean.
+DAMP_RETRIES = (1.0, 5.0, 10.0, 50.0, 100.0)
+
+
+def gram(x: Array) -> Array:
+    """f32 [I, I] X^T X of tokens [..., I], summed in chunks of 512 tokens."""
+    num_inputs = x.shape[-1]
+    x = x.reshape(-1, num_inputs).astype(jnp.float32)
+    x = jnp.pad(x, ((0, -x.shape[0] % CHUNK), (0, 0))).reshape(-1, CHUNK, num_inputs)
+
+    def add(total: Array, chunk: Array) -> tuple[Array, None]:
+        return total + _dot(chunk.T, chunk), None
+
+    return lax.scan(add, jnp.zeros((num_inputs, num_inputs), jnp.float32), x)[0]
+
+
+def inverse_factor(hessian: Array, damp: float) -> tuple[Array, Array, Array, Array]:
+    """Upper U with U^T U = (H + damping)^-1, retried with more damping until it exists.
+
+    With J the reversal, J H J = L L^T gives H = R R^T for the upper R = J L J, so U = J L^-1 J: one
+    factorization where the usual route factors, inverts and factors again.
+
+    Args:
+      hessian: [I, I] f32, symmetric.
+      damp: fraction of mean(diag H) added to the diagonal; retried 5, 10, 50 and 100 times as
+        large, the last time with small diagonal entries lifted to the mean.
+
+    Returns:
+      U f32 [I, I], the damping used, failed tries, and whether all failed (then U = identity).
+    """
+    diagonal = jnp.diagonal(hessian)
+    mean = jnp.mean(diagonal)
+    retries = jnp.asarray(DAMP_RETRIES, jnp.float32) * damp
+
+    def attempt(i: Array) -> Array:
+        is_last = i == len(DAMP_RETRIES) - 1
+        lift = jnp.where(is_last, jnp.maximum(mean - diagonal, 0.0), 0.0)
+        damped = (hessian + jnp.diag(lift + retries[i] * mean)) / mean
+        return inverse_cholesky(damped[::-1, ::-1])[::-1, ::-1]
+
+    def is_good(upper: Array) -> Array:
+        return jnp.all(jnp.isfinite(upper)) & jnp.all(jnp.diagonal(upper) > 0)
+
+    def goes_on(state: tuple[Array, Array]) -> Array:
+        return ~is_good(state[1]) & (state[0] < len(DAMP_RETRIES) - 1)
+
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return state[0] + 1, attempt(state[0] + 1)
+
+    tries, upper = lax.while_loop(goes_on, step, (jnp.int32(-1), jnp.full_like(hessian, jnp.nan)))
+    fell_back = ~is_good(upper)
+    eye = jnp.eye(hessian.shape[0], dtype=jnp.float32)
+    return jnp.where(fell_back, eye, upper), retries[tries], tries, fell_back
+
+
+def inverse_cholesky(a: Array) -> Array:
+    """L^-1, lower, for a = L L^T; NaN where `a` is not positive definite.
+
+    By halves: with a = [[A, B^T], [B, C]] and M = chol(A)^-1, K = B M^T, N = chol(C - K K^T)^-1 the
+    answer is [[M, 0], [-N K M, N]].
+    """
+    size = a.shape[0]
+    if size <= LEAF:
+        return _leaf(a)
+    half = -(-size // (2 * LEAF)) * LEAF
+    m = inverse_cholesky(a[:half, :half])
+    k = _dot(a[half:, :half], m.T)
+    n = inverse_cholesky(a[half:, half:] - _dot(k, k.T))
+    corner = -_dot(n, _dot(k, m))
+    return jnp.block([[m, jnp.zeros((half, size - half), a.dtype)], [corner, n]])
+
+
+def _leaf(a: Array) -> Array:
+    """As `inverse_cholesky`: eliminates a's rows one by one from [a | I], scaled by the pivots."""
+    size = a.shape[0]
+    places = jnp.arange(size)
+
+    def eliminate(i: Array, both: Array) -> Array:
+        pivot = lax.rsqrt(jnp.where(both[i, i] > 0, both[i, i], jnp.nan))
+        row = both[i] * pivot
+        factors = jnp.where(places > i, both[:, i] * pivot, 0.0)
+        return (both - factors[:, None] * row[None, :]).at[i].set(row)
+
+    both = jnp.concatenate([a, jnp.eye(size, dtype=a.dtype)], axis=1)
+    return lax.fori_loop(0, size, eliminate, both)[:, size:]
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
