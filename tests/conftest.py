@@ -7,5 +7,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 
+# The simulator of GPU kernels (used from jax 0.11 on) blocks a CPU thread per warpgroup: with fewer
+# threads than warpgroups, as on two cores, it waits for itself forever.
+if jax.__version_info__ >= (0, 11):
+    os.environ.setdefault("NPROC", "8")
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
