@@ -157,9 +157,7 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """Makes the next step, or returns None if nothing can run before the next commit."""
         budget = self.config.max_num_batched_tokens
-        num_preemptions = self.stats.num_preemptions
         decodes = self._reserve_decodes()
-        num_preempted = self.stats.num_preemptions - num_preemptions
         budget -= len(decodes)
         chunks: list[tuple[Request, int]] = []
         for request in self._running:
@@ -167,7 +165,8 @@ class Scheduler:
                 n = min(request.num_prefill_tokens - request.num_computed_tokens, budget)
                 chunks.append((request, n))
                 budget -= n
-        while budget > 0 and num_preempted == 0 and self._waiting:
+        # What was preempted just now does not come back here: it gave up the last page needed.
+        while budget > 0 and self._waiting:
             request = self._waiting[0]
             is_whole = request.num_tokens <= budget
             if not (is_whole or self.config.enable_chunked_prefill) or not self._admit(request):
