@@ -175,6 +175,18 @@ def tpu_interpret_params() -> Any:
     return pltpu.InterpretParams(detect_races=_interpreted.value[0])
 
 
+def reset_interpreter() -> None:
+    """Forgets what a simulated kernel left behind; needed after one failed, harmless otherwise."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    pltpu.reset_tpu_interpret_mode_state()
+    try:
+        from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+    except ImportError:
+        return
+    interpreter.reset_gpu_interpret_mode_state()
+
+
 def races_found() -> bool:
     """Tells whether the last simulated TPU kernel, run with `detect_races`, had a race."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter

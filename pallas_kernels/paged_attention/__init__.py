@@ -10,12 +10,14 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention import mosaic_gpu, xla
 from pallas_kernels.paged_attention.base import AttentionSpec as AttentionSpec
 from pallas_kernels.paged_attention.base import PagedKV as PagedKV
 from pallas_kernels.paged_attention.base import check_arguments
+from pallas_kernels.paged_attention.mosaic_gpu import MosaicGpuTiles as MosaicGpuTiles
+from pallas_kernels.paged_attention.xla import XlaTiles as XlaTiles
 
-IMPLS = (xla.IMPL,)
+IMPLS = (mosaic_gpu.IMPL, xla.IMPL)
 
 
 def ragged_paged_attention(

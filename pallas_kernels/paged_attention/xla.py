@@ -100,7 +100,9 @@ def _rectangle(
     out, lse = _attend(rows, kv, page_table, spec, tiles, _precision(q))
     # Back from [S, R] to tokens: token t is row t - q_starts[s] of its sequence s.
     t = jnp.arange(num_tokens)
-    seqs = jnp.searchsorted(q_starts[1:], t, side="right").astype(jnp.int32)  # S: padding
+    seqs = jnp.searchsorted(q_starts[1:], t, side="right", method="compare_all").astype(
+        jnp.int32
+    )  # S: padding
     seqs_in = jnp.minimum(seqs, kv_lens.shape[0] - 1)
     row = t - q_starts[seqs_in]
     ok = (seqs < kv_lens.shape[0]) & (row < num_rows) & is_taken[seqs_in]
@@ -139,7 +141,7 @@ def _query_tiles(
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out, lse = carry
-        seq = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
+        seq = jnp.searchsorted(ends, i, side="right", method="compare_all").astype(jnp.int32)
         first = (i - (ends[seq] - num_tiles[seq])) * num_rows
         start = q_starts[seq] + first
         offsets = first + jnp.arange(num_rows)[None, :]  # [1, R]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import PagedKV
+from pallas_kernels.paged_attention import PagedKV, ragged_paged_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,7 @@ class Case:
     seqs: tuple[tuple[int, int], ...]
     num_tokens: int | None = None  # padded; None: no padding
     heads: tuple[int, int] = (4, 2)  # N, K
-    head_dim: int = 16
+    head_dim: int = 32
     page_size: int = 8
     kv_dtype: str = "float32"
     soft_cap: float | None = None
@@ -200,5 +202,38 @@ def reference():
 
 
 @pytest.fixture
+def cases():
+    return {case.name: case for case in CASES}
+
+
+@pytest.fixture
 def make_case():
     return Case
+
+
+@pytest.fixture
+def attend_both():
+    """A function that runs a backend and the jnp one on the same inputs and compares them.
+
+    Both see the same 16-bit inputs; they differ in the rounding of the probabilities (8 bits of
+    mantissa in bf16) and of the result.
+    """
+
+    def check(inputs: Inputs, impl: str, config=None) -> None:
+        run = jax.jit(
+            functools.partial(ragged_paged_attention, **inputs.options, return_lse=True),
+            static_argnames=("impl", "config"),
+        )
+        tree = inputs.kwargs["tree_mask"]
+        expected, expected_lse = run(*inputs.args, tree_mask=tree, impl="xla")
+        out, lse = run(*inputs.args, tree_mask=tree, impl=impl, config=config)
+        assert out.dtype == expected.dtype
+        out, expected = (np.asarray(x, np.float64) for x in (out, expected))
+        scale = max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(out, expected, atol=2**-7 * scale, rtol=2**-7)
+        lse, expected_lse = np.asarray(lse), np.asarray(expected_lse)
+        assert (np.isneginf(lse) == np.isneginf(expected_lse)).all()
+        is_seen = np.isfinite(expected_lse)
+        np.testing.assert_allclose(lse[is_seen], expected_lse[is_seen], atol=2e-3, rtol=2e-3)
+
+    return check

@@ -1,0 +1,399 @@
+"""Paged attention on Hopper: lists the work, packs query rows into tiles, runs the kernel, merges.
+
+A tile holds the rows of one KV head: query token j of the tile and query head g of the group are
+row j * G + g. Example with G = 4 and tiles of 64 rows, 16 tokens each:
+
+    q_lens  1 40 0    tiles  seq 0: token 0 | seq 1: tokens 0-15, 16-31, 32-39
+
+A tile's KV blocks are split into parts so that every multiprocessor gets work, however unequal the
+lengths are; the parts are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import target as target_lib
+from pallas_kernels.dispatch import Impl
+from pallas_kernels.paged_attention.base import AttentionSpec, PagedKV
+from pallas_kernels.target import Target
+
+ROWS = 64  # of a warpgroup
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MosaicGpuTiles:
+    """Tiles of the Hopper kernel.
+
+    Attributes:
+      kv_block: keys of a step, 64 or 128.
+      num_stages: depth of the ring of KV blocks; even, so that a stage stays with one warpgroup.
+      num_attending: warpgroups that compute, 1 or 2, for tiles of up to 64 rows.
+      min_part, max_part: bounds on the KV blocks of a part: less is not worth a partial result,
+        more makes the last wave uneven.
+    """
+
+    kv_block: int = 64
+    num_stages: int = 4
+    num_attending: int = 2
+    min_part: int = 4
+    max_part: int = 24
+
+    def __post_init__(self) -> None:
+        if self.kv_block not in (64, 128) or self.num_attending not in (1, 2):
+            raise ValueError(
+                "MosaicGpuTiles: kv_block must be 64 or 128 and num_attending 1 or 2, got "
+                f"{self.kv_block} and {self.num_attending}"
+            )
+        if self.num_stages < 2 or self.num_stages % 2:
+            raise ValueError(f"MosaicGpuTiles: num_stages must be even, got {self.num_stages}")
+        if not 1 <= self.min_part <= self.max_part:
+            raise ValueError(
+                "MosaicGpuTiles: expected 1 <= min_part <= max_part, got "
+                f"{self.min_part} and {self.max_part}"
+            )
+
+
+class _Tiles(NamedTuple):
+    """Which queries each tile holds; i32 [tiles] unless noted."""
+
+    seq: jax.Array
+    first_token: jax.Array  # in its sequence
+    is_live: jax.Array  # bool
+    starts: jax.Array  # [S], first tile of each sequence
+
+
+def _why_not(target: Target, *args: Any) -> str | None:
+    q, kv, _, page_table, _, _, spec = args
+    if target_lib.is_interpreting():
+        if reason := target_lib.why_not_interpret("gpu"):
+            return reason
+    elif not target.is_hopper:
+        return f"needs a Hopper GPU (sm_90), the target is {target.name} ({target.arch})"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q must be bf16 or f16 for the tensor cores, got {q.dtype}"
+    if not kv.is_quantized and kv.k_pages.dtype != q.dtype:
+        return (
+            f"kv pages must be {q.dtype} as q is, or float8_e4m3fn or int8, got {kv.k_pages.dtype}"
+        )
+    if q.shape[2] % 32 or q.shape[2] > 256:
+        return f"head_dim must be a multiple of 32 up to 256, got {q.shape[2]}"
+    if kv.page_size < 8 or (64 % kv.page_size and kv.page_size % 64):
+        return f"page size must divide 64 or be a multiple of it, at least 8, got {kv.page_size}"
+    if q.shape[1] // kv.num_kv_heads > ROWS:
+        return f"at most {ROWS} query heads a KV head, got {q.shape[1] // kv.num_kv_heads}"
+    if page_table.shape[1] == 0 or kv.k_pages.shape[0] == 0:
+        return "there are no pages"
+    if spec.config is not None and not isinstance(spec.config, MosaicGpuTiles):
+        return f"config must be MosaicGpuTiles, got {type(spec.config).__name__}"
+    if spec.config is not None and not _fits(spec.config.kv_block, kv.page_size):
+        return f"config.kv_block {spec.config.kv_block} and page size {kv.page_size} do not divide"
+    return None
+
+
+def _fits(kv_block: int, page_size: int) -> bool:
+    return kv_block % page_size == 0 or page_size % kv_block == 0
+
+
+def run(
+    q: jax.Array,
+    kv: PagedKV,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    q_starts: jax.Array,
+    tree_mask: jax.Array | None,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (out [T, N, H], lse f32 [T, N]); see `ragged_paged_attention`."""
+    call = (q, kv, kv_lens, page_table, q_starts, tree_mask, spec)
+    q_lens = q_starts[1:] - q_starts[:-1]
+    group = q.shape[1] // kv.num_kv_heads
+    if spec.max_q_len * group <= 2 * ROWS:
+        return _run_tiles(*call, is_taken=q_lens > 0, max_q_len=spec.max_q_len)
+    # Decoding sequences split their long contexts; query tiles rarely need to.
+    out, lse = _run_tiles(*call, is_taken=q_lens > 1, max_q_len=spec.max_q_len)
+    decoded, decoded_lse = _run_tiles(*call, is_taken=q_lens == 1, max_q_len=1)
+    is_decoded = jnp.isneginf(lse)
+    return jnp.where(is_decoded[:, :, None], decoded, out), jnp.where(is_decoded, decoded_lse, lse)
+
+
+def _run_tiles(
+    q: jax.Array,
+    kv: PagedKV,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    q_starts: jax.Array,
+    tree_mask: jax.Array | None,
+    spec: AttentionSpec,
+    *,
+    is_taken: jax.Array,
+    max_q_len: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the taken sequences, whose n_s is at most max_q_len; elsewhere zeros and -inf."""
+    from pallas_kernels.paged_attention import mosaic_gpu_kernel as kernel
+
+    num_tokens, num_heads, head_dim = q.shape
+    num_seqs, num_kv_heads = kv_lens.shape[0], kv.num_kv_heads
+    group = num_heads // num_kv_heads
+    launch = _launch(q, kv, page_table, tree_mask, spec, max_q_len)
+    tile_tokens = launch.tile_rows // group
+    if max_q_len <= tile_tokens:
+        num_tiles, tile_tokens = num_seqs, max_q_len
+    else:
+        num_tiles = num_seqs + num_tokens // tile_tokens
+    q_lens = jnp.where(is_taken, q_starts[1:] - q_starts[:-1], 0)
+    tiles = _list_tiles(q_lens, tile_tokens, num_tiles)
+    blocks = _list_blocks(tiles, q_lens, kv_lens, tile_tokens, launch)
+    items, num_written = _list_items(tiles, blocks, num_kv_heads, launch, spec)
+
+    # Pack: the token of each tile's rows, and what each row sees.
+    tokens_in = tiles.first_token[:, None] + jnp.arange(tile_tokens)[None, :]  # [tiles, tokens]
+    is_row = tiles.is_live[:, None] & (tokens_in < q_lens[tiles.seq][:, None])
+    tokens = jnp.minimum(q_starts[tiles.seq][:, None] + tokens_in, num_tokens - 1)
+    dtype = jnp.float16 if kv.is_quantized else q.dtype
+    packed = q.reshape(num_tokens, num_kv_heads, group, head_dim)[tokens].astype(dtype)
+    packed = jnp.moveaxis(packed, 2, 1)  # [tiles, K, tokens, G, H]
+    packed = packed.reshape(num_tiles, num_kv_heads, tile_tokens * group, head_dim)
+    live_rows = tile_tokens * group
+    num_rows = -(-live_rows // 8) * 8 if launch.num_attending == 1 or not launch.share_keys else 128
+    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, num_rows - live_rows), (0, 0)))
+
+    def per_row(x: jax.Array, fill: int) -> jax.Array:
+        """[tiles, tokens] for tokens -> [tiles, tile_rows] for rows."""
+        x = jnp.repeat(x, group, axis=1)
+        return jnp.pad(x, ((0, 0), (0, launch.tile_rows - live_rows)), constant_values=fill)
+
+    tree_starts = kv_lens - q_lens
+    tree = None
+    depth = tokens_in
+    if tree_mask is not None:
+        words = _clear_bits_from(tree_mask[tokens], q_lens[tiles.seq])  # [tiles, tokens, W]
+        words = jnp.where(is_row[:, :, None], words, jnp.uint32(0))
+        depth = lax.population_count(words).astype(jnp.int32).sum(axis=-1) - 1
+        tree = jnp.stack([per_row(words[..., w], 0) for w in range(words.shape[-1])], axis=1)
+    positions = per_row(jnp.where(is_row, tree_starts[tiles.seq][:, None] + depth, -1), -1)
+
+    out, lse = kernel.attend_tiles(items, page_table, positions, tree, packed, kv, launch)
+    out, lse = _unpack(
+        out, lse, tiles, num_written, q_starts, q_lens, num_tokens, tile_tokens, group
+    )
+    return out.astype(q.dtype), lse
+
+
+def _launch(
+    q: jax.Array,
+    kv: PagedKV,
+    page_table: jax.Array,
+    tree_mask: jax.Array | None,
+    spec: AttentionSpec,
+    max_q_len: int,
+) -> Any:
+    """Decides the static half of the launch."""
+    from pallas_kernels.paged_attention import mosaic_gpu_kernel as kernel
+
+    chosen: MosaicGpuTiles = spec.config or _heuristic(q, kv, max_q_len)
+    num_kv_heads = kv.num_kv_heads
+    group = q.shape[1] // num_kv_heads
+    fits_one = max_q_len * group <= ROWS
+    num_attending = chosen.num_attending if fits_one else 2
+    table_blocks = -(-page_table.shape[1] * kv.page_size // chosen.kv_block)
+    cores = _num_cores()
+    if max_q_len * group <= 2 * ROWS:
+        wanted = -(-4 * cores // (num_kv_heads * page_table.shape[0]))
+        wanted = max(8, min(wanted, 64))
+    else:
+        tiles = max(1, q.shape[0] * group // (2 * ROWS))
+        wanted = min(4, cores // (num_kv_heads * tiles))
+    return kernel.Launch(
+        num_attending=num_attending,
+        share_keys=not fits_one or num_attending == 1,
+        kv_block=chosen.kv_block,
+        num_stages=chosen.num_stages,
+        num_parts=max(1, min(wanted, -(-table_blocks // chosen.min_part))),
+        sm_scale=spec.sm_scale,
+        soft_cap=spec.soft_cap,
+        window=spec.sliding_window,
+        tree_words=0 if tree_mask is None else tree_mask.shape[1],
+    )
+
+
+def _heuristic(q: jax.Array, kv: PagedKV, max_q_len: int) -> MosaicGpuTiles:
+    """Returns tiles that fit into shared memory, for want of a measured table."""
+    group = q.shape[1] // kv.num_kv_heads
+    is_prefill = max_q_len * group > ROWS
+    has_room = is_prefill and q.shape[2] <= 128 and not kv.is_quantized
+    kv_block = 128 if has_room and _fits(128, kv.page_size) else 64
+    stage = 2 * kv_block * q.shape[2] * kv.k_pages.dtype.itemsize
+    # Queries of 128 rows; or of 64, and results of two warpgroups.
+    rest = (2 if is_prefill else 3) * ROWS * q.shape[2] * 2 + 2 * ROWS * 4
+    if kv.is_quantized:
+        rest += 2 * 2 * kv_block * q.shape[2] * 2
+        stage += 2 * kv_block * 4
+    room = target_lib.TARGETS["h100"].smem_bytes - rest - 2048
+    stages = max(2, min(6, room // stage // 2 * 2))
+    return MosaicGpuTiles(kv_block=kv_block, num_stages=stages)
+
+
+def _num_cores() -> int:
+    target = target_lib.current()
+    return target.num_cores if target.kind == "gpu" else target_lib.TARGETS["h100"].num_cores
+
+
+def _list_tiles(q_lens: jax.Array, tile_tokens: int, num_tiles: int) -> _Tiles:
+    """Cuts each sequence into tiles: at 16 tokens a tile q_lens [1, 40, 0] give ends [1, 4, 4]."""
+    count = -(-q_lens // tile_tokens)
+    ends = jnp.cumsum(count)
+    starts = ends - count
+    index = jnp.arange(num_tiles)
+    seq = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
+    is_live = seq < q_lens.shape[0]
+    seq = jnp.minimum(seq, q_lens.shape[0] - 1)
+    first_token = jnp.where(is_live, (index - starts[seq]) * tile_tokens, 0)
+    return _Tiles(seq, first_token.astype(jnp.int32), is_live, starts)
+
+
+class _Blocks(NamedTuple):
+    """KV blocks of each tile, [tiles] each: from first, num of them; [full_first, full_end) need
+    no mask; where the tree starts, in keys."""
+
+    first: jax.Array
+    num: jax.Array
+    full_first: jax.Array
+    full_end: jax.Array
+    tree_start: jax.Array
+
+
+def _list_blocks(
+    tiles: _Tiles, q_lens: jax.Array, kv_lens: jax.Array, tile_tokens: int, launch: Any
+) -> _Blocks:
+    block, window, is_tree = launch.kv_block, launch.window, launch.tree_words > 0
+    kv_len, q_len = kv_lens[tiles.seq], q_lens[tiles.seq]
+    start = kv_len - q_len
+    last_token = jnp.minimum(tiles.first_token + tile_tokens, q_len) - 1
+    last = kv_len - 1 if is_tree else start + last_token  # last visible key
+    lowest = start - 1 if is_tree else start + tiles.first_token  # position of the first row
+    first = jnp.zeros_like(start)
+    full_first = jnp.zeros_like(start)
+    if window is not None:
+        first = jnp.maximum(lowest - window + 1, 0) // block
+        full_first = -(-jnp.maximum(last - window + 1, 0) // block)
+    end = last // block + 1
+    full_end = jnp.maximum(start if is_tree else lowest + 1, 0) // block
+    num = jnp.where(tiles.is_live & (kv_len > 0), jnp.maximum(end - first, 0), 0)
+    return _Blocks(first, num, full_first, full_end, start)
+
+
+def _list_items(
+    tiles: _Tiles, blocks: _Blocks, num_kv_heads: int, launch: Any, spec: AttentionSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Splits the tiles' blocks into items, the largest first.
+
+    A part has total / wanted blocks, within bounds, evened out over the tile. Example, parts of at
+    most 24: a tile of 64 blocks makes parts of 22, 22, 20.
+
+    Returns:
+      items i32 [I, 8], and num_written i32 [tiles]: partial results that the kernel writes.
+    """
+    from pallas_kernels.paged_attention import mosaic_gpu_kernel as kernel
+
+    num_tiles = tiles.seq.shape[0]
+    if launch.num_parts == 1:
+        count = (blocks.num > 0).astype(jnp.int32)
+        num_items = num_tiles
+        size = blocks.num
+    else:
+        bounds: MosaicGpuTiles = spec.config or MosaicGpuTiles()
+        per_wave = -(-_num_cores() // num_kv_heads)
+        extra = 4 * per_wave
+        total = blocks.num.sum()
+        size = jnp.clip(-(-total // per_wave), bounds.min_part, bounds.max_part)
+        size = jnp.maximum(size, -(-total // extra))
+        count = jnp.minimum(-(-blocks.num // size), launch.num_parts)
+        size = -(-blocks.num // jnp.maximum(count, 1))
+        count = -(-blocks.num // jnp.maximum(size, 1))
+        num_items = min(num_tiles + extra, num_tiles * launch.num_parts)
+    ends = jnp.cumsum(count)
+    index = jnp.arange(num_items)
+    tile = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
+    is_live = tile < num_tiles
+    tile = jnp.minimum(tile, num_tiles - 1)
+    part = index - (ends - count)[tile]
+    offset = part * size[tile]
+    num = jnp.where(is_live, jnp.minimum(size[tile], blocks.num[tile] - offset), 0)
+    first = blocks.first[tile] + offset
+    full_first = jnp.clip(blocks.full_first[tile] - first, 0, num)
+    full_end = jnp.clip(blocks.full_end[tile] - first, full_first, num)
+    fields: list[jax.Array] = [jnp.zeros(())] * kernel.ITEM_FIELDS
+    fields[kernel.TILE], fields[kernel.SEQ], fields[kernel.PART] = tile, tiles.seq[tile], part
+    fields[kernel.FIRST_BLOCK], fields[kernel.NUM_BLOCKS] = first, num
+    fields[kernel.FULL_FIRST], fields[kernel.FULL_END] = full_first, full_end
+    fields[kernel.TREE_START] = blocks.tree_start[tile]
+    items = jnp.stack([x.astype(jnp.int32) for x in fields], axis=1)
+    if not launch.share_keys:
+        # Each attending warpgroup writes a part; of a part of one block, the first alone does.
+        last = blocks.num - (count - 1) * size
+        short = jnp.where(last < launch.num_attending, launch.num_attending - last, 0)
+        count = jnp.where(count > 0, count * launch.num_attending - short, 0)
+    return items[jnp.argsort(-num)], count
+
+
+def _unpack(
+    out: jax.Array,
+    lse: jax.Array,
+    tiles: _Tiles,
+    num_written: jax.Array,
+    q_starts: jax.Array,
+    q_lens: jax.Array,
+    num_tokens: int,
+    tile_tokens: int,
+    group: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges the parts and brings rows back to tokens: f32 ([T, N, H], [T, N])."""
+    num_tiles, parts, num_kv_heads, _, head_dim = out.shape
+    rows = tile_tokens * group
+    split = (num_tiles, parts, num_kv_heads, tile_tokens, group)
+    out = out[:, :, :, :rows].reshape(*split, head_dim)
+    lse = lse[:, :, :, :rows].reshape(split)
+    token = jnp.arange(num_tokens)
+    seq = jnp.searchsorted(q_starts[1:], token, side="right", method="compare_all").astype(
+        jnp.int32
+    )
+    is_live = seq < q_lens.shape[0]
+    seq = jnp.minimum(seq, q_lens.shape[0] - 1)
+    j = token - q_starts[seq]
+    is_live &= j < q_lens[seq]
+    tile = jnp.clip(tiles.starts[seq] + j // tile_tokens, 0, num_tiles - 1)
+    row = j % tile_tokens
+    out, lse = out[tile, :, :, row], lse[tile, :, :, row]  # [T, parts, K, G, H]
+    is_written = is_live[:, None] & (jnp.arange(parts)[None, :] < num_written[tile][:, None])
+    lse = jnp.where(is_written[:, :, None, None], lse, -jnp.inf)
+    if parts == 1:
+        out = jnp.where(is_written[:, :, None, None, None], out, 0).astype(jnp.float32)[:, 0]
+        merged = lse[:, 0]
+    else:
+        top = jnp.maximum(lse.max(axis=1), -1e30)  # [T, K, G]
+        weight = jnp.exp(lse - top[:, None])
+        total = weight.sum(axis=1)
+        weight = weight / jnp.where(total > 0, total, 1.0)[:, None]
+        merged = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+        # Unwritten parts may hold anything: they are left out, not multiplied by 0.
+        out = jnp.where(weight[..., None] > 0, out.astype(jnp.float32), 0.0)
+        out = (out * weight[..., None]).sum(axis=1)
+    num_heads = num_kv_heads * group
+    return out.reshape(num_tokens, num_heads, head_dim), merged.reshape(num_tokens, num_heads)
+
+
+def _clear_bits_from(words: jax.Array, count: jax.Array) -> jax.Array:
+    """Clears bits `count` [tiles] and above of [tiles, tokens, W]: count 3 leaves 0b111."""
+    left = jnp.clip(count[:, None] - 32 * jnp.arange(words.shape[-1])[None, :], 0, 32)  # [tiles, W]
+    shift = jnp.minimum(left, 31).astype(jnp.uint32)
+    low = jnp.where(left == 32, jnp.uint32(0xFFFFFFFF), (jnp.uint32(1) << shift) - jnp.uint32(1))
+    return words & low[:, None, :]
+
+
+IMPL = Impl("mosaic_gpu", _why_not, run)

@@ -1,0 +1,506 @@
+"""The Hopper kernel of paged attention: packed query tiles against pages of one KV head.
+
+Knows nothing of sequences: `mosaic_gpu.py` packs query rows into tiles and lists the work. One
+thread block does an item, a range of KV blocks for one tile and one KV head, with these warpgroups:
+
+    copy      pages -> shared memory (TMA, a ring of stages)
+    convert   8-bit pages -> f16, scaled (only when pages are quantized; a second ring)
+    attend    1 or 2: q k^T and p v on the tensor cores (wgmma), online softmax between them
+
+Two attending warpgroups share either the keys (each has 64 rows of the tile) or the rows (they take
+KV blocks in turn and write a partial result each).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import target as target_lib
+from pallas_kernels.paged_attention.base import PagedKV
+
+# Columns of the work list, i32 each.
+TILE, SEQ, PART, FIRST_BLOCK, NUM_BLOCKS, FULL_FIRST, FULL_END, TREE_START = range(8)
+ITEM_FIELDS = 8
+
+ROWS = 64  # of a tile that one warpgroup takes: the M of wgmma
+_LOWEST = -1e30
+_LOG2E = math.log2(math.e)
+_LN2 = math.log(2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The static half of a launch.
+
+    Attributes:
+      num_attending: warpgroups that compute, 1 or 2.
+      share_keys: each has its own 64 rows; else each takes every other KV block.
+      kv_block: keys of a step, 64 or 128; divides the page or is a multiple of it.
+      num_stages: of the ring that TMA fills.
+      num_parts: partial results a tile may have (before `share_keys=False` doubles them).
+    """
+
+    num_attending: int
+    share_keys: bool
+    kv_block: int
+    num_stages: int
+    num_parts: int
+    sm_scale: float
+    soft_cap: float | None
+    window: int | None
+    tree_words: int
+
+    @property
+    def tile_rows(self) -> int:
+        return ROWS * (self.num_attending if self.share_keys else 1)
+
+    @property
+    def partials(self) -> int:
+        return self.num_parts * (1 if self.share_keys else self.num_attending)
+
+    def registers(self, is_quantized: bool) -> dict[str, int]:
+        """Registers of a thread of each role, in multiples of 8.
+
+        The block starts with 65536 / threads for every thread; a role that asks for more waits
+        until others have given back enough, so the sum over warpgroups must stay within 512.
+        """
+        copy, convert = 40, 104
+        rest = 504 - copy - (convert if is_quantized else 0)
+        attend = min(240, rest // self.num_attending // 8 * 8)
+        return {"copy": copy, "convert": convert, "attend": attend}
+
+    @property
+    def stride(self) -> int:
+        """Blocks from one step of an attending warpgroup to its next."""
+        return 1 if self.share_keys else self.num_attending
+
+
+def attend_tiles(
+    items: jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+    tree: jax.Array | None,
+    q: jax.Array,
+    kv: PagedKV,
+    launch: Launch,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the kernel.
+
+    Args:
+      items: i32 [I, 8], the work list; an item of no blocks does nothing.
+      page_table: i32 [S, M].
+      positions: i32 [tiles, tile_rows], last visible key of each row, -1 for rows of padding.
+      tree: u32 [tiles, W, tile_rows], bits over the keys from TREE_START on, or None.
+      q: [tiles, K, R, H] with R a multiple of 8, at most tile_rows; f16 for quantized pages.
+      kv: the pages.
+      launch: static settings.
+
+    Returns:
+      out [tiles, partials, K, R, H] in q's dtype and lse f32 [tiles, partials, K, R]; parts that no
+      item wrote hold garbage.
+    """
+    num_tiles, num_kv_heads, num_rows, head_dim = q.shape
+    parts = (num_tiles, launch.partials, num_kv_heads, num_rows)
+    inputs = [items, page_table, positions, q, kv.k_pages, kv.v_pages]
+    if kv.k_scale is not None and kv.v_scale is not None:
+        inputs += [kv.k_scale, kv.v_scale]
+    if tree is not None:
+        inputs += [tree]
+    roles = launch.num_attending + 1 + int(kv.is_quantized)
+    kernel = plgpu.kernel(
+        functools.partial(
+            _kernel,
+            launch=launch,
+            is_quantized=kv.is_quantized,
+            has_scales=kv.k_scale is not None,
+            has_tree=tree is not None,
+        ),
+        out_type=(
+            jax.ShapeDtypeStruct((*parts, head_dim), q.dtype),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+        ),
+        scratch_types=_scratch(q, kv, launch),
+        grid=(items.shape[0], num_kv_heads),
+        grid_names=("item", "head"),
+        num_threads=roles,
+        thread_name="role",
+        compiler_params=target_lib.gpu_compiler_params(approx_math=True, reduction_scratch_bytes=0),
+        interpret=target_lib.gpu_interpret_params() or None,
+        kernel_name="paged_attention",
+    )
+    return kernel(*inputs)
+
+
+def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory in the tiling that wgmma and TMA read without bank conflicts."""
+    row_bytes = shape[-1] * jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if row_bytes % s == 0)
+    tiling = (8, swizzle // jnp.dtype(dtype).itemsize)
+    transforms = (plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _scratch(q: jax.Array, kv: PagedKV, launch: Launch) -> dict[str, Any]:
+    block, stages, head_dim = launch.kv_block, launch.num_stages, q.shape[-1]
+    attending = launch.num_attending
+    copies = max(1, block // kv.page_size)
+    sharing = attending if launch.share_keys else 1
+    scratch: dict[str, Any] = dict(
+        q_s=_tiled((launch.tile_rows // ROWS, ROWS, head_dim), q.dtype),
+        lse_s=plgpu.SMEM((attending, ROWS), jnp.float32),
+        q_full=plgpu.Barrier(num_arrivals=launch.tile_rows // ROWS),
+        turn=plgpu.Barrier(num_arrivals=attending),
+    )
+    if not launch.share_keys:  # else each warpgroup's result takes the place of its queries
+        scratch["o_s"] = _tiled((attending, ROWS, head_dim), q.dtype)
+    if target_lib.is_interpreting():  # the simulator knows no wgmma operand in registers
+        scratch["p_s"] = _tiled((attending, ROWS, block), q.dtype)
+    for x in "kv":
+        scratch[f"{x}_s"] = _tiled((stages, block, head_dim), kv.k_pages.dtype)
+        scratch[f"{x}_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+        scratch[f"{x}_free"] = plgpu.Barrier(num_arrivals=sharing, num_barriers=stages)
+    if not kv.is_quantized:
+        return scratch
+    for x in "kv":
+        scales = 1 if kv.k_scale is None else 2  # copies a page
+        scratch[f"raw_{x}_full"] = plgpu.Barrier(num_arrivals=scales * copies, num_barriers=stages)
+        scratch[f"raw_{x}_free"] = plgpu.Barrier(num_barriers=stages)
+        scratch[f"raw_{x}_s"] = scratch[f"{x}_s"]
+        if kv.k_scale is not None:
+            scratch[f"{x}_scale_s"] = plgpu.SMEM((stages, block), jnp.float32)
+        scratch[f"{x}_s"] = _tiled((2, block, head_dim), q.dtype)
+        scratch[f"{x}_full"] = plgpu.Barrier(num_barriers=2)
+        scratch[f"{x}_free"] = plgpu.Barrier(num_arrivals=sharing, num_barriers=2)
+    return scratch
+
+
+def _kernel(
+    items_g: Any,
+    table_g: Any,
+    positions_g: Any,
+    q_g: Any,
+    k_g: Any,
+    v_g: Any,
+    *refs: Any,
+    launch: Launch,
+    is_quantized: bool,
+    has_scales: bool,
+    has_tree: bool,
+    **scratch: Any,
+) -> None:
+    rest = list(refs)
+    k_scale_g, v_scale_g = (rest.pop(0), rest.pop(0)) if has_scales else (None, None)
+    tree_g = rest.pop(0) if has_tree else None
+    o_g, lse_g = rest
+    item, role = lax.axis_index("item"), lax.axis_index("role")
+    num_blocks = items_g[item, NUM_BLOCKS]
+    attending = launch.num_attending
+
+    @pl.when(num_blocks > 0)
+    def _run():
+        @pl.when(role < attending)
+        def _attend():
+            plgpu.set_max_registers(launch.registers(is_quantized)["attend"], action="increase")
+            _attend_role(items_g, positions_g, tree_g, o_g, lse_g, launch, scratch)
+
+        @pl.when(role == attending)
+        def _copy():
+            plgpu.set_max_registers(launch.registers(is_quantized)["copy"], action="decrease")
+            pages = {"k": (k_g, k_scale_g), "v": (v_g, v_scale_g)}
+            _copy_role(items_g, table_g, q_g, pages, launch, scratch, is_quantized)
+
+        if is_quantized:
+
+            @pl.when(role == attending + 1)
+            def _convert():
+                budget = launch.registers(is_quantized)["convert"]
+                plgpu.set_max_registers(budget, action="decrease")
+                _convert_role(num_blocks, launch, scratch, has_scales)
+
+
+def _copy_role(
+    items_g: Any,
+    table_g: Any,
+    q_g: Any,
+    pages: dict[str, Any],
+    launch: Launch,
+    scratch: dict[str, Any],
+    is_quantized: bool,
+) -> None:
+    """Fills the ring with the item's KV blocks, page by page."""
+    item, head = lax.axis_index("item"), lax.axis_index("head")
+    tile, seq = items_g[item, TILE], items_g[item, SEQ]
+    first, num_blocks = items_g[item, FIRST_BLOCK], items_g[item, NUM_BLOCKS]
+    page_size, block, stages = pages["k"][0].shape[2], launch.kv_block, launch.num_stages
+    max_pages = table_g.shape[1]
+    prefix = "raw_" if is_quantized else ""
+
+    num_rows = q_g.shape[2]
+    q_s, q_full = scratch["q_s"], scratch["q_full"]
+    for i in range(-(-num_rows // ROWS)):
+        rows = min(ROWS, num_rows - i * ROWS)
+        plgpu.copy_gmem_to_smem(
+            q_g.at[tile, head, pl.ds(i * ROWS, rows)], q_s.at[i, pl.ds(0, rows)], q_full
+        )
+
+    def places(b: jax.Array) -> list[tuple[Any, Any, Any]]:
+        """(page, rows in the page, rows in the block) of the copies that make up block b."""
+        b = first + b
+        if page_size >= block:
+            blocks = page_size // block
+            page = table_g[seq, lax.div(b, jnp.int32(blocks))]
+            start = pl.multiple_of(lax.rem(b, jnp.int32(blocks)) * block, block)
+            return [(page, pl.ds(start, block), pl.ds(0, block))]
+        count = block // page_size
+        # The last block may hang over the table: any page will do there, its keys are masked.
+        ids = [jnp.minimum(b * count + i, max_pages - 1) for i in range(count)]
+        return [
+            (table_g[seq, j], pl.ds(0, page_size), pl.ds(i * page_size, page_size))
+            for i, j in enumerate(ids)
+        ]
+
+    def fetch(x: str, where: list[tuple[Any, Any, Any]], slot: Any) -> None:
+        pages_g, scale_g = pages[x]
+        full = scratch[f"{prefix}{x}_full"].at[slot]
+        for page, rows, to in where:
+            plgpu.copy_gmem_to_smem(
+                pages_g.at[page, head, rows], scratch[f"{prefix}{x}_s"].at[slot, to], full
+            )
+            if scale_g is not None:
+                plgpu.copy_gmem_to_smem(
+                    scale_g.at[page, head, rows], scratch[f"{x}_scale_s"].at[slot, to], full
+                )
+
+    for i in range(stages):
+
+        @pl.when(i < num_blocks)
+        def _fill(i=i):
+            where = places(jnp.int32(i))
+            fetch("k", where, i)
+            fetch("v", where, i)
+
+    def refill(b: jax.Array, carry: tuple[()]) -> tuple[()]:
+        slot = lax.rem(b, jnp.int32(stages))
+        where = places(b)  # the page ids are under way while we wait
+        for x in "kv":
+            plgpu.barrier_wait(scratch[f"{prefix}{x}_free"].at[slot])
+            fetch(x, where, slot)
+        return carry
+
+    lax.fori_loop(jnp.int32(stages), num_blocks, refill, ())
+    _drain([scratch[f"{prefix}{x}_free"] for x in "kv"], stages, num_blocks)
+
+
+def _drain(barriers: list[Any], count: int, num_blocks: jax.Array) -> None:
+    """Observes the last phase of each slot: a barrier must not die with a phase unseen."""
+    for i in range(count):
+
+        @pl.when(i < num_blocks)
+        def _last(i=i):
+            for barrier in barriers:
+                plgpu.barrier_wait(barrier.at[i])
+
+
+def _convert_role(
+    num_blocks: jax.Array, launch: Launch, scratch: dict[str, Any], has_scales: bool
+) -> None:
+    """Turns 8-bit blocks into 16-bit ones, times their scales, for the tensor cores."""
+    dtype = scratch["k_s"].dtype
+
+    def step(b: jax.Array, carry: tuple[()]) -> tuple[()]:
+        raw = lax.rem(b, jnp.int32(launch.num_stages))
+        slot = lax.rem(b, jnp.int32(2))
+        for x in "kv":
+            plgpu.barrier_wait(scratch[f"raw_{x}_full"].at[raw])
+            block = target_lib.gpu_load(
+                scratch[f"raw_{x}_s"].at[raw], layout=plgpu.Layout.WGMMA_UPCAST_2X
+            )
+            block = plgpu.layout_cast(block, plgpu.Layout.WGMMA).astype(dtype)
+            if has_scales:
+                scale = target_lib.gpu_load(
+                    scratch[f"{x}_scale_s"].at[raw], layout=plgpu.Layout.WGMMA.reduce(1)
+                )
+                block = block * lax.broadcast_in_dim(scale.astype(dtype), block.shape, [0])
+            plgpu.barrier_arrive(scratch[f"raw_{x}_free"].at[raw])
+
+            @pl.when(b >= 2)
+            def _wait(x=x, slot=slot):
+                plgpu.barrier_wait(scratch[f"{x}_free"].at[slot])
+
+            scratch[f"{x}_s"].at[slot][...] = block
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch[f"{x}_full"].at[slot])
+        return carry
+
+    lax.fori_loop(0, num_blocks, step, ())
+    _drain([scratch["k_free"], scratch["v_free"]], 2, num_blocks)
+
+
+def _attend_role(
+    items_g: Any,
+    positions_g: Any,
+    tree_g: Any,
+    o_g: Any,
+    lse_g: Any,
+    launch: Launch,
+    scratch: dict[str, Any],
+) -> None:
+    """Computes one warpgroup's share of the item and writes its partial result."""
+    item, head, role = lax.axis_index("item"), lax.axis_index("head"), lax.axis_index("role")
+    tile, part = items_g[item, TILE], items_g[item, PART]
+    first, num_blocks = items_g[item, FIRST_BLOCK], items_g[item, NUM_BLOCKS]
+    tree_start = items_g[item, TREE_START]
+    q_s, head_dim = scratch["q_s"], scratch["q_s"].shape[-1]
+    block, stride = launch.kv_block, launch.stride
+    row_set = role if launch.share_keys else 0
+    stages = scratch["k_s"].shape[0]
+    row_layout = plgpu.Layout.WGMMA.reduce(1)
+    rows = pl.ds(row_set * ROWS, ROWS)
+    position = target_lib.gpu_load(positions_g.at[tile, rows], layout=row_layout, optimized=False)
+    words = [
+        target_lib.gpu_load(tree_g.at[tile, w, rows], layout=row_layout, optimized=False)
+        for w in range(launch.tree_words)
+    ]
+
+    def row_full(value: float) -> jax.Array:
+        return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), row_layout)
+
+    def take_turn() -> None:
+        """While one warpgroup does its softmax the other has the tensor cores."""
+        if launch.share_keys and launch.num_attending == 2:
+            plgpu.barrier_arrive(scratch["turn"])
+            plgpu.barrier_wait(scratch["turn"])
+
+    def step(b: jax.Array, carry: Any, *, is_masked: bool) -> Any:
+        acc, top, total = carry
+        slot = lax.rem(b, jnp.int32(stages))
+        plgpu.barrier_wait(scratch["k_full"].at[slot])
+
+        def qk(s_ref: Any) -> jax.Array:
+            plgpu.wgmma(s_ref, q_s.at[row_set], scratch["k_s"].at[slot].T)
+            take_turn()
+            return s_ref[...]
+
+        s = pl.run_scoped(qk, plgpu.ACC((ROWS, block), jnp.float32))
+        plgpu.barrier_arrive(scratch["k_free"].at[slot])
+        if launch.soft_cap is None:
+            s = s * (launch.sm_scale * _LOG2E)
+        else:
+            cap = launch.soft_cap
+            s = jnp.tanh(s * (launch.sm_scale / cap)) * (cap * _LOG2E)
+        if is_masked:
+            s = jnp.where(
+                _mask((first + b) * block, s.shape, position, words, tree_start, launch),
+                s,
+                -jnp.inf,
+            )
+        new_top = jnp.maximum(top, s.max(axis=1))
+        alpha = jnp.exp2(top - new_top)
+        p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))
+        acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+        total = total * alpha + p.sum(axis=1)
+        p = p.astype(q_s.dtype)
+        if launch.share_keys and launch.num_attending == 2:
+            if not target_lib.is_interpreting():
+                acc, total, new_top, p = lax.optimization_barrier((acc, total, new_top, p))
+            plgpu.barrier_arrive(scratch["turn"])
+            plgpu.barrier_wait(scratch["v_full"].at[slot])
+            plgpu.barrier_wait(scratch["turn"])
+        else:
+            plgpu.barrier_wait(scratch["v_full"].at[slot])
+        acc = _multiply_add(acc, p, scratch["v_s"].at[slot], scratch.get("p_s"))
+        plgpu.barrier_arrive(scratch["v_free"].at[slot])
+        return acc, new_top, total
+
+    plgpu.barrier_wait(scratch["q_full"])
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+    carry = (zeros, row_full(_LOWEST), row_full(0.0))
+    masked = functools.partial(step, is_masked=True)
+    if launch.share_keys:
+        full_first, full_end = items_g[item, FULL_FIRST], items_g[item, FULL_END]
+        pl.when(role == launch.num_attending - 1)(take_turn) if launch.num_attending == 2 else None
+        if launch.window is not None:
+            carry = lax.fori_loop(0, full_first, masked, carry)
+        else:
+            full_first = jnp.int32(0)
+        carry = lax.fori_loop(full_first, full_end, functools.partial(step, is_masked=False), carry)
+        carry = lax.fori_loop(full_end, num_blocks, masked, carry)
+        pl.when(role == 0)(take_turn) if launch.num_attending == 2 else None
+        mine = num_blocks
+    else:
+        mine = lax.div(num_blocks + (stride - 1) - role, jnp.int32(stride))
+        carry = lax.fori_loop(0, mine, lambda i, c: masked(i * stride + role, c), carry)
+
+    acc, top, total = carry
+
+    @pl.when(mine > 0)
+    def _write():
+        is_seen = total > 0
+        inverse = jnp.where(is_seen, 1.0 / total, 0.0)
+        o_s = (q_s if launch.share_keys else scratch["o_s"]).at[role]
+        lse_s = scratch["lse_s"].at[role]
+        o_s[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(o_g.dtype)
+        lse_s[...] = jnp.where(is_seen, top * _LN2 + jnp.log(total), -jnp.inf)
+        plgpu.commit_smem()
+        num_rows = min(ROWS, o_g.shape[3])
+        if launch.share_keys:
+            where = (tile, part, head, pl.ds(role * ROWS, num_rows))
+        else:
+            where = (tile, part * launch.num_attending + role, head, pl.ds(0, num_rows))
+        plgpu.copy_smem_to_gmem(o_s.at[pl.ds(0, num_rows)], o_g.at[where])
+        plgpu.copy_smem_to_gmem(lse_s.at[pl.ds(0, num_rows)], lse_g.at[where])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _multiply_add(acc: jax.Array, p: jax.Array, v_ref: Any, p_ref: Any) -> jax.Array:
+    """Returns acc + p @ v on the tensor cores."""
+    if target_lib.is_interpreting():
+        role = lax.axis_index("role")
+        p_ref.at[role][...] = p
+        plgpu.commit_smem()
+
+        def pv(ref: Any) -> jax.Array:
+            plgpu.wgmma(ref, p_ref.at[role], v_ref)
+            return ref[...]
+
+        return acc + pl.run_scoped(pv, plgpu.ACC(acc.shape, jnp.float32))
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_ref))(plgpu.ACC.init(acc))
+
+
+def _mask(
+    start: jax.Array,
+    shape: tuple[int, ...],
+    position: jax.Array,
+    words: list[jax.Array],
+    tree_start: jax.Array,
+    launch: Launch,
+) -> jax.Array:
+    """Tells which of the keys from `start` on each row sees."""
+    keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + start
+
+    def rows(x: jax.Array) -> jax.Array:
+        return lax.broadcast_in_dim(x, shape, [0])
+
+    if not words:
+        visible = keys <= rows(position)
+        if launch.window is not None:
+            visible &= keys > rows(position - launch.window)
+        return visible
+    visible = keys < tree_start
+    if launch.window is not None:
+        visible &= keys > rows(position - launch.window)
+    nodes = keys - tree_start
+    for w, word in enumerate(words):
+        shift = jnp.clip(nodes - 32 * w, 0, 31).astype(jnp.uint32)
+        bit = (lax.shift_right_logical(rows(word), shift) & jnp.uint32(1)) == jnp.uint32(1)
+        visible |= bit & (nodes >= 32 * w) & (nodes < 32 * (w + 1))
+    return visible
