@@ -5,25 +5,34 @@ Everything accumulates in float32 and is cast to the input's dtype once, at the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jinfer.qlinear import qmatmul
+from jinfer.qtensor import QTensor
+
 
 def linear(
-    x: Float[Array, "*B I"], w: Float[Array, "I O"], b: Float[Array, "O"] | None = None
+    x: Float[Array, "*B I"],
+    w: Float[Array, "I O"] | QTensor,
+    b: Float[Array, "O"] | None = None,
 ) -> Float[Array, "*B O"]:
     """Returns x @ w + b in x.dtype, accumulated in float32."""
     with jax.named_scope("linear"):
         return _matmul(x, w, b).astype(x.dtype)
 
 
-def head(x: Float[Array, "*B D"], w: Float[Array, "..."], *, is_tied: bool) -> Float[Array, "*B V"]:
+def head(
+    x: Float[Array, "*B D"], w: Float[Array, "..."] | QTensor, *, is_tied: bool
+) -> Float[Array, "*B V"]:
     """Returns float32 logits x @ w, or x @ w^T for the [V, D] table of a tied embedding."""
     with jax.named_scope("head"):
-        if not is_tied:
+        if isinstance(w, QTensor) or not is_tied:
             return _matmul(x, w, None)
-        dtype = jnp.promote_types(x.dtype, w.dtype)
+        dtype = _common_dtype(x, w)
         return jnp.einsum(
             "...d,vd->...v",
             x.astype(dtype),
@@ -32,13 +41,21 @@ def head(x: Float[Array, "*B D"], w: Float[Array, "..."], *, is_tied: bool) -> F
         )
 
 
-def _matmul(x: Array, w: Array, b: Array | None) -> Array:
+def _matmul(x: Array, w: Array | QTensor, b: Array | None) -> Array:
     """float32 x @ w + b: the one place where the type of a weight picks the maths."""
-    dtype = jnp.promote_types(x.dtype, w.dtype)  # no casts when both agree
-    y = jnp.einsum(
-        "...i,io->...o", x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
-    )
+    if isinstance(w, QTensor):
+        y = qmatmul(x, w, out_dtype=jnp.float32)
+    else:
+        dtype = _common_dtype(x, w)
+        y = jnp.einsum(
+            "...i,io->...o", x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
+        )
     return y if b is None else y + _align(b, y.ndim).astype(jnp.float32)
+
+
+def _common_dtype(x: Array, w: Array) -> Any:
+    """The dtype to multiply in: theirs, so that nothing is cast, or float32 if they differ."""
+    return x.dtype if x.dtype == w.dtype else jnp.float32
 
 
 def embed(tokens: Int[Array, "*B"], w: Float[Array, "V D"]) -> Float[Array, "*B D"]:
