@@ -106,7 +106,7 @@ def placements(config: ModelConfig, name: str) -> tuple[Placement, ...]:
         layer = int(match[1])
         found = tuple(
             dataclasses.replace(place, path=("layers", layer, *place.path))
-            for place in _in_layer(config, match[2])
+            for place in _in_layer(config, match[2], is_moe=config.is_moe_layer(layer))
         )
     shapes = expected_shapes(config)
     if not found or any(place.path not in shapes for place in found):
@@ -128,14 +128,15 @@ def _top_level(name: str) -> tuple[Placement, ...]:
     return ()
 
 
-def _in_layer(config: ModelConfig, name: str) -> tuple[Placement, ...]:
+def _in_layer(config: ModelConfig, name: str, *, is_moe: bool) -> tuple[Placement, ...]:
     """Places of `name`, a tensor's name within its layer; paths start within the layer too."""
-    norms = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "attn_post_norm" if config.post_norms else "mlp_norm",
-        "pre_feedforward_layernorm": "mlp_norm",
-        "post_feedforward_layernorm": "mlp_post_norm",
-    }
+    norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
+    if config.post_norms:  # Gemma means another place by the second name
+        norms |= {
+            "post_attention_layernorm": "attn_post_norm",
+            "pre_feedforward_layernorm": "mlp_norm",
+            "post_feedforward_layernorm": "mlp_post_norm",
+        }
     module, _, leaf = name.rpartition(".")
     if leaf == "weight" and module in norms:
         return (Placement((norms[module], "scale")),)
@@ -144,7 +145,7 @@ def _in_layer(config: ModelConfig, name: str) -> tuple[Placement, ...]:
     if part == "self_attn":
         return _in_attention(config, rest)
     if part in ("mlp", "block_sparse_moe"):
-        return _in_mlp(config, rest)
+        return _in_experts(config, rest) if is_moe else _gated(rest, config.intermediate_size)
     return ()
 
 
@@ -169,7 +170,7 @@ def _in_attention(config: ModelConfig, name: str) -> tuple[Placement, ...]:
     return ()
 
 
-def _in_mlp(config: ModelConfig, name: str) -> tuple[Placement, ...]:
+def _in_experts(config: ModelConfig, name: str) -> tuple[Placement, ...]:
     if name == "gate.weight":
         return (Placement(("mlp", "router", "w"), transpose=True),)
     if (match := _EXPERT.fullmatch(name)) is not None:
@@ -178,12 +179,14 @@ def _in_mlp(config: ModelConfig, name: str) -> tuple[Placement, ...]:
         if expert >= config.num_experts:
             return ()
         return (Placement(("mlp", part, "w"), transpose=True, expert=expert),)
-    width = config.intermediate_size
-    if name.startswith("experts."):  # stacked
-        if config.num_experts == 0:
-            return ()
-        width = config.expert_intermediate_size
+    if name.startswith("experts."):  # stacked, with ".weight" or without
         name = name.removeprefix("experts.").removesuffix(".weight") + ".weight"
+        return _gated(name, config.expert_intermediate_size)
+    return ()
+
+
+def _gated(name: str, width: int) -> tuple[Placement, ...]:
+    """Places of the three projections of an MLP whose hidden layer is `width` wide."""
     module, _, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias"):
         return ()
