@@ -126,6 +126,20 @@ class ModelConfig:
         """Factor on q . k before the softmax."""
         return self.attention_scale if self.attention_scale is not None else self.head_dim**-0.5
 
+    @property
+    def max_context_len(self) -> int:
+        """Positions that the model is good for, with what its rope scaling adds.
+
+        Configs give the length before stretching for linear, dynamic and yarn ropes, and after it
+        for llama3 and longrope ones.
+        """
+        rope = self.rope
+        if rope.scaling in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * rope.factor)
+        if rope.scaling == "yarn" and rope.original_max_position:
+            return max(self.max_position_embeddings, int(rope.original_max_position * rope.factor))
+        return self.max_position_embeddings
+
     def window(self, layer: int) -> int | None:
         """Sliding window of `layer` in tokens (itself included), or None for full attention."""
         return self.sliding_window if self.layer_types[layer] == "sliding" else None

@@ -83,7 +83,7 @@ def resolve(
         params,
         page_size=block_size,
         dtype=kv_cache_dtype,
-        max_tokens=max_num_seqs * (max_model_len or model.max_position_embeddings),
+        max_tokens=max_num_seqs * (max_model_len or model.max_context_len),
         num_tokens=budget,
         num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
@@ -182,7 +182,7 @@ def _num_pages(
 
 
 def _resolve_max_model_len(wanted: int | None, config: ModelConfig, num_slots: int) -> int:
-    made_for = config.max_position_embeddings
+    made_for = config.max_context_len
     if wanted is None:
         return min(made_for, num_slots)
     if wanted > made_for:

@@ -1,0 +1,111 @@
+"""The embedded default model end to end, against transformers with the same weights."""
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not installed")
+
+import transformers  # noqa: E402
+
+from jinfer import LLM, SamplingParams  # noqa: E402
+
+NUM_NEW_TOKENS = 24
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain photosynthesis to a child.",
+    "List three uses of a paper clip.",
+    "Translate 'good morning' into Spanish.",
+    "What is 17 plus 25?",
+    "Who wrote Hamlet?",
+    "Give me a recipe for pancakes.",
+    "Why is the sky blue?",
+    "Name the planets of the solar system.",
+    "def fibonacci(n):",
+    "Once upon a time, in a small village by the river,",
+    "The three laws of thermodynamics are",
+    "Summarize: The quick brown fox jumps over the lazy dog.",
+    "What does HTTP stand for?",
+    "Tell me a joke about computers.",
+    "How do I sort a list in Python?",
+    "日本の首都はどこですか。",
+    "Complete the sequence: 2, 4, 8, 16,",
+    "What are the benefits of regular exercise for older adults who live alone?",
+]
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2_path):
+    return LLM(smollm2_path, max_model_len=256, max_num_seqs=20, max_num_batched_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def oracle(llm, smollm2_path):
+    """transformers' Llama with our float weights, renamed and transposed back."""
+    config = llm.model.config
+    hf = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        rms_norm_eps=config.norm_eps,
+        rope_theta=config.rope.theta,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(hf)
+    model.load_state_dict(dict(torch_names(llm._runner.params)), strict=False, assign=True)
+    model.tie_weights()
+    # Buffers made on the meta device have no values yet.
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf)
+    assert all(not p.is_meta for p in model.parameters())
+    model.generation_config.eos_token_id = None  # or else it would end rows at config.eos_token_id
+    return model.eval()
+
+
+def torch_names(params):
+    def tensor(x):
+        return torch.from_numpy(np.asarray(jax.device_get(x)).T.copy())
+
+    yield "model.embed_tokens.weight", tensor(params["embed"]["w"].T)
+    yield "model.norm.weight", tensor(params["final_norm"]["scale"])
+    for i, layer in enumerate(params["layers"]):
+        prefix = f"model.layers.{i}."
+        yield prefix + "input_layernorm.weight", tensor(layer["attn_norm"]["scale"])
+        yield prefix + "post_attention_layernorm.weight", tensor(layer["mlp_norm"]["scale"])
+        for name in "qkvo":
+            yield prefix + f"self_attn.{name}_proj.weight", tensor(layer["attn"][name]["w"])
+        for name in ("gate", "up", "down"):
+            yield prefix + f"mlp.{name}_proj.weight", tensor(layer["mlp"][name]["w"])
+
+
+def test_greedy_tokens_of_twenty_prompts_equal_those_of_transformers(llm, oracle):
+    tokenizer = llm.get_tokenizer()
+    prompts = [tokenizer.encode(question) for question in QUESTIONS]
+    params = SamplingParams(temperature=0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    with torch.inference_mode():
+        rows = oracle.generate(
+            tokens,
+            attention_mask=mask,
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=NUM_NEW_TOKENS, do_sample=False, pad_token_id=0
+            ),
+        )
+    expected = rows[:, longest:].tolist()
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def test_it_answers_in_a_chat(llm):
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    out = llm.chat(messages, SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)[0]
+    assert "Paris" in out.outputs[0].text
+    assert out.outputs[0].finish_reason == "stop"  # its end token is 2
+    assert out.outputs[0].token_ids[-1] == 2
