@@ -276,6 +276,17 @@ def test_large_vocabularies_are_cut_where_float64_cuts_them(kind):
         np.testing.assert_array_equal(alone[0], got[i])
 
 
+def test_the_few_largest_hold_every_value_above_their_floor():
+    x = large_batch("mixed")
+    few, floor = jax.jit(sampling._largest)(x)
+    assert few.shape == (8, 8192)
+    for row, some, edge in zip(x, np.asarray(few), np.asarray(floor)):
+        peaks = np.pad(row, (0, -LARGE % 64), constant_values=-np.inf).reshape(-1, 64).max(axis=1)
+        assert edge == np.sort(peaks)[-128]
+        np.testing.assert_array_equal(np.sort(some[some > edge]), np.sort(row[row > edge]))
+        assert (some >= edge).sum() >= 128
+
+
 # --- rows without hope, and hostile logits -------------------------------------------------------
 
 
@@ -513,6 +524,24 @@ def test_the_last_row_of_a_bucket_is_written_and_padding_never_is(size):
     assert_same_state(idle, before)
 
 
+def test_a_fresh_row_has_the_prompts_last_token_and_no_history():
+    """Token 0 is a real token: an empty history must not look like a run of it."""
+    p = SamplingParams(bad_words=["x"])
+    setup = sampling.pack_row(
+        p, PROMPT, [], vocab_size=V, bad_words_token_ids=[[0, 5], [0, 0, 6]], limits=LIMITS
+    )
+    state = reset(sampling.init_state(1, V, LIMITS), 0, setup)
+    assert state.last_tokens[0] == PROMPT[-1]
+    args = sampling.pack_args([sampling.arg_row(p, seed=0, prompt_len=5)], 1)
+    rows, positions = np.zeros(1, np.int32), np.full(1, 5, np.int32)
+    banned = []
+    for _ in range(3):
+        got = process(random_logits(1), args, state, rows, positions)
+        banned.append(np.flatnonzero(np.isneginf(got[0])).tolist())
+        state = observe(state, rows, np.array([0]), np.array([True]))
+    assert banned == [[], [5], [5, 6]]
+
+
 def test_resetting_a_row_out_of_range_changes_nothing():
     state = sampling.init_state(2, V, LIMITS)
     setup = sampling.pack_row(SamplingParams(), PROMPT, OUTPUT, vocab_size=V, limits=LIMITS)
@@ -587,7 +616,7 @@ def test_a_row_that_needs_no_state_may_skip_its_reset():
     assert sampling.state_flags(plain) == 0
     assert sampling.state_flags(SamplingParams(**FIELDS["everything"])) == 31
     dirty = jax.tree.map(lambda x: jnp.full_like(x, 3), sampling.init_state(2, V, LIMITS))
-    params = [plain, SamplingParams(temperature=0, frequency_penalty=1.0, min_tokens=2)]
+    params = [plain, SamplingParams(**FIELDS["everything"])]
     clean, args, rows, positions = make(params)
     logits = random_logits(2)
     want = process(logits, args, clean, rows, positions)
