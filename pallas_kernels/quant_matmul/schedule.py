@@ -27,6 +27,12 @@ _LAUNCH = 2e-6
 _SMEM_RESERVE = 2 << 10  # barriers, alignment
 
 
+def num_bits(dtype: Any) -> int:
+    """Returns the bits that an element takes in an accelerator's memory."""
+    is_4_bit = jnp.dtype(dtype) in (jnp.dtype(jnp.int4), jnp.dtype(jnp.uint4))
+    return 4 if is_4_bit else jnp.dtype(dtype).itemsize * 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Equal shares of all k-tiles for persistent blocks ("stream-K").
