@@ -1,9 +1,4 @@
-"""Paged attention on Hopper: lists the work, packs query rows into tiles, runs the kernel, merges.
-
-A tile holds the rows of one KV head: query token j of the tile and query head g of the group are
-row j * G + g. Example with G = 4 and tiles of 64 rows, 16 tokens each:
-
-    q_lens  1 40 0    tiles  seq 0: token 0 | seq 1: tokens 0-15, 16-31, 32-39
+"""Paged attention on Hopper: packs query rows into tiles, lists the work, runs the kernel, merges.
 
 A tile's KV blocks are split into parts so that every multiprocessor gets work, however unequal the
 lengths are; the parts are merged by their log-sum-exp.
@@ -16,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import target as target_lib
 from pallas_kernels.dispatch import Impl
+from pallas_kernels.paged_attention import packing
 from pallas_kernels.paged_attention.base import AttentionSpec, PagedKV
 from pallas_kernels.target import Target
 
@@ -57,15 +52,6 @@ class MosaicGpuTiles:
                 "MosaicGpuTiles: expected 1 <= min_part <= max_part, got "
                 f"{self.min_part} and {self.max_part}"
             )
-
-
-class _Tiles(NamedTuple):
-    """Which queries each tile holds; i32 [tiles] unless noted."""
-
-    seq: jax.Array
-    first_token: jax.Array  # in its sequence
-    is_live: jax.Array  # bool
-    starts: jax.Array  # [S], first tile of each sequence
 
 
 def _why_not(target: Target, *args: Any) -> str | None:
@@ -137,51 +123,29 @@ def _run_tiles(
     """Computes the taken sequences, whose n_s is at most max_q_len; elsewhere zeros and -inf."""
     from pallas_kernels.paged_attention import mosaic_gpu_kernel as kernel
 
-    num_tokens, num_heads, head_dim = q.shape
-    num_seqs, num_kv_heads = kv_lens.shape[0], kv.num_kv_heads
-    group = num_heads // num_kv_heads
+    num_kv_heads = kv.num_kv_heads
+    group = q.shape[1] // num_kv_heads
     launch = _launch(q, kv, page_table, tree_mask, spec, max_q_len)
-    tile_tokens = launch.tile_rows // group
-    if max_q_len <= tile_tokens:
-        num_tiles, tile_tokens = num_seqs, max_q_len
-    else:
-        num_tiles = num_seqs + num_tokens // tile_tokens
     q_lens = jnp.where(is_taken, q_starts[1:] - q_starts[:-1], 0)
-    tiles = _list_tiles(q_lens, tile_tokens, num_tiles)
-    blocks = _list_blocks(tiles, q_lens, kv_lens, tile_tokens, launch)
+    tiles = packing.list_tiles(q_lens, max_q_len, q.shape[0], launch.tile_rows // group)
+    blocks = _list_blocks(tiles, kv_lens, launch)
     items, num_written = _list_items(tiles, blocks, num_kv_heads, launch, spec)
-
-    # Pack: the token of each tile's rows, and what each row sees.
-    tokens_in = tiles.first_token[:, None] + jnp.arange(tile_tokens)[None, :]  # [tiles, tokens]
-    is_row = tiles.is_live[:, None] & (tokens_in < q_lens[tiles.seq][:, None])
-    tokens = jnp.minimum(q_starts[tiles.seq][:, None] + tokens_in, num_tokens - 1)
-    dtype = jnp.float16 if kv.is_quantized else q.dtype
-    packed = q.reshape(num_tokens, num_kv_heads, group, head_dim)[tokens].astype(dtype)
-    packed = jnp.moveaxis(packed, 2, 1)  # [tiles, K, tokens, G, H]
-    packed = packed.reshape(num_tiles, num_kv_heads, tile_tokens * group, head_dim)
-    live_rows = tile_tokens * group
-    num_rows = -(-live_rows // 8) * 8 if launch.num_attending == 1 or not launch.share_keys else 128
-    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, num_rows - live_rows), (0, 0)))
-
-    def per_row(x: jax.Array, fill: int) -> jax.Array:
-        """[tiles, tokens] for tokens -> [tiles, tile_rows] for rows."""
-        x = jnp.repeat(x, group, axis=1)
-        return jnp.pad(x, ((0, 0), (0, launch.tile_rows - live_rows)), constant_values=fill)
-
-    tree_starts = kv_lens - q_lens
-    tree = None
-    depth = tokens_in
-    if tree_mask is not None:
-        words = _clear_bits_from(tree_mask[tokens], q_lens[tiles.seq])  # [tiles, tokens, W]
-        words = jnp.where(is_row[:, :, None], words, jnp.uint32(0))
-        depth = lax.population_count(words).astype(jnp.int32).sum(axis=-1) - 1
-        tree = jnp.stack([per_row(words[..., w], 0) for w in range(words.shape[-1])], axis=1)
-    positions = per_row(jnp.where(is_row, tree_starts[tiles.seq][:, None] + depth, -1), -1)
-
-    out, lse = kernel.attend_tiles(items, page_table, positions, tree, packed, kv, launch)
-    out, lse = _unpack(
-        out, lse, tiles, num_written, q_starts, q_lens, num_tokens, tile_tokens, group
+    fits_one = launch.tile_rows == ROWS
+    packed = packing.pack(
+        q.astype(jnp.float16) if kv.is_quantized else q,
+        num_kv_heads,
+        kv_lens,
+        q_starts,
+        tree_mask,
+        tiles,
+        num_rows=-(-tiles.tile_tokens * group // 8) * 8 if fits_one else launch.tile_rows,
+        tile_rows=launch.tile_rows,
     )
+    out, lse = kernel.attend_tiles(
+        items, page_table, packed.positions, packed.words, packed.q, kv, launch
+    )
+    out, lse = _merge(out, lse, num_written)
+    out, lse = packing.unpack(out, lse, q_starts, tiles, q.shape[0], group)
     return out.astype(q.dtype), lse
 
 
@@ -244,19 +208,6 @@ def _num_cores() -> int:
     return target.num_cores if target.kind == "gpu" else target_lib.TARGETS["h100"].num_cores
 
 
-def _list_tiles(q_lens: jax.Array, tile_tokens: int, num_tiles: int) -> _Tiles:
-    """Cuts each sequence into tiles: at 16 tokens a tile q_lens [1, 40, 0] give ends [1, 4, 4]."""
-    count = -(-q_lens // tile_tokens)
-    ends = jnp.cumsum(count)
-    starts = ends - count
-    index = jnp.arange(num_tiles)
-    seq = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
-    is_live = seq < q_lens.shape[0]
-    seq = jnp.minimum(seq, q_lens.shape[0] - 1)
-    first_token = jnp.where(is_live, (index - starts[seq]) * tile_tokens, 0)
-    return _Tiles(seq, first_token.astype(jnp.int32), is_live, starts)
-
-
 class _Blocks(NamedTuple):
     """KV blocks of each tile, [tiles] each: from first, num of them; [full_first, full_end) need
     no mask; where the tree starts, in keys."""
@@ -268,13 +219,11 @@ class _Blocks(NamedTuple):
     tree_start: jax.Array
 
 
-def _list_blocks(
-    tiles: _Tiles, q_lens: jax.Array, kv_lens: jax.Array, tile_tokens: int, launch: Any
-) -> _Blocks:
+def _list_blocks(tiles: packing.Tiles, kv_lens: jax.Array, launch: Any) -> _Blocks:
     block, window, is_tree = launch.kv_block, launch.window, launch.tree_words > 0
-    kv_len, q_len = kv_lens[tiles.seq], q_lens[tiles.seq]
+    kv_len, q_len = kv_lens[tiles.seq], tiles.q_lens[tiles.seq]
     start = kv_len - q_len
-    last_token = jnp.minimum(tiles.first_token + tile_tokens, q_len) - 1
+    last_token = jnp.minimum(tiles.first_token + tiles.tile_tokens, q_len) - 1
     last = kv_len - 1 if is_tree else start + last_token  # last visible key
     lowest = start - 1 if is_tree else start + tiles.first_token  # position of the first row
     first = jnp.zeros_like(start)
@@ -289,7 +238,7 @@ def _list_blocks(
 
 
 def _list_items(
-    tiles: _Tiles, blocks: _Blocks, num_kv_heads: int, launch: Any, spec: AttentionSpec
+    tiles: packing.Tiles, blocks: _Blocks, num_kv_heads: int, launch: Any, spec: AttentionSpec
 ) -> tuple[jax.Array, jax.Array]:
     """Splits the tiles' blocks into items, the largest first.
 
@@ -342,58 +291,21 @@ def _list_items(
     return items[jnp.argsort(-num)], count
 
 
-def _unpack(
-    out: jax.Array,
-    lse: jax.Array,
-    tiles: _Tiles,
-    num_written: jax.Array,
-    q_starts: jax.Array,
-    q_lens: jax.Array,
-    num_tokens: int,
-    tile_tokens: int,
-    group: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Merges the parts and brings rows back to tokens: f32 ([T, N, H], [T, N])."""
-    num_tiles, parts, num_kv_heads, _, head_dim = out.shape
-    rows = tile_tokens * group
-    split = (num_tiles, parts, num_kv_heads, tile_tokens, group)
-    out = out[:, :, :, :rows].reshape(*split, head_dim)
-    lse = lse[:, :, :, :rows].reshape(split)
-    token = jnp.arange(num_tokens)
-    seq = jnp.searchsorted(q_starts[1:], token, side="right", method="compare_all").astype(
-        jnp.int32
-    )
-    is_live = seq < q_lens.shape[0]
-    seq = jnp.minimum(seq, q_lens.shape[0] - 1)
-    j = token - q_starts[seq]
-    is_live &= j < q_lens[seq]
-    tile = jnp.clip(tiles.starts[seq] + j // tile_tokens, 0, num_tiles - 1)
-    row = j % tile_tokens
-    out, lse = out[tile, :, :, row], lse[tile, :, :, row]  # [T, parts, K, G, H]
-    is_written = is_live[:, None] & (jnp.arange(parts)[None, :] < num_written[tile][:, None])
+def _merge(out: jax.Array, lse: jax.Array, num_written: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Merges the parts of each tile by their lse: ([tiles, K, R, H], f32 [tiles, K, R])."""
+    parts = out.shape[1]
+    is_written = jnp.arange(parts)[None, :] < num_written[:, None]
     lse = jnp.where(is_written[:, :, None, None], lse, -jnp.inf)
     if parts == 1:
-        out = jnp.where(is_written[:, :, None, None, None], out, 0).astype(jnp.float32)[:, 0]
-        merged = lse[:, 0]
-    else:
-        top = jnp.maximum(lse.max(axis=1), -1e30)  # [T, K, G]
-        weight = jnp.exp(lse - top[:, None])
-        total = weight.sum(axis=1)
-        weight = weight / jnp.where(total > 0, total, 1.0)[:, None]
-        merged = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
-        # Unwritten parts may hold anything: they are left out, not multiplied by 0.
-        out = jnp.where(weight[..., None] > 0, out.astype(jnp.float32), 0.0)
-        out = (out * weight[..., None]).sum(axis=1)
-    num_heads = num_kv_heads * group
-    return out.reshape(num_tokens, num_heads, head_dim), merged.reshape(num_tokens, num_heads)
-
-
-def _clear_bits_from(words: jax.Array, count: jax.Array) -> jax.Array:
-    """Clears bits `count` [tiles] and above of [tiles, tokens, W]: count 3 leaves 0b111."""
-    left = jnp.clip(count[:, None] - 32 * jnp.arange(words.shape[-1])[None, :], 0, 32)  # [tiles, W]
-    shift = jnp.minimum(left, 31).astype(jnp.uint32)
-    low = jnp.where(left == 32, jnp.uint32(0xFFFFFFFF), (jnp.uint32(1) << shift) - jnp.uint32(1))
-    return words & low[:, None, :]
+        return jnp.where(is_written[:, :, None, None, None], out, 0)[:, 0], lse[:, 0]
+    top = jnp.maximum(lse.max(axis=1), -1e30)
+    weight = jnp.exp(lse - top[:, None])
+    total = weight.sum(axis=1)
+    safe = jnp.where(total > 0, total, 1.0)
+    # Unwritten parts may hold anything: they are left out, not multiplied by 0.
+    rows = jnp.where(weight[..., None] > 0, out.astype(jnp.float32), 0.0) * weight[..., None]
+    merged = (rows.sum(axis=1) / safe[..., None]).astype(out.dtype)
+    return merged, jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
 
 
 IMPL = Impl("mosaic_gpu", _why_not, run)

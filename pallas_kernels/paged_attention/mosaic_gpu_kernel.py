@@ -98,8 +98,7 @@ def attend_tiles(
     Args:
       items: i32 [I, 8], the work list; an item of no blocks does nothing.
       page_table: i32 [S, M].
-      positions: i32 [tiles, tile_rows], last visible key of each row, -1 for rows of padding.
-      tree: u32 [tiles, W, tile_rows], bits over the keys from TREE_START on, or None.
+      positions, tree: per row, see `packing.Packed`.
       q: [tiles, K, R, H] with R a multiple of 8, at most tile_rows; f16 for quantized pages.
       kv: the pages.
       launch: static settings.
@@ -142,9 +141,9 @@ def attend_tiles(
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the tiling that wgmma and TMA read without bank conflicts."""
-    row_bytes = shape[-1] * jnp.dtype(dtype).itemsize
-    swizzle = next(s for s in (128, 64, 32) if row_bytes % s == 0)
-    tiling = (8, swizzle // jnp.dtype(dtype).itemsize)
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if shape[-1] * itemsize % s == 0)
+    tiling = (8, swizzle // itemsize)
     transforms = (plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -365,11 +364,9 @@ def _attend_role(
     stages = scratch["k_s"].shape[0]
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     rows = pl.ds(row_set * ROWS, ROWS)
-    position = target_lib.gpu_load(positions_g.at[tile, rows], layout=row_layout, optimized=False)
-    words = [
-        target_lib.gpu_load(tree_g.at[tile, w, rows], layout=row_layout, optimized=False)
-        for w in range(launch.tree_words)
-    ]
+    load = functools.partial(target_lib.gpu_load, layout=row_layout, optimized=False)
+    position = load(positions_g.at[tile, rows])
+    words = [load(tree_g.at[tile, w, rows]) for w in range(launch.tree_words)]
 
     def row_full(value: float) -> jax.Array:
         return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), row_layout)
@@ -427,14 +424,14 @@ def _attend_role(
     masked = functools.partial(step, is_masked=True)
     if launch.share_keys:
         full_first, full_end = items_g[item, FULL_FIRST], items_g[item, FULL_END]
-        pl.when(role == launch.num_attending - 1)(take_turn) if launch.num_attending == 2 else None
+        pl.when(role == 1)(take_turn)
         if launch.window is not None:
             carry = lax.fori_loop(0, full_first, masked, carry)
         else:
             full_first = jnp.int32(0)
         carry = lax.fori_loop(full_first, full_end, functools.partial(step, is_masked=False), carry)
         carry = lax.fori_loop(full_end, num_blocks, masked, carry)
-        pl.when(role == 0)(take_turn) if launch.num_attending == 2 else None
+        pl.when(role == 0)(take_turn)
         mine = num_blocks
     else:
         mine = lax.div(num_blocks + (stride - 1) - role, jnp.int32(stride))

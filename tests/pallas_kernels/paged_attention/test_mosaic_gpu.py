@@ -13,6 +13,7 @@ from pallas_kernels.paged_attention import (
     MosaicGpuTiles,
     PagedKV,
     mosaic_gpu,
+    packing,
     ragged_paged_attention,
 )
 
@@ -63,15 +64,13 @@ def test_the_work_list_holds_every_block_once(num_seqs, tile_tokens):
     for _ in range(3):
         q_lens = rng.integers(0, 2 if tile_tokens == 1 else 100, num_seqs).astype(np.int32)
         kv_lens = (q_lens + rng.integers(0, 40_000, num_seqs) * (q_lens > 0)).astype(np.int32)
-        num_tiles = num_seqs + 500 // tile_tokens
         q = jax.ShapeDtypeStruct((500, 32, 128), jnp.bfloat16)
         kv = jax.eval_shape(lambda: PagedKV(*[jnp.zeros((9, 8, 64, 128), jnp.bfloat16)] * 2))
         table = jax.ShapeDtypeStruct((num_seqs, 700), jnp.int32)
         launch = mosaic_gpu._launch(q, kv, table, None, spec, 1)
-        tiles = mosaic_gpu._list_tiles(jnp.asarray(q_lens), tile_tokens, num_tiles)
-        blocks = mosaic_gpu._list_blocks(
-            tiles, jnp.asarray(q_lens), jnp.asarray(kv_lens), tile_tokens, launch
-        )
+        max_q_len = 1 if tile_tokens == 1 else 99
+        tiles = packing.list_tiles(jnp.asarray(q_lens), max_q_len, 500, tile_tokens)
+        blocks = mosaic_gpu._list_blocks(tiles, jnp.asarray(kv_lens), launch)
         items, written = mosaic_gpu._list_items(tiles, blocks, 8, launch, spec)
         items = np.asarray(items)
         assert (np.diff(items[:, 4]) <= 0).all()
@@ -81,7 +80,7 @@ def test_the_work_list_holds_every_block_once(num_seqs, tile_tokens):
                 assert 0 <= full_first <= full_end <= num and part < launch.num_parts
                 assert seq == tiles.seq[tile]
                 covered.setdefault(int(tile), []).append((int(part), int(first), int(num)))
-        for tile in range(num_tiles):
+        for tile in range(len(tiles.seq)):
             parts = sorted(covered.get(tile, []))
             assert [p[0] for p in parts] == list(range(len(parts)))
             at = int(blocks.first[tile])
