@@ -38,9 +38,11 @@ class LLM:
         for, or what the KV pool holds if that is less.
       max_num_seqs: most sequences in one step; default 32 on CPUs, 128 elsewhere.
       max_num_batched_tokens: most tokens in one step; default 512 on CPUs, 2048 elsewhere.
-      block_size: tokens a page; default 32 on CPUs, 64 elsewhere.
+      block_size: tokens a page; default 64.
       enable_chunked_prefill: split prompts over steps; False needs a token budget that holds the
         longest prompt.
+      enable_prefix_caching: keep the KV of past prompts and outputs while there is room, for
+        prompts that begin like them.
       num_decode_steps: most decode steps in one program; default 1 on CPUs, 8 elsewhere.
       gpu_memory_utilization: share of the accelerator's memory for weights, pool and temporaries.
       kv_cache_memory_bytes: size of the KV pool, instead of that share.
@@ -72,6 +74,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         block_size: int | None = None,
         enable_chunked_prefill: bool = True,
+        enable_prefix_caching: bool = True,
         num_decode_steps: int | None = None,
         gpu_memory_utilization: float = 0.9,
         kv_cache_memory_bytes: int | None = None,
@@ -111,6 +114,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
             enable_chunked_prefill=enable_chunked_prefill,
+            enable_prefix_caching=enable_prefix_caching,
             num_decode_steps=num_decode_steps,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
@@ -187,12 +191,17 @@ class LLM:
         self._engine.scheduler.check()
 
     def update_weights(self, params: Params) -> None:
-        """Serves `params` from the next step on: no copy, no compilation.
+        """Serves `params` from the next step on: no copy, no compilation; cached KV is forgotten.
 
         Raises:
           ValueError: tree, shapes or dtypes differ from the present weights'.
         """
         self._runner.update_weights(params)
+        self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the KV of all past prompts and outputs; running requests keep their own."""
+        self._engine.scheduler.prefix.reset()
 
     # ------------------------------------------------------------------ requests
 
@@ -208,7 +217,8 @@ class LLM:
 
         Args:
           request_id: any string not in use.
-          prompt: text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or ids.
+          prompt: text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or ids. A dict may have
+            a "cache_salt", too: cached KV is shared only among prompts with the same one.
           params: how to sample; default `get_default_sampling_params()`.
           priority: lower is served first.
 
@@ -221,14 +231,16 @@ class LLM:
         params = self.get_default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
         text, token_ids = self._tokenize(prompt)
         requests = []
         try:
             for idx in range(params.n):
                 child_id = f"{request_id}/{idx}"
-                requests.append(
-                    self._engine.add(child_id, token_ids, params, sample_idx=idx, priority=priority)
+                request = self._engine.add(
+                    child_id, token_ids, params, sample_idx=idx, priority=priority, cache_salt=salt
                 )
+                requests.append(request)
         except ValueError:
             for request in requests:
                 self._engine.abort(request.request_id)
@@ -241,13 +253,16 @@ class LLM:
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
         text = None
         if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or len(prompt) != 1:
+            salt = prompt.get("cache_salt")
+            names = set(prompt) - {"cache_salt"}
+            if len(names) != 1 or not names <= {"prompt", "prompt_token_ids"}:
                 raise ValueError(
-                    'a prompt dict has one key, "prompt" or "prompt_token_ids", got '
-                    f"{sorted(prompt)}"
+                    'a prompt dict has one key, "prompt" or "prompt_token_ids", and at most a '
+                    f'"cache_salt" beside it, got {sorted(prompt)}'
                 )
-            ((_, prompt),) = prompt.items()
+            if salt is not None and not (isinstance(salt, str) and salt):
+                raise ValueError(f"cache_salt must be a text that is not empty, got {salt!r}")
+            prompt = prompt[names.pop()]
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise ValueError("this engine has no tokenizer: give prompts as prompt_token_ids")
@@ -313,9 +328,9 @@ class LLM:
         Raises:
           ValueError, TypeError: a prompt cannot be served; none is.
         """
-        prompts = _as_list(prompts)
-        params = _per_prompt("sampling_params", sampling_params, len(prompts))
-        priorities = _per_prompt("priority", priority, len(prompts))
+        prompts = options.as_list(prompts)
+        params = options.per_prompt("sampling_params", sampling_params, len(prompts))
+        priorities = options.per_prompt("priority", priority, len(prompts))
         ids = [f"generate-{next(self._ids)}" for _ in prompts]
         done: dict[str, RequestOutput] = {}
         try:
@@ -399,8 +414,8 @@ class LLM:
         iterator ends the requests. `output_kind` is DELTA whatever the parameters say; request
         ids are "stream-..." in the order of the prompts.
         """
-        prompts = _as_list(prompts)
-        params = _per_prompt("sampling_params", sampling_params, len(prompts))
+        prompts = options.as_list(prompts)
+        params = options.per_prompt("sampling_params", sampling_params, len(prompts))
         ids = [f"stream-{next(self._ids)}" for _ in prompts]
         left = set(ids)
         try:
@@ -423,22 +438,6 @@ class LLM:
         for output in self._step():
             (mine if output.request_id in wanted else self._undelivered).append(output)
         return mine
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt, or a list of them, as a list."""
-    is_one = isinstance(prompts, (str, Mapping)) or (
-        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
-    )
-    return [prompts] if is_one else list(prompts)
-
-
-def _per_prompt(name: str, values: Any, count: int) -> list[Any]:
-    if not isinstance(values, Sequence):
-        return [values] * count
-    if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
-    return list(values)
 
 
 def _progress_bar(total: int, is_shown: bool) -> Any:

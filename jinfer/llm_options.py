@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ _KV_DTYPES = ("float32", "bfloat16", "float16")
 REFUSED = {
     "quantization": "give a checkpoint that is quantized already, once such can be loaded",
     "speculative_config": "speculative decoding is not built yet",
-    "enable_prefix_caching": "the prefix cache is not built yet",
     "enable_lora": "LoRA adapters are not built yet",
     "structured_outputs_config": "structured output is not built yet",
     "tensor_parallel_size": "this engine runs on one device",
@@ -46,6 +45,7 @@ def resolve(
     max_num_batched_tokens: int | None,
     block_size: int | None,
     enable_chunked_prefill: bool,
+    enable_prefix_caching: bool,
     num_decode_steps: int | None,
     gpu_memory_utilization: float,
     kv_cache_memory_bytes: int | None,
@@ -61,7 +61,7 @@ def resolve(
     """
     on_cpu = jax.default_backend() == "cpu"
     max_num_seqs = (32 if on_cpu else 128) if max_num_seqs is None else max_num_seqs
-    block_size = (32 if on_cpu else 64) if block_size is None else block_size
+    block_size = 64 if block_size is None else block_size
     budget = max_num_batched_tokens
     if budget is None:
         budget = max(512 if on_cpu else 2048, max_num_seqs)
@@ -101,6 +101,7 @@ def resolve(
         max_num_batched_tokens=budget,
         block_size=block_size,
         enable_chunked_prefill=enable_chunked_prefill,
+        enable_prefix_caching=enable_prefix_caching,
         num_decode_steps=num_decode_steps,
         max_logprobs=min(max_logprobs, model.vocab_size),
         seed=seed,
@@ -135,6 +136,23 @@ def refuse(arguments: Mapping[str, Any], *, known: Iterable[str]) -> None:
         close = difflib.get_close_matches(name, [*known, *REFUSED], n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise TypeError(f"LLM has no argument {name}{hint}")
+
+
+def as_list(prompts: Any) -> list[Any]:
+    """One prompt, or a list of them, as a list."""
+    is_one = isinstance(prompts, (str, Mapping)) or (
+        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
+    )
+    return [prompts] if is_one else list(prompts)
+
+
+def per_prompt(name: str, values: Any, count: int) -> list[Any]:
+    """One value for all prompts, or a list with one for each, as a list."""
+    if not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
+    return list(values)
 
 
 def _num_pages(
