@@ -223,19 +223,26 @@ def from_codes(
 def split_outputs(x: QTensor, widths: Sequence[int]) -> list[QTensor]:
     """Cuts a weight into pieces of `widths` outputs: undoes a concatenation along the last axis.
 
+    Double scales become plain f32 ones, since their blocks would be cut.
+
     Raises:
-      ValueError: outputs share scales (tensor, block or double scales), or widths do not add up.
+      ValueError: widths do not add up, or cut a block of outputs that shares a scale.
     """
-    scale = x.scale
-    if isinstance(scale, DoubleScale) or x.fmt.block > 1 or x.fmt.group == TENSOR:
-        raise ValueError(f"{x.fmt} cannot be split: its outputs share scales")
     require(sum(widths) == x.shape[-1], f"widths {list(widths)} do not sum to {x.shape[-1]}")
+    block, scale = x.fmt.block, x.scale
+    if isinstance(scale, DoubleScale):
+        fmt = dataclasses.replace(x.fmt, double_quant=False)
+        scale, x = scale.decode(), dataclasses.replace(x, fmt=fmt)
     pieces, start = [], 0
     for width in widths:
-        cut = slice(start, start + width)
-        zero = None if x.zero is None else x.zero[..., cut]
-        pieces.append(dataclasses.replace(x, q=x.q[..., cut], scale=scale[..., cut], zero=zero))
-        start += width
+        require(start % block == 0, f"{x.fmt}: a cut at output {start} divides a block")
+        stop = start + width
+        piece, zero = scale, x.zero
+        if x.fmt.group != TENSOR:
+            cut = slice(start // block, -(-stop // block))
+            piece, zero = scale[..., cut], None if zero is None else zero[..., cut]
+        pieces.append(dataclasses.replace(x, q=x.q[..., start:stop], scale=piece, zero=zero))
+        start = stop
     return pieces
 
 

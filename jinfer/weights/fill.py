@@ -16,6 +16,8 @@ import numpy as np
 
 from jinfer.config import ModelConfig
 from jinfer.models.families import Path, Placement, expected_shapes, placements, unflatten
+from jinfer.qtensor import QTensor, dequantize, split_outputs
+from jinfer.weights.interop import Dense, Weight
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,6 +39,10 @@ class Checkpoint(Protocol):
 
     def read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         """Returns a tensor, in `dtype` if it must be converted anyway, else as stored."""
+        ...
+
+    def read_quantized(self, name: str) -> Weight | None:
+        """Returns a weight that is stored quantized, [I, O]; None: the tensor is a plain one."""
         ...
 
     def label(self, name: str) -> str:
@@ -69,6 +75,8 @@ def resolve_dtype(dtype: Any, stored: str) -> np.dtype[Any]:
 
 def fill(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> dict[str, Any]:
     """Returns the params of `checkpoint.config`, every leaf on the default device in `dtype`.
+
+    Weights that the checkpoint keeps quantized become QTensor leaves, whose scales stay as stored.
 
     All names and shapes are checked before the first tensor is read.
 
@@ -136,8 +144,11 @@ def _check_shape(
 
 def _load(
     checkpoint: Checkpoint, pieces: _Pieces, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> jax.Array:
+) -> jax.Array | QTensor:
     name, place = pieces[0]
+    first = checkpoint.read_quantized(name)
+    if first is not None:
+        return _load_quantized(checkpoint, pieces, first, dtype)
     transpose = place.transpose
     if place.expert is None:
         tensor = _cut(checkpoint.read(name, dtype), place)
@@ -154,6 +165,41 @@ def _load(
     if transpose:
         array = jnp.swapaxes(array, -1, -2)
     return array.astype(dtype)
+
+
+def _load_quantized(
+    checkpoint: Checkpoint, pieces: _Pieces, first: Weight, dtype: np.dtype[Any]
+) -> jax.Array | QTensor:
+    weights = {pieces[0][1].expert or 0: _cut_outputs(first, pieces[0][1])}
+    for name, place in pieces[1:]:
+        weight = checkpoint.read_quantized(name)
+        if weight is None:
+            raise ValueError(
+                f"checkpoint {checkpoint.path}: {checkpoint.label(name)} is not quantized, but "
+                f"other experts of its layer are"
+            )
+        weights[place.expert or 0] = _cut_outputs(weight, place)
+    stack = [weights[expert] for expert in sorted(weights)]
+    place = pieces[0][1]
+    alike = len({jax.tree.structure(w) for w in stack if isinstance(w, QTensor)}) == 1
+    if place.transpose and alike and all(isinstance(w, QTensor) for w in stack):
+        if place.expert is None:
+            return stack[0]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
+    dense = [dequantize(w) if isinstance(w, QTensor) else jnp.asarray(w.w) for w in stack]
+    array = jnp.stack(dense) if place.expert is not None else dense[0]
+    return (array if place.transpose else jnp.swapaxes(array, -1, -2)).astype(dtype)
+
+
+def _cut_outputs(weight: Weight, place: Placement) -> Weight:
+    """The outputs of a fused projection that belong to one parameter."""
+    if place.rows is None:
+        return weight
+    start, stop = place.rows
+    if isinstance(weight, Dense):
+        return Dense(weight.w[:, start:stop], weight.reason)
+    widths = (start, stop - start, weight.shape[-1] - stop)
+    return split_outputs(weight, widths)[1]
 
 
 def _cut(tensor: np.ndarray, place: Placement) -> np.ndarray:

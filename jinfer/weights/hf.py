@@ -15,6 +15,8 @@ import numpy as np
 from jinfer.config import ModelConfig
 from jinfer.models.families import Path, config_from_hf, names_of, placements
 from jinfer.weights.fill import DTYPES
+from jinfer.weights.interop import Weight
+from jinfer.weights.quantized import QuantizedModules, kv_scale_of
 
 INDEX = "model.safetensors.index.json"
 # The types of plain weights; any other comes with a quantization that says what it means.
@@ -24,6 +26,17 @@ _STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Those of codes and scales, which a reader of `quantized` understands.
+_CODE_DTYPES: dict[str, np.dtype[Any]] = {
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "I16": np.dtype("<i2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_DTYPES = _STORED_DTYPES | _CODE_DTYPES
 _EMBEDDING_NAMES = (
     *("model.embed_tokens.weight", "embed_tokens.weight"),
     *("language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
@@ -41,7 +54,7 @@ class StoredTensor:
 
     def read(self) -> np.ndarray:
         """Returns the tensor as a read-only view of the file, unmapped when it is dropped."""
-        dtype = _STORED_DTYPES[self.dtype_name]
+        dtype = _DTYPES[self.dtype_name]
         if 0 in self.shape:
             return np.empty(self.shape, dtype)
         return np.memmap(self.path, dtype, "r", self.offset, self.shape)
@@ -77,7 +90,7 @@ def read_safetensors_header(path: pathlib.Path) -> dict[str, StoredTensor]:
                 f"{path} is truncated: tensor {name} needs bytes up to {start + end}, the file has "
                 f"{size}; download it again"
             )
-        dtype = _STORED_DTYPES.get(dtype_name)
+        dtype = _DTYPES.get(dtype_name)
         if dtype is not None and end - begin != dtype.itemsize * int(np.prod(shape, dtype=int)):
             raise ValueError(
                 f"{path} is damaged: {name} is {dtype_name}{list(shape)} in {end - begin} bytes"
@@ -130,13 +143,12 @@ def read_hf_config(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: the architecture is unknown, or the checkpoint is quantized.
+      ValueError: the architecture is unknown.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {folder}: not a Hugging Face model folder")
     hf = read_json(path)
-    _refuse_quantized(folder, hf)
     config = config_from_hf(hf)
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -147,22 +159,29 @@ def read_hf_config(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     return config, hf
 
 
-def _refuse_quantized(folder: pathlib.Path, hf: Mapping[str, Any]) -> None:
-    """The door where readers of quantized formats are to be chosen by `quant_method`."""
+def quantization_config(folder: pathlib.Path, hf: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns what a folder says of its quantization, in config.json or beside it; None: nothing.
+
+    Raises:
+      ValueError: only a file of a tool that is not supported says it.
+    """
     stated = hf.get("quantization_config") or (hf.get("text_config") or {}).get(
         "quantization_config"
     )
-    files = [
-        name
-        for name in ("quantize_config.json", "hf_quant_config.json")
-        if (folder / name).is_file()
-    ]
-    if stated or files:
-        method = stated.get("quant_method") if isinstance(stated, Mapping) else None
+    if stated is not None:
+        return dict(stated)
+    if (folder / "hf_quant_config.json").is_file():
         raise ValueError(
-            f"{folder} holds quantized weights (method {method or ', '.join(files) or 'unnamed'}), "
-            f"which are not supported; use the unquantized checkpoint or a GGUF file"
+            f"{folder} holds quantized weights as hf_quant_config.json describes them, which is "
+            f"not supported"
         )
+    beside = folder / "quantize_config.json"  # AutoGPTQ's
+    if not beside.is_file():
+        return None
+    config = read_json(beside)
+    if "bits" not in config:
+        raise ValueError(f"{folder} seems quantized, but quantize_config.json names no bits")
+    return config
 
 
 class HFCheckpoint:
@@ -170,7 +189,7 @@ class HFCheckpoint:
 
     Raises:
       FileNotFoundError: no config.json, or a shard is missing.
-      ValueError: no safetensors, damaged or truncated files, unknown or quantized model.
+      ValueError: no safetensors, damaged or truncated files, unknown model or quantization.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -193,17 +212,33 @@ class HFCheckpoint:
                         f"of {self.path}"
                     )
                 self._tensors[name] = tensor
-        for name, tensor in self._tensors.items():
-            if tensor.dtype_name not in _STORED_DTYPES and placements(config, name):
+        self._quantized = self._find_quantized(hf)
+        taken = self._quantized.taken if self._quantized is not None else set()
+        self.kv_scales: dict[int, dict[str, float]] = {}
+        for name, tensor in list(self._tensors.items()):
+            if name in taken:
+                continue
+            if self._quantized is not None and (scale := kv_scale_of(name)) is not None:
+                layer, kind = scale
+                self.kv_scales.setdefault(layer, {})[kind] = float(tensor.read().reshape(-1)[0])
+                del self._tensors[name]
+            elif tensor.dtype_name not in _STORED_DTYPES and placements(config, name):
                 raise ValueError(
                     f"{name} in {tensor.path} is stored as {tensor.dtype_name}; "
                     f"supported: {', '.join(_STORED_DTYPES)}"
                 )
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tensor.shape for name, tensor in self._tensors.items()
-        }
+        shapes = {n: tensor.shape for n, tensor in self._tensors.items() if n not in taken}
+        quantized = self._quantized.shapes if self._quantized is not None else {}
+        self.shapes: Mapping[str, tuple[int, ...]] = {**shapes, **quantized}
         self.config = self._untangle_head(config)
         self.dtype = self._own_dtype(hf)
+
+    def _find_quantized(self, hf: Mapping[str, Any]) -> QuantizedModules | None:
+        stated = quantization_config(self.path, hf)
+        if stated is None:
+            return None
+        tensors = self._tensors
+        return QuantizedModules(stated, tensors, lambda name: tensors[name].read(), str(self.path))
 
     def _untangle_head(self, config: ModelConfig) -> ModelConfig:
         """Obeys the tensors over the flag: tools write a tied matrix once or twice."""
@@ -211,7 +246,7 @@ class HFCheckpoint:
         head = self._tensors.get("lm_head.weight") or self._tensors.get(
             "language_model.lm_head.weight"
         )
-        is_tied = head is None
+        is_tied = head is None and "lm_head.weight" not in self.shapes
         if head is not None and config.tie_word_embeddings and embedding is not None:
             is_tied = head.shape == embedding.shape and np.array_equal(
                 head.read(), embedding.read()
@@ -231,6 +266,11 @@ class HFCheckpoint:
         if embedding is not None and embedding.dtype_name in ("BF16", "F16"):
             return _STORED_DTYPES[embedding.dtype_name].name
         return "float32"
+
+    def read_quantized(self, name: str) -> Weight | None:
+        if self._quantized is None or name not in self._quantized.shapes:
+            return None
+        return self._quantized.read(name)
 
     def read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         tensor = self._tensors[name].read()

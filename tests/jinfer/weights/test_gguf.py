@@ -1,7 +1,6 @@
 """GGUF checkpoints hold the same model as the Hugging Face folder they were made from."""
 
 import dataclasses
-import re
 
 import gguf
 import jax
@@ -404,14 +403,6 @@ def test_golden_checkpoints_give_their_logits(name, shared_data):
     assert isinstance(model, Model) and model.config.eos_token_ids == (257,)
     logits = model.logits(params, jnp.asarray(golden["input_ids"], jnp.int32))
     np.testing.assert_allclose(logits, golden["logits"], atol=5e-4)
-
-
-def test_golden_quantized_folders_are_refused_by_method(shared_data, one_line):
-    for folder in sorted((shared_data / "quantized").iterdir()):
-        if folder.is_dir() and not re.match(r"base-|gguf-|peft-", folder.name):
-            with pytest.raises(ValueError) as error:
-                load(folder)
-            one_line(error.value, "quantized weights (method ", folder.name)
 
 
 def test_the_default_model_loads_with_its_own_end(smollm2_path):

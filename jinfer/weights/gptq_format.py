@@ -1,0 +1,233 @@
+"""GPTQ files, as AutoGPTQ and GPTQModel write them: `qweight`, `qzeros`, `scales`, `g_idx`.
+
+    qweight int32 [I * b / 32, O]   inputs packed along the words of an output's column
+    qzeros  int32 [G, O * b / 32]   outputs packed along a row; "gptq" (v1) stores zero - 1,
+    scales  f16   [G, O]            "gptq_v2" stores zero
+    g_idx   int32 [I]               the group of each input
+
+Fields outside int4, such as the 3-bit stream, are those of `bitpack`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jinfer.config import require
+from jinfer.qformat import QFormat
+from jinfer.qtensor import QTensor, dequantize
+from jinfer.weights.bitpack import pack_words, unpack_words
+from jinfer.weights.interop import (
+    Dense,
+    Tensors,
+    Weight,
+    check_writable,
+    group_indices,
+    group_of,
+    half_scale,
+    make_qtensor,
+    sort_groups,
+    unsigned_parts,
+)
+
+BITS = (2, 3, 4, 8)
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQReader:
+    """A GPTQ checkpoint; the tensors are obeyed where its label contradicts them.
+
+    Attributes:
+      bits: of one code, where `dynamic` does not say otherwise.
+      group: inputs of a group, or CHANNEL.
+      symmetric: as the config says.
+      version: 1 or 2, as the config says.
+      dynamic: GPTQModel's overrides: regular expression of module names -> changed fields.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool
+    version: int
+    dynamic: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    leaves: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> GPTQReader:
+        """Reads a `quantization_config` (or quantize_config.json)."""
+        label = config.get("checkpoint_format") or config.get("format") or "gptq"
+        require(
+            label in ("gptq", "gptq_v2"),
+            f"GPTQ checkpoint_format {label!r} is not supported; supported: gptq, gptq_v2",
+        )
+        words = config.get("pack_dtype") or "int32"
+        require(words == "int32", f"GPTQ pack_dtype {words!r} is not supported; supported: int32")
+        bits = config.get("bits")
+        require(bits in BITS, f"GPTQ bits must be one of {BITS}, got {bits!r}")
+        return cls(
+            bits=int(bits or 0),
+            group=group_of(config.get("group_size", -1), "GPTQ"),
+            symmetric=bool(config.get("sym", True)),
+            version=2 if label == "gptq_v2" else 1,
+            dynamic=tuple((config.get("dynamic") or {}).items()),
+        )
+
+    def of(self, module: str) -> GPTQReader:
+        """This reader with the first override whose pattern fits `module`."""
+        for pattern, change in self.dynamic:
+            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+                group = change.get("group_size", self.group)
+                return dataclasses.replace(
+                    self,
+                    bits=change.get("bits", self.bits),
+                    group=group_of(group, module),
+                    symmetric=change.get("sym", self.symmetric),
+                )
+        return self
+
+    def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
+        rows, num_outputs = tensors["qweight"].shape
+        g_idx = tensors.get("g_idx")
+        num_inputs = rows * 32 // self.of(module).bits if g_idx is None else g_idx.shape[0]
+        return num_outputs, num_inputs
+
+    def read(self, module: str, tensors: Tensors) -> Weight:
+        own = self.of(module)
+        q, scales = tensors["qweight"], tensors.get("scales")
+        stored = tensors.get("qzeros")
+        if scales is None or stored is None:
+            raise ValueError(f"{module} has qweight but no scales or no qzeros")
+        num_outputs, num_inputs = self.shape(module, tensors)
+        group = own.group if own.group > 0 else num_inputs
+        num_groups = -(-num_inputs // group)
+        require(
+            scales.shape == (num_groups, num_outputs),
+            f"{module}: scales must be [{num_groups}, {num_outputs}] for groups of {group} in "
+            f"{num_inputs} inputs, got {list(scales.shape)}",
+        )
+        unsigned = unpack_words(q.T, own.bits, num_inputs).T  # [I, O]
+        zero = own.zeros(module, stored, num_outputs, unsigned)
+        perm, reason = sort_groups(tensors.get("g_idx"), num_inputs, group)
+        fmt = QFormat(bits=own.bits, group=own.group)
+        if reason is not None:
+            g_idx = tensors["g_idx"]
+            values = (unsigned.astype(np.float32) - zero[g_idx]) * scales[g_idx].astype(np.float32)
+            return Dense(values, reason)
+        unsigned = unsigned if perm is None else unsigned[perm]
+        return make_qtensor(unsigned, scales, zero, fmt, perm=perm)
+
+    def zeros(
+        self, module: str, stored: np.ndarray, num_outputs: int, codes: np.ndarray
+    ) -> np.ndarray:
+        """Zero points [G, O], by the label unless the numbers say that it lies.
+
+        A symmetric file has one zero in all: the middle (v2) or one less (v1). In an asymmetric
+        one of few bits codes minus zeros average about 0, since weights do; the wrong version is
+        off by one.
+        """
+        middle = 2 ** (self.bits - 1)
+        as_v2 = unpack_words(stored, self.bits, num_outputs)
+        as_v1 = _add_one(stored, self.bits, num_outputs)
+        version = self.version
+        if self.symmetric and np.all(as_v2 == middle):
+            version = 2
+        elif self.symmetric and np.all(as_v1 == middle):
+            version = 1
+        elif self.bits <= 4:
+            offset = float(codes.mean()) - float((as_v2 if version == 2 else as_v1).mean())
+            other = offset + (1 if version == 1 else -1)
+            if abs(offset) > 0.75 and abs(other) < 0.25:
+                version = 3 - version
+        if version != self.version:
+            _warn_label(self.version, version)
+        zero = as_v2 if version == 2 else as_v1
+        return zero.astype(np.int16)
+
+
+@functools.lru_cache
+def _warn_label(said: int, found: int) -> None:
+    _log.warning("this GPTQ checkpoint is labelled v%d, but its zero points are v%d's", said, found)
+
+
+def _add_one(stored: np.ndarray, bits: int, num_outputs: int) -> np.ndarray:
+    """v1's zeros + 1. Whole words are added, so that a zero of 0 gets back what it borrowed.
+
+    4-bit zeros 0 and 5 as v2: 0x50; v1 subtracts 0x11 from the word: 0x3f; adding gives 0x50 back,
+    where nibble by nibble the zeros would be 16 and 4. A 3-bit field wraps by itself (GPTQModel).
+    """
+    if bits == 3:
+        return (unpack_words(stored, bits, num_outputs) + 1) & 7
+    ones = int(sum(1 << i for i in range(0, 32, bits)))
+    words = (np.ascontiguousarray(stored).view(np.uint32).astype(np.uint64) + ones).astype(
+        np.uint32
+    )
+    return unpack_words(words, bits, num_outputs)
+
+
+def write_gptq(x: QTensor, *, version: int = 2) -> dict[str, np.ndarray]:
+    """Returns `qweight`, `qzeros`, `scales`, `g_idx` of one module.
+
+    Raises:
+      ValueError: the format or the shape does not fit; or version 1 with a zero point of 0.
+    """
+    check_writable(x, "GPTQ", BITS, has_groups=True)
+    bits, (num_inputs, num_outputs) = x.fmt.bits, x.shape
+    require(
+        num_inputs * bits % 32 == 0 and num_outputs * bits % 32 == 0,
+        f"GPTQ packs whole words: {bits} bits need inputs and outputs in multiples of 32, got "
+        f"{list(x.shape)}",
+    )
+    codes, scale, zero = unsigned_parts(x)
+    if x.perm is not None:
+        codes = codes[np.argsort(np.asarray(x.perm))]
+    if version == 1:
+        require(
+            bool(np.all(zero > 0)), "GPTQ v1 cannot hold a zero point of 0 safely: write version 2"
+        )
+        zero = zero - 1
+    return {
+        "qweight": np.ascontiguousarray(pack_words(codes.T, bits).T),
+        "qzeros": pack_words(zero, bits),
+        "scales": half_scale(scale, "GPTQ"),
+        "g_idx": group_indices(x),
+    }
+
+
+def gptq_config(weights: Mapping[str, QTensor], *, version: int = 2) -> dict[str, Any]:
+    """Returns the `quantization_config` for modules and their weights; the most common is the rule.
+
+    Other formats among them become `dynamic` overrides, as GPTQModel writes them.
+    """
+
+    def fields(x: QTensor) -> dict[str, Any]:
+        group = x.fmt.group if x.fmt.group > 0 else -1
+        return {"bits": x.fmt.bits, "group_size": group, "sym": x.fmt.symmetric}
+
+    rows = {module: fields(x) for module, x in weights.items()}
+    common = dict(collections.Counter(tuple(r.items()) for r in rows.values()).most_common(1)[0][0])
+    label = "gptq_v2" if version == 2 else "gptq"
+    config = {
+        "quant_method": "gptq",
+        **common,
+        "desc_act": any(x.perm is not None for x in weights.values()),
+        "checkpoint_format": label,
+        "format": label,
+        "pack_dtype": "int32",
+        "lm_head": False,
+        "true_sequential": True,
+    }
+    others = {rf"+:^{re.escape(m)}$": r for m, r in rows.items() if r != common}
+    return config | ({"dynamic": others} if others else {})
+
+
+def dense(weight: Weight) -> np.ndarray:
+    """f32 [I, O] of what a reader gave."""
+    return weight.w if isinstance(weight, Dense) else np.asarray(dequantize(weight))

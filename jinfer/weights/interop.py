@@ -1,0 +1,170 @@
+"""What readers and writers of foreign quantized formats share; knows no single format.
+
+A reader turns one module's tensors (numpy, as stored) into a QTensor, or into `Dense` with the
+reason where a QTensor cannot hold them. A writer is its inverse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from jinfer.config import require
+from jinfer.qformat import CHANNEL, QFormat
+from jinfer.qtensor import QTensor, from_codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A dequantized weight f32 [I, O], and why it is not kept quantized."""
+
+    w: np.ndarray
+    reason: str
+
+
+Weight: TypeAlias = QTensor | Dense
+Tensors: TypeAlias = Mapping[str, np.ndarray]
+
+
+class Reader(Protocol):
+    """One checkpoint's format, read from its `quantization_config`."""
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Names that a module's tensors have in this format, such as "qweight"."""
+        ...
+
+    def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
+        """Returns [O, I] of a module; reads little more than the tensors' shapes."""
+        ...
+
+    def read(self, module: str, tensors: Tensors) -> Weight:
+        """Returns a module's weight; raises ValueError, naming the module, if they do not fit."""
+        ...
+
+
+def make_qtensor(
+    unsigned: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray | None,
+    fmt: QFormat,
+    *,
+    act_scale: np.ndarray | None = None,
+    perm: np.ndarray | None = None,
+) -> QTensor:
+    """Builds a QTensor from unsigned codes [I, O] and zero points [G, O].
+
+    Zero points that all stand in the middle become none: the format is then symmetric.
+    """
+    middle = 2 ** (fmt.bits - 1)
+    if zero is not None and np.all(zero == middle):
+        zero = None
+    if zero is not None:
+        require(
+            zero.min() >= 0 and zero.max() < 2 * middle,
+            f"zero points must lie in 0..{2 * middle - 1}, got {zero.min()}..{zero.max()}",
+        )
+    fmt = dataclasses.replace(fmt, symmetric=zero is None)
+    signed = (unsigned.astype(np.int16) - middle).astype(np.int8)
+    return from_codes(
+        jnp.asarray(signed),
+        jnp.asarray(scale),
+        None if zero is None else jnp.asarray((zero.astype(np.int16) - middle).astype(np.int8)),
+        fmt,
+        act_scale=None if act_scale is None else jnp.asarray(act_scale, jnp.float32).reshape(()),
+        perm=None if perm is None else jnp.asarray(perm, jnp.int32),
+    )
+
+
+def unsigned_parts(x: QTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unsigned codes [I, O], scales [G, O] and unsigned zero points [G, O] of an int QTensor."""
+    middle = 2 ** (x.fmt.bits - 1)
+    scale = np.asarray(x.scale)
+    codes = (np.asarray(x.codes(), np.int16) + middle).astype(np.uint8)
+    if x.zero is None:
+        return codes, scale, np.full(scale.shape, middle, np.uint8)
+    zero = (np.asarray(x.zero.astype(jnp.int8), np.int16) + middle).astype(np.uint8)
+    return codes, scale, zero
+
+
+def check_writable(x: QTensor, what: str, bits: tuple[int, ...], *, has_groups: bool) -> None:
+    """Raises ValueError unless `what` can hold `x`: integers of `bits`, [I, O], integer zeros."""
+    fmt = x.fmt
+    require(x.ndim == 2, f"{what} holds weights [I, O] one by one, got {list(x.shape)}")
+    require(
+        fmt.kind == "int" and fmt.bits in bits and not fmt.float_zero,
+        f"{what} holds integers of {', '.join(map(str, bits))} bits, got {fmt}",
+    )
+    require(
+        not has_groups or (fmt.group != 0 and fmt.block == 1),
+        f"{what} needs scales by group or channel, got {fmt}",
+    )
+
+
+def half_scale(scale: np.ndarray, what: str) -> np.ndarray:
+    """Scales as 16 bits: as they are, or f32 ones that f16 holds exactly.
+
+    Raises:
+      ValueError: f32 scales that rounding would change.
+    """
+    if scale.dtype.itemsize == 2:
+        return scale
+    half = scale.astype(np.float16)
+    require(
+        bool(np.all(half.astype(np.float32) == scale)),
+        f"{what} holds 16-bit scales and these are f32; quantize with scale_dtype=float16",
+    )
+    return half
+
+
+def sort_groups(
+    g_idx: np.ndarray | None, num_inputs: int, group: int
+) -> tuple[np.ndarray | None, str | None]:
+    """How to store inputs so that groups are runs of `group`.
+
+    Returns:
+      (None, None) if they are so already; (perm, None) if sorting by group makes them so, with
+      perm[row] = input; (perm, reason) if groups are uneven and no QTensor can hold them.
+    """
+    if g_idx is None or np.all(g_idx < 0):
+        return None, None
+    require(g_idx.shape == (num_inputs,), f"g_idx must be [{num_inputs}], got {list(g_idx.shape)}")
+    places = np.arange(num_inputs) // group
+    if np.array_equal(g_idx, places):
+        return None, None
+    perm = np.argsort(g_idx, kind="stable").astype(np.int32)
+    if np.array_equal(g_idx[perm], places):
+        return perm, None
+    return perm, f"its groups (g_idx) are not of {group} inputs each"
+
+
+def group_indices(x: QTensor) -> np.ndarray:
+    """int32 [I], the group of each input; the inverse of `sort_groups`."""
+    num_inputs = x.shape[0]
+    places = (np.arange(num_inputs) // x.fmt.group_size(num_inputs)).astype(np.int32)
+    if x.perm is None:
+        return places
+    return places[np.argsort(np.asarray(x.perm))]
+
+
+def group_of(group_size: Any, where: str) -> int:
+    """Reads a config's `group_size`: -1 or None is one group, else positive."""
+    if group_size in (-1, None):
+        return CHANNEL
+    require(
+        isinstance(group_size, int) and group_size > 0,
+        f"{where}: group_size must be -1 or positive, got {group_size!r}",
+    )
+    return group_size
+
+
+def matches(target: str, module: str, class_name: str = "Linear") -> bool:
+    """Whether a target or ignore entry means `module`: its class, its name's end, or "re:..."."""
+    if target.startswith("re:"):
+        return re.match(target[3:], module) is not None
+    return target in (class_name, module) or module.endswith("." + target)

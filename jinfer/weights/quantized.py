@@ -1,0 +1,147 @@
+"""The quantized modules of a checkpoint: which reader they need, and which tensors make up each.
+
+Knows the formats by the name in `quantization_config`; opens no file itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jinfer.config import require
+from jinfer.weights.awq_format import AWQReader
+from jinfer.weights.bnb_format import BNBReader
+from jinfer.weights.ct_format import CTReader
+from jinfer.weights.fp8_format import FP8Reader
+from jinfer.weights.gptq_format import GPTQReader
+from jinfer.weights.interop import Dense, Reader, Weight
+
+READERS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
+    "gptq": GPTQReader.parse,
+    "awq": AWQReader.parse,
+    "compressed-tensors": CTReader.parse,
+    "fp8": FP8Reader.parse,
+    "bitsandbytes": BNBReader.parse,
+}
+# A tensor of such a name is there for every quantized module and for no other.
+_MARKS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "weight.absmax")
+# Scales of an fp8 KV cache: of the attention, or of old of its projections' outputs.
+_KV_SCALE = re.compile(
+    r".*\blayers\.(?P<layer>\d+)\.self_attn\."
+    r"(?:(?P<kind>[kv])_scale|(?P<old>[kv])_proj\.output_scale)"
+)
+_log = logging.getLogger(__name__)
+
+
+def open_reader(config: Mapping[str, Any], where: str) -> Reader:
+    """Returns the reader for a `quantization_config`.
+
+    Raises:
+      ValueError: the method, or a part of it, is not supported.
+    """
+    method = config.get("quant_method")
+    if method is None and "bits" in config:
+        method = "gptq"  # AutoGPTQ's quantize_config.json names no method
+    require(
+        method in READERS,
+        f"{where} is quantized by {method!r}, which is not supported; "
+        f"supported: {', '.join(READERS)}",
+    )
+    try:
+        return READERS[str(method)](config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+class QuantizedModules:
+    """Modules whose weights are stored in a quantized format.
+
+    Attributes:
+      reader: how they are read.
+      shapes: {module + ".weight": [O, I]}.
+      taken: names of all tensors that belong to them.
+      dense_reasons: modules that had to be dequantized so far, and why.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        names: Iterable[str],
+        read: Callable[[str], np.ndarray],
+        where: str,
+    ) -> None:
+        """Finds the modules among tensor `names`.
+
+        Args:
+          config: the checkpoint's `quantization_config`.
+          names: of all its tensors.
+          read: returns a tensor as stored; may be lazy (a memory map).
+          where: named in messages.
+
+        Raises:
+          ValueError: the format is not supported, or no tensor is in it.
+        """
+        self.reader = open_reader(config, where)
+        self._modules = modules_of(self.reader, names)
+        self._read, self._where = read, where
+        require(
+            bool(self._modules),
+            f"{where} says that it is quantized (method {config.get('quant_method')}), but none of "
+            f"its tensors are",
+        )
+        self.taken = {name for leaves in self._modules.values() for name in leaves.values()}
+        self.shapes = {
+            f"{module}.weight": self.reader.shape(module, self._tensors(module))
+            for module in self._modules
+        }
+        self.dense_reasons: dict[str, str] = {}
+
+    def _tensors(self, module: str) -> dict[str, np.ndarray]:
+        return {leaf: self._read(name) for leaf, name in self._modules[module].items()}
+
+    def read(self, name: str) -> Weight:
+        """Returns the weight under a name of `shapes`.
+
+        Raises:
+          ValueError: its tensors do not fit each other.
+        """
+        module = name.removesuffix(".weight")
+        try:
+            weight = self.reader.read(module, self._tensors(module))
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {error}") from error
+        if isinstance(weight, Dense):
+            if weight.reason not in self.dense_reasons.values():
+                _log.warning("%s: %s held dense: %s", self._where, module, weight.reason)
+            self.dense_reasons[module] = weight.reason
+        return weight
+
+
+def modules_of(reader: Reader, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Groups tensor names by quantized module: {module: {leaf: name}}; others are left out."""
+    names = list(names)
+    quantized = {
+        name.removesuffix("." + mark) for mark in _MARKS for name in names if _ends(name, mark)
+    }
+    modules: dict[str, dict[str, str]] = {}
+    leaves = sorted(reader.leaves, key=len, reverse=True)
+    for name in names:
+        for leaf in leaves:
+            if _ends(name, leaf) and name.removesuffix("." + leaf) in quantized:
+                modules.setdefault(name.removesuffix("." + leaf), {})[leaf] = name
+                break
+    return modules
+
+
+def _ends(name: str, leaf: str) -> bool:
+    return name.endswith("." + leaf)
+
+
+def kv_scale_of(name: str) -> tuple[int, str] | None:
+    """(layer, "k" or "v") if a tensor is the scale of a quantized KV cache."""
+    found = _KV_SCALE.fullmatch(name)
+    return None if found is None else (int(found["layer"]), found["kind"] or found["old"])

@@ -1,0 +1,210 @@
+"""Quantized folders through `load`: other libraries' checkpoints, and every shape of module."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jinfer import load, qtensor
+from jinfer.qformat import QFormat
+from jinfer.qlinear import qmatmul
+from jinfer.qtensor import QTensor
+from jinfer.weights.awq_format import awq_config, write_awq
+from jinfer.weights.ct_format import ct_config, write_ct
+from jinfer.weights.gptq_format import gptq_config, write_gptq
+from jinfer.weights.load import open_checkpoint
+
+GOLDEN = pathlib.Path(__file__).parents[4] / "shared" / "data" / "quantized"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/data is not there")
+# name -> (format of its linears, array of golden.npz that dequantized weights must give)
+CHECKPOINTS = {
+    "gptq-v1-w3-sym-g64": ("int3-g64", "logits"),
+    "gptq-v1-w4-sym-g128": ("int4-g128", "logits"),
+    "gptq-v1-w8-sym-g128": ("int8-g128", "logits"),
+    "gptq-v2-w4-asym-g64": ("int4-g64-asym", "logits"),
+    "awq-gptqmodel-gemm-g64": ("int4-g64-asym", "logits"),
+    "awq-gptqmodel-gemm-g64-qwen2": ("int4-g64-asym", "logits"),
+    "ct-w3a16-sym-g64": ("int3-g64", "logits"),
+    "ct-w4a16-sym-g128": ("int4-g128", "logits"),
+    "ct-w8a16-sym-g128": ("int8-g128", "logits"),
+    "ct-w8a8-int8-smoothquant": ("int8-channel:dyn-full", "logits_weights_only"),
+    "ct-fp8-dynamic": ("fp8-e4m3-channel:dyn", "logits_weights_only"),
+    "ct-fp8-static": ("fp8-e4m3-tensor:static", "logits_weights_only"),
+    "hf-fp8-block128": ("fp8-e4m3-block128:dyn", "logits"),
+    "bnb-int8": ("int8-channel:outlier", "logits"),
+    "bnb-nf4": ("nf4-g64", "logits_fp32_dequant"),
+}
+quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
+dequantize = jax.jit(qtensor.dequantize)
+EXACT = 1e-4  # f32 logits of the same weights; the other libraries' readers get within 1e-5
+
+
+def is_quantized(leaf):
+    return isinstance(leaf, QTensor)
+
+
+def dense(params):
+    return jax.tree.map(
+        lambda x: dequantize(x) if is_quantized(x) else x, params, is_leaf=is_quantized
+    )
+
+
+def linears(params):
+    return [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
+
+
+@needs_golden
+@pytest.mark.parametrize("name", sorted(CHECKPOINTS))
+def test_other_libraries_checkpoints_give_their_logits(name):
+    text, array = CHECKPOINTS[name]
+    golden, meta = (
+        np.load(GOLDEN / name / "golden.npz"),
+        json.loads((GOLDEN / name / "meta.json").read_text()),
+    )
+    model, params = load(GOLDEN / name)
+    assert {str(x.fmt) for x in linears(params)} == {text} and len(linears(params)) == 14
+    tokens = jnp.asarray(golden["input_ids"], jnp.int32)
+    logits = np.asarray(jax.jit(model.logits)(dense(params), tokens))
+    assert meta["tolerance"][array] <= 5e-4
+    np.testing.assert_allclose(logits, golden[array], atol=EXACT)
+    served = np.asarray(jax.jit(model.logits)(params, tokens))
+    if QFormat.parse(text).act is None:
+        np.testing.assert_allclose(served, golden[array], atol=EXACT)
+        return
+    # Inputs are quantized too: rounding flips cascade, so this bounds the mean.
+    official = {"hf-fp8-block128": "logits_act_emulated", "bnb-int8": "logits_official"}
+    expected = golden[official.get(name, "logits")]
+    effect = np.abs(expected - golden[array]).mean()
+    assert np.abs(served - expected).mean() < (1.5 if name == "bnb-int8" else 0.1) * effect
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["ct-w8a8-int8-smoothquant", "ct-fp8-dynamic", "ct-fp8-static"])
+def test_quantized_inputs_follow_the_official_forward(name):
+    golden = np.load(GOLDEN / name / "golden.npz")
+    _, params = load(GOLDEN / name)
+    layer = params["layers"][0]
+    for module, w in {
+        "self_attn_q_proj": layer["attn"]["q"],
+        "mlp_down_proj": layer["mlp"]["down"],
+    }.items():
+        x, y = (golden[f"probe_{a}/model_layers_0_{module}"] for a in "xy")
+        got = np.asarray(qmatmul(jnp.asarray(x), w["w"]))
+        assert np.abs(got - y).max() <= 1e-5 * np.abs(y).max()
+
+
+def quantized_tensors(tiny, fmt, write):
+    """A tiny model's tensors with all linears of its layers quantized, and the QTensors."""
+    tensors, weights = {}, {}
+    for name, tensor in tiny.tensors().items():
+        module = name.removesuffix(".weight")
+        is_linear = tensor.ndim == 2 and ".layers." in name and not name.endswith("gate.weight")
+        if not is_linear:
+            tensors[name] = tensor
+            continue
+        x = quantize(jnp.asarray(tensor.T), fmt, scale_dtype=jnp.float16)
+        weights[module] = x
+        tensors |= {f"{module}.{leaf}": t for leaf, t in write(x).items()}
+    return tensors, weights
+
+
+def names_and_weights(tiny, weights):
+    """The same model with its weights dequantized, under plain names."""
+    plain = {
+        name: t for name, t in tiny.tensors().items() if name.removesuffix(".weight") not in weights
+    }
+    return plain | {
+        f"{m}.weight": np.ascontiguousarray(np.asarray(dequantize(x)).T) for m, x in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "write", "config_of"),
+    [
+        ("llama_with_biases", "int4-g32-asym", write_gptq, gptq_config),
+        ("phi3", "int4-g32", write_gptq, gptq_config),
+        ("qwen2", "int4-g32", write_awq, awq_config),
+        ("gemma3_text", "int8-channel:dyn-full", write_ct, ct_config),
+        ("mixtral", "int3-g32", write_ct, ct_config),
+        ("qwen3_moe", "fp8-e4m3-channel:dyn", write_ct, ct_config),
+    ],
+)
+def test_every_shape_of_module_loads(family, text, write, config_of, tiny, write_hf, tmp_path):
+    model = tiny(family)
+    tensors, weights = quantized_tensors(model, QFormat.parse(text), write)
+    hf = model.hf | {"quantization_config": config_of(weights)}
+    folder = write_hf(tmp_path / "quantized", hf, tensors)
+    plain = write_hf(tmp_path / "plain", model.hf, names_and_weights(model, weights))
+    loaded, params = load(folder)
+    _, expected = load(plain)
+    assert {str(x.fmt) for x in linears(params)} == {text}
+    flat, flat_expected = jax.tree.leaves(dense(params)), jax.tree.leaves(expected)
+    for got, want in zip(flat, flat_expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+    if family not in ("llama_with_biases", "mixtral"):
+        return
+    tokens = jnp.arange(3, 12)[None]
+    got, want = (jax.jit(loaded.logits)(p, tokens) for p in (params, expected))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_quantized_head_is_not_taken_for_a_tied_one(tiny, write_hf, tmp_path):
+    model = tiny("llama")
+    tensors, weights = quantized_tensors(model, QFormat.parse("int4-g32"), write_gptq)
+    head = quantize(
+        jnp.asarray(tensors.pop("lm_head.weight").T),
+        QFormat.parse("int4-g32"),
+        scale_dtype=jnp.float16,
+    )
+    tensors |= {f"lm_head.{leaf}": t for leaf, t in write_gptq(head).items()}
+    config = gptq_config(weights) | {"lm_head": True}
+    folder = write_hf(tmp_path / "m", model.hf | {"quantization_config": config}, tensors)
+    loaded, params = load(folder)
+    assert not loaded.config.tie_word_embeddings
+    assert isinstance(params["lm_head"]["w"], QTensor)
+    assert np.all(np.isfinite(np.asarray(loaded.logits(params, jnp.arange(3, 9)[None]))))
+
+
+def test_kv_scales_are_no_weights(tiny, write_hf, tmp_path):
+    model = tiny("llama")
+    tensors, weights = quantized_tensors(model, QFormat.parse("fp8-e4m3-channel:dyn"), write_ct)
+    tensors["model.layers.0.self_attn.k_scale"] = np.array([0.5], np.float32)
+    tensors["model.layers.1.self_attn.v_proj.output_scale"] = np.array([0.25], np.float32)
+    hf = model.hf | {"quantization_config": ct_config(weights)}
+    folder = write_hf(tmp_path / "m", hf, tensors)
+    assert open_checkpoint(folder).kv_scales == {0: {"k": 0.5}, 1: {"v": 0.25}}
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quant_method": "aqlm"}, ("'aqlm'", "not supported", "compressed-tensors")),
+        ({"quant_method": "gptq", "bits": 4}, ("says that it is quantized", "gptq")),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, ("gemv", "supported: gemm")),
+    ],
+)
+def test_bad_configs_are_one_line(config, words, tiny, write_hf, tmp_path, one_line):
+    model = tiny("llama")
+    folder = write_hf(tmp_path / "m", model.hf | {"quantization_config": config}, model.tensors())
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    one_line(error.value, str(folder), *words)
+
+
+def test_old_gptq_folders_state_their_config_beside(tiny, write_hf, tmp_path):
+    model = tiny("llama")
+    tensors, weights = quantized_tensors(
+        model, QFormat.parse("int4-g32"), lambda x: write_gptq(x, version=1)
+    )
+    folder = write_hf(tmp_path / "m", model.hf, tensors)
+    (folder / "quantize_config.json").write_text(
+        json.dumps({"bits": 4, "group_size": 32, "sym": True})
+    )
+    _, params = load(folder)
+    np.testing.assert_array_equal(
+        params["layers"][0]["attn"]["q"]["w"].q, weights["model.layers.0.self_attn.q_proj"].q
+    )
