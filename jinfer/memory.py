@@ -26,16 +26,7 @@ DTYPE_BYTES: Mapping[str, float] = {
     "int4": 0.5,
 }
 SCALE_BYTES = 2  # scales of quantized weights are kept in 16 bits
-CPU_KV_BYTES = (
-    4 * 2**30
-)  # on a CPU the pool takes at most this, and at most a quarter of the memory
-
-# The formats of `jinfer.qtensor.QFormat` that the planner knows.
-_FORMAT = re.compile(
-    r"(?:int(?P<bits>[2-8])|(?P<fp8>fp8-e4m3|fp8-e5m2)|nf4|fp4)"
-    r"-(?:g(?P<group>[1-9]\d*)|(?P<whole>channel|tensor)|block(?P<block>[1-9]\d*))"
-    r"(?P<asym>-asym)?(?::[a-z-]+)?"
-)
+CPU_KV_BYTES = 2**30  # what the pool takes on a CPU, unless the weights are larger
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -262,9 +253,9 @@ def kv_budget_bytes(
     """Bytes that the KV pool may take.
 
     Args:
-      device_bytes: memory of the accelerator; None on a CPU, where the pool takes a quarter of the
-        host's memory and at most `CPU_KV_BYTES`.
-      used_bytes: what weights and others hold on the accelerator already.
+      device_bytes: memory of the accelerator; None on a CPU, where the pool gets `CPU_KV_BYTES`, or
+        as much as is used already if that is more, but at most a quarter of the host's memory.
+      used_bytes: what weights and others hold already.
       gpu_memory_utilization: share of `device_bytes` that weights, pool and steps may use.
       reserved_bytes: kept free for a step's temporaries.
 
@@ -272,7 +263,7 @@ def kv_budget_bytes(
       The budget; 0 or less when the weights alone fill the share.
     """
     if device_bytes is None:
-        return min(CPU_KV_BYTES, host_memory_bytes() // 4)
+        return min(max(CPU_KV_BYTES, used_bytes), host_memory_bytes() // 4)
     if not 0 < gpu_memory_utilization <= 1:
         raise ValueError(f"gpu_memory_utilization must lie in (0, 1], got {gpu_memory_utilization}")
     return int(device_bytes * gpu_memory_utilization) - used_bytes - reserved_bytes

@@ -153,10 +153,19 @@ def test_the_budget_of_an_accelerator_is_its_share_less_what_is_used():
         memory.kv_budget_bytes(device_bytes=GIB, used_bytes=0, gpu_memory_utilization=1.5)
 
 
-def test_a_cpu_gives_at_most_a_quarter_of_its_memory():
-    budget = memory.kv_budget_bytes(device_bytes=None, used_bytes=0)
-    assert 0 < budget <= memory.CPU_KV_BYTES
-    assert budget <= memory.host_memory_bytes() / 4
+@pytest.mark.parametrize(
+    ("host_gib", "used_gib", "budget_gib"), [(32, 0.5, 1), (32, 6, 6), (32, 16, 8), (2, 0.5, 0.5)]
+)
+def test_a_cpu_gives_the_pool_as_much_as_the_weights_within_a_quarter_of_its_memory(
+    monkeypatch, host_gib, used_gib, budget_gib
+):
+    monkeypatch.setattr(memory, "host_memory_bytes", lambda: host_gib * GIB)
+    budget = memory.kv_budget_bytes(device_bytes=None, used_bytes=int(used_gib * GIB))
+    assert budget == budget_gib * GIB
+
+
+def test_the_host_has_memory():
+    assert memory.host_memory_bytes() > 2**28
 
 
 def test_a_plan_adds_up():
