@@ -179,6 +179,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
     num_decode_steps: int = 4  # decode steps that one program keeps on the device
     max_logprobs: int = 20
     seed: int = 0

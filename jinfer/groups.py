@@ -96,6 +96,7 @@ class RequestGroup:
             finished=self.is_finished,
             prompt_logprobs=prompt_logprobs,
             metrics=first.metrics,
+            num_cached_tokens=first.num_cached_tokens,
         )
 
     def _completion(

@@ -100,7 +100,7 @@ class RequestOutput:
       outputs: the `n` completions by index.
       finished: whether all of them have ended.
       metrics: times of the first completion; None when not recorded.
-      num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+      num_cached_tokens: prompt tokens whose KV the first completion found in the prefix cache.
     """
 
     request_id: str

@@ -50,7 +50,6 @@ _REFUSED: dict[str, str] = {
     "prompt_logprob_start": "use prompt_logprobs and drop the leading entries",
     "flat_logprobs": "log probabilities come as one dict of token id to Logprob per token",
     "stream_interval": "every step yields an output; skip those that you do not need",
-    "skip_reading_prefix_cache": "there is no prefix cache to skip yet",
     "thinking_token_budget": "there is no reasoning parser yet; bound the answer with max_tokens",
     "repetition_detection": "use the penalties against loops, and max_tokens to bound them",
     "routed_experts_prompt_start": "routed experts are not returned",
@@ -215,6 +214,7 @@ class SamplingParams:
       detokenize: make text at all.
       skip_special_tokens, spaces_between_special_tokens, include_stop_str_in_output: of the text.
       output_kind: what each streamed output holds.
+      skip_reading_prefix_cache: compute the whole prompt, cached or not, as `prompt_logprobs` does.
 
     Raises:
       ValueError: a value out of range, fields that contradict each other, or a name that is not
@@ -245,6 +245,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    skip_reading_prefix_cache: bool = False
 
     # Init-only names, refused at any other value than these; the reasons are in _REFUSED.
     structured_outputs: InitVar[Any] = None
@@ -260,7 +261,6 @@ class SamplingParams:
     prompt_logprob_start: InitVar[int | None] = None
     flat_logprobs: InitVar[bool] = False
     stream_interval: InitVar[int | None] = None
-    skip_reading_prefix_cache: InitVar[bool | None] = None
     thinking_token_budget: InitVar[int | None] = None
     repetition_detection: InitVar[Any] = None
     routed_experts_prompt_start: InitVar[int] = 0
@@ -310,6 +310,8 @@ class SamplingParams:
         for name in ("max_tokens", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             put(name, None if value is None else _as_int(name, value))
+        if self.skip_reading_prefix_cache is None:
+            put("skip_reading_prefix_cache", False)
         for field in dataclasses.fields(self):
             if field.type == "bool":
                 value = getattr(self, field.name)

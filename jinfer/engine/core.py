@@ -11,11 +11,12 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from jinfer.config import EngineConfig
+from jinfer.config import EngineConfig, ModelConfig
 from jinfer.engine.plan import Progress
 from jinfer.engine.request import Request
 from jinfer.engine.runner import Launched, Runner
 from jinfer.engine.scheduler import Scheduler
+from jinfer.models.rope import needs_context_lens
 from jinfer.sampling import check_request
 from jinfer.sampling_params import SamplingParams, child_seed
 
@@ -43,7 +44,12 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
-        self.scheduler = Scheduler(config, runner.cache.num_pages, runner.cache.page_size)
+        self.scheduler = Scheduler(
+            config,
+            runner.cache.num_pages,
+            runner.cache.page_size,
+            max_cached_tokens=_max_cached_tokens(runner.model.config),
+        )
         self._in_flight: collections.deque[Launched] = collections.deque()
         self._arrivals = itertools.count()
         self._seeds = random.Random(config.seed)
@@ -56,6 +62,7 @@ class Engine:
         *,
         sample_idx: int = 0,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Request:
         """Queues a request.
 
@@ -65,6 +72,7 @@ class Engine:
           params: how to sample.
           sample_idx: which of `params.n` samples this is; it enters the seed.
           priority: lower is served first.
+          cache_salt: cached prefixes are shared only among requests with the same one.
 
         Raises:
           ValueError: the prompt is empty, too long or has foreign ids, or a field cannot be met.
@@ -79,6 +87,7 @@ class Engine:
             seed=child_seed(seed, sample_idx),
             arrival=next(self._arrivals),
             priority=priority,
+            cache_salt=cache_salt,
             eos_token_ids=self.eos_token_ids,
             tokenizer=self.tokenizer,
             bad_words_token_ids=bad_words,
@@ -145,10 +154,18 @@ class Engine:
         return self.scheduler.abort(request_id)
 
     def metrics(self) -> dict[str, float]:
-        """Returns counts since the engine was made, and what is held now."""
+        """Returns counts since the engine was made, and what is held now.
+
+        The hit rate is the share of prompt tokens found in the prefix cache, among the prompts of
+        requests that may read it; preempted requests that find their own pages do not raise it.
+        """
         scheduler = self.scheduler
+        stats = scheduler.stats
         return {
-            **vars(scheduler.stats),
+            **vars(stats),
+            "prefix_cache_hit_rate": stats.num_cached_tokens / max(1, stats.num_looked_up_tokens),
+            "num_cached_pages": scheduler.prefix.num_cached,
+            "num_evicted_pages": scheduler.prefix.num_evicted,
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
             "num_free_pages": scheduler.pool.num_free,
@@ -178,3 +195,14 @@ class Engine:
             for position, entry in entries:
                 seq.request.set_prompt_logprob(position, entry)
         return self.scheduler.commit(launched.plan, result.samples, result.logprobs)
+
+
+def _max_cached_tokens(config: ModelConfig) -> int | None:
+    """Returns up to which length the KV of a token depends on the tokens before it alone.
+
+    Ropes that choose frequencies by max(prompt length, position + 1) keep one choice up to the
+    context they were trained on; None for all other ropes, which have no such limit.
+    """
+    ropes = [rope for rope in (config.rope, config.rope_local) if rope is not None]
+    limits = [rope.original_max_position for rope in ropes if needs_context_lens(rope)]
+    return min((limit or 0 for limit in limits), default=None)

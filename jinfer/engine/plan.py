@@ -1,4 +1,4 @@
-"""What scheduler and runner say to each other: plans and progress. Plain data, no decisions."""
+"""What the scheduler tells others: plans, progress and counts. Plain data, no decisions."""
 
 from __future__ import annotations
 
@@ -71,3 +71,17 @@ class Progress:
     new_token_ids: list[int]
     new_text: str
     finished: bool
+
+
+@dataclasses.dataclass
+class SchedulerStats:
+    """Counts since the scheduler was made."""
+
+    num_plans: int = 0
+    num_preemptions: int = 0
+    num_scheduled_tokens: int = 0  # computed by all plans, again and again included
+    num_output_tokens: int = 0  # accepted by commit
+    num_discarded_tokens: int = 0  # sampled beyond the end of a request
+    num_finished: int = 0  # however they ended
+    num_looked_up_tokens: int = 0  # of prompts, when first admitted, if they may read the cache
+    num_cached_tokens: int = 0  # of those, found in the prefix cache

@@ -43,6 +43,7 @@ class Request:
       eos_token_ids: tokens that end the sequence unless `params.ignore_eos`.
       arrival: place in the order of arrival.
       priority: smaller is served first; equal ones by arrival.
+      cache_salt: KV is shared only with requests of the same salt; None is one, too.
       bad_words_token_ids: the token sequences of `params.bad_words`, for the sampler.
       tokenizer: (argument only) makes the detokenizer, if `params.detokenize`.
       detokenizer: makes text of the output; None for token ids only.
@@ -51,6 +52,8 @@ class Request:
       output_token_ids: sampled tokens that the host knows.
       num_in_flight: sampled tokens that the host does not know yet.
       num_computed_tokens: tokens whose KV is written, or will be by steps in flight.
+      num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
+      cache_epoch: that of the prefix cache at the last admission.
       num_prefill_tokens: tokens to compute before this stay on the device can sample: the known
         ones at admission.
       pages: page numbers in order of position; page i holds positions i * B .. i * B + B - 1.
@@ -69,6 +72,7 @@ class Request:
     arrival: int
     max_model_len: int
     priority: int = 0
+    cache_salt: str | None = None
     eos_token_ids: Sequence[int] = ()
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     tokenizer: dataclasses.InitVar[Any] = None
@@ -78,6 +82,8 @@ class Request:
     num_in_flight: int = dataclasses.field(default=0, init=False)
     num_computed_tokens: int = dataclasses.field(default=0, init=False)
     num_prefill_tokens: int = dataclasses.field(default=0, init=False)
+    num_cached_tokens: int = dataclasses.field(default=0, init=False)
+    cache_epoch: int = dataclasses.field(default=0, init=False)
     pages: list[int] = dataclasses.field(default_factory=list, init=False)
     row: int | None = dataclasses.field(default=None, init=False)
     has_used_row: bool = dataclasses.field(default=False, init=False)
@@ -128,6 +134,28 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens of the sequence, with those in flight."""
         return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_in_flight
+
+    @property
+    def known_token_ids(self) -> list[int]:
+        """The sequence as far as the host knows it."""
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def cache_namespace(self) -> tuple[str | None, ...]:
+        """What the KV depends on beside tokens and weights, or must not be shared beyond.
+
+        The salt alone today. An adapter's name belongs here, and the KV format, if a pool ever
+        holds more than one.
+        """
+        return (self.cache_salt,)
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Whether tokens may be skipped whose KV is cached: not where their logprobs are wanted."""
+        is_complete = (
+            self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens
+        )
+        return is_complete and not self.params.skip_reading_prefix_cache
 
     @property
     def num_unplanned_outputs(self) -> int:

@@ -11,13 +11,25 @@ order. Say request A ends at commit 7 while plan 8 still decodes it, and plan 9 
 row to B. Plan 8 has read and written them before plan 9 starts; plan 9 re-initialises the row
 first (`is_new_row`) and writes each page place of B before anything reads it, since attention reads
 positions below `kv_lens` only. What plan 8 sampled for A is dropped at commit 8.
+
+When a page goes into the prefix cache. A page of a prefill chunk: as soon as the chunk is planned.
+Who finds it reads it in a later plan, or in this very one, where each layer writes the KV of all
+tokens of the step before any of them attends. A page of generated tokens: when its request leaves
+the device, as far as the last token but one that the host knows. Everything up to there has been
+written by steps that are committed; what steps in flight still write for a request that has ended
+or was preempted lies beyond, so that no cached page changes ever again.
+
+Why hits of whole pages give the tokens of a cold run: there is no fixed grid of chunks to align
+them to. A chunk is what the budget leaves, so company moves its borders in cold runs, too, and the
+kernels must not care (they sum over keys in blocks at absolute positions, wherever queries begin).
+A hit is one more way of cutting a prompt. It is exact up to the rounding between programs of
+different padded size, as is any change of company.
 """
 
 from __future__ import annotations
 
 import bisect
 import collections
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,21 +37,10 @@ from typing import Any
 
 from jinfer.config import EngineConfig
 from jinfer.engine.pages import PageError, PagePool
-from jinfer.engine.plan import Plan, Progress, ScheduledSeq
+from jinfer.engine.plan import Plan, Progress, ScheduledSeq, SchedulerStats
+from jinfer.engine.prefix import PrefixCache
 from jinfer.engine.request import Request, RequestStatus
 from jinfer.outputs import FinishReason
-
-
-@dataclasses.dataclass
-class SchedulerStats:
-    """Counts since the scheduler was made."""
-
-    num_plans: int = 0
-    num_preemptions: int = 0
-    num_scheduled_tokens: int = 0  # computed by all plans, again and again included
-    num_output_tokens: int = 0  # accepted by commit
-    num_discarded_tokens: int = 0  # sampled beyond the end of a request
-    num_finished: int = 0  # however they ended
 
 
 class Scheduler:
@@ -60,6 +61,9 @@ class Scheduler:
       num_pages: pages in the pool.
       page_size: tokens in a page.
       now: clock of the requests' metrics.
+      max_cached_tokens: the KV of a token at or beyond this position, or in a longer prompt,
+        depends on more than the tokens before it (on the length: see `models.rope`) and is never
+        shared; None where there is no such limit.
     """
 
     def __init__(
@@ -68,10 +72,13 @@ class Scheduler:
         num_pages: int,
         page_size: int,
         now: Callable[[], float] = time.monotonic,
+        max_cached_tokens: int | None = None,
     ) -> None:
         self.config = config
         self.page_size = page_size
+        self.max_cached_tokens = max_cached_tokens
         self.pool = PagePool(num_pages)
+        self.prefix = PrefixCache(self.pool, page_size)
         self.stats = SchedulerStats()
         self._now = now
         self._requests: dict[str, Request] = {}  # live ones
@@ -159,26 +166,23 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         decodes = self._reserve_decodes()
         budget -= len(decodes)
-        chunks: list[tuple[Request, int]] = []
+        chunks: list[ScheduledSeq] = []
         for request in self._running:
             if request.is_prefilling and budget > 0:
-                n = min(request.num_prefill_tokens - request.num_computed_tokens, budget)
-                chunks.append((request, n))
-                budget -= n
+                chunks.append(self._schedule_chunk(request, budget))
+                budget -= chunks[-1].num_tokens
         # What was preempted just now does not come back here: it gave up the last page needed.
         while budget > 0 and self._waiting:
             request = self._waiting[0]
             is_whole = request.num_tokens <= budget
             if not (is_whole or self.config.enable_chunked_prefill) or not self._admit(request):
                 break
-            n = min(request.num_prefill_tokens - request.num_computed_tokens, budget)
-            chunks.append((request, n))
-            budget -= n
+            chunks.append(self._schedule_chunk(request, budget))
+            budget -= chunks[-1].num_tokens
         if not decodes and not chunks:
             return None
         num_steps = 1 if chunks else self._extend_decodes(decodes)
-        seqs = [self._schedule_decode(request, num_steps) for request in decodes]
-        seqs += [self._schedule_chunk(request, n) for request, n in chunks]
+        seqs = [self._schedule_decode(request, num_steps) for request in decodes] + chunks
         is_decode = all(seq.num_tokens == 1 for seq in seqs)
         plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids))
         self._in_flight.append(plan)
@@ -205,8 +209,8 @@ class Scheduler:
                 continue
             while request.status is RequestStatus.RUNNING:
                 missing = self._num_missing_pages(request, 1)
-                if missing <= self.pool.num_free:
-                    request.pages += self.pool.alloc(missing)
+                if missing <= self.prefix.num_available:
+                    request.pages += self.prefix.alloc(missing)
                     decodes.append(request)
                     break
                 self._preempt(self._running[-1])
@@ -223,9 +227,9 @@ class Scheduler:
         most = max(request.num_unplanned_outputs for request in decodes)
         for num_steps in range(min(self.config.num_decode_steps, most), 1, -1):
             missing = [self._num_missing_pages(request, num_steps) for request in decodes]
-            if sum(missing) <= self.pool.num_free:
+            if sum(missing) <= self.prefix.num_available:
                 for request, n in zip(decodes, missing):
-                    request.pages += self.pool.alloc(n)
+                    request.pages += self.prefix.alloc(n)
                 return num_steps
         return 1
 
@@ -246,14 +250,18 @@ class Scheduler:
         request.num_in_flight += num_samples
         return seq
 
-    def _schedule_chunk(self, request: Request, n: int) -> ScheduledSeq:
+    def _schedule_chunk(self, request: Request, budget: int) -> ScheduledSeq:
         start = request.num_computed_tokens
+        n = min(request.num_prefill_tokens - start, budget)
         is_last = start + n == request.num_prefill_tokens
         is_new_row = not request.has_used_row
         seq = ScheduledSeq(request, start, n, int(is_last), is_new_row, is_prefill=True)
         request.has_used_row = True
         request.num_computed_tokens += n
         request.num_in_flight += seq.num_samples
+        if self._can_fill_cache(request):
+            tokens = self._cacheable_tokens(request, request.num_computed_tokens)
+            self.prefix.insert(request.cache_namespace, tokens, request.pages)
         return seq
 
     # ------------------------------------------------------------------ pages and rows
@@ -276,19 +284,51 @@ class Scheduler:
     def _take_pages(self, request: Request) -> bool:
         """Gives a request the pages of all its known tokens; False if too few are free.
 
-        Here a prefix cache sets `num_computed_tokens` (below `num_tokens`: the last one is always
-        computed) and takes the pages of that prefix by reference; `_release` is its other end.
+        The pages of its longest cached prefix are taken by reference, as if computed; at least the
+        last token is computed in any case, for its logits.
         """
-        needed = self._num_pages(request.num_tokens)
-        if needed + len(self._running) > self.pool.num_free:
+        hit: list[int] = []
+        is_reading = self._can_share(request) and request.reads_prefix_cache
+        if is_reading:
+            max_pages = (request.num_tokens - 1) // self.page_size
+            hit = self.prefix.find(request.cache_namespace, request.known_token_ids, max_pages)
+        needed = self._num_pages(request.num_tokens) - len(hit)
+        if needed + len(self._running) > self.prefix.num_available_beside(hit):
             return False
-        request.pages = self.pool.alloc(needed)
+        request.pages = self.prefix.share(hit) + self.prefix.alloc(needed)
+        request.num_computed_tokens = len(hit) * self.page_size
+        request.cache_epoch = self.prefix.epoch
+        if is_reading and request.metrics.first_scheduled_time is None:
+            request.num_cached_tokens = request.num_computed_tokens
+            self.stats.num_looked_up_tokens += request.num_prompt_tokens
+            self.stats.num_cached_tokens += request.num_cached_tokens
         return True
 
+    def _can_share(self, request: Request) -> bool:
+        """Whether the KV of a request's prompt is that of any text which begins with it."""
+        limit = self.max_cached_tokens
+        is_short = limit is None or request.num_prompt_tokens <= limit
+        return self.config.enable_prefix_caching and is_short
+
+    def _can_fill_cache(self, request: Request) -> bool:
+        """Whether a running request's pages may be kept: not what older weights have computed."""
+        return self._can_share(request) and request.cache_epoch == self.prefix.epoch
+
+    def _cacheable_tokens(self, request: Request, num_tokens: int) -> list[int]:
+        if self.max_cached_tokens is not None:
+            num_tokens = min(num_tokens, self.max_cached_tokens)
+        return request.known_token_ids[:num_tokens]
+
     def _release(self, request: Request) -> None:
-        """Gives back the pages and the row of a running request."""
+        """Gives back the row and the pages of a running request, the full ones to the cache."""
         assert request.row is not None
-        self.pool.free(request.pages)
+        if self._can_fill_cache(request):
+            num_known = request.num_prompt_tokens + len(request.output_token_ids)
+            num_written = min(request.num_computed_tokens, num_known - 1)
+            tokens = self._cacheable_tokens(request, num_written)
+            self.prefix.release(request.cache_namespace, tokens, request.pages)
+        else:
+            self.prefix.free(request.pages)
         self._free_rows.append(request.row)
         request.pages, request.row = [], None
         request.num_computed_tokens = request.num_prefill_tokens = 0
@@ -364,15 +404,24 @@ class Scheduler:
     def check(self) -> None:
         """Verifies that pages, rows and lists agree; for tests and `check_integrity`.
 
+        Free pages, those that the cache alone holds and those in use by requests are all pages.
+
         Raises:
           PageError: they do not; the message names the request or the pages.
         """
         self.pool.check()
+        self.prefix.check()
         held = collections.Counter(page for r in self._running for page in r.pages)
         counts = {page: self.pool.count(page) for page in range(self.pool.num_pages)}
-        wrong = [page for page, n in counts.items() if n != held[page]]
+        wrong = [p for p, n in counts.items() if n != held[p] + self.prefix.is_cached(p)]
         if wrong:
             raise PageError(f"pages {wrong} are counted otherwise than requests hold them")
+        num_pages = self.pool.num_free + self.prefix.num_evictable + len(held)
+        if num_pages != self.pool.num_pages:
+            raise PageError(
+                f"{self.pool.num_free} free pages, {self.prefix.num_evictable} cached and "
+                f"{len(held)} in use are not all {self.pool.num_pages}"
+            )
         rows = sorted([r.row for r in self._running if r.row is not None] + self._free_rows)
         if rows != list(range(self.config.max_num_seqs)):
             raise PageError(f"rows in use and free rows are not all rows once: {rows}")

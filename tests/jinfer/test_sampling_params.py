@@ -111,7 +111,6 @@ def test_a_wrong_or_contradictory_value_is_named(kwargs, match):
         ("prompt_logprob_start", 1, "leading entries"),
         ("flat_logprobs", True, "one dict"),
         ("stream_interval", 2, "every step"),
-        ("skip_reading_prefix_cache", True, "no prefix cache"),
         ("thinking_token_budget", 10, "reasoning"),
         ("repetition_detection", {"min_count": 2}, "penalties"),
         ("routed_experts_prompt_start", 1, "routed experts"),
@@ -128,6 +127,7 @@ def test_unbuilt_fields_pass_when_they_ask_for_nothing():
     p = SamplingParams(
         best_of=1, use_beam_search=False, length_penalty=1.0, early_stopping=False,
         structured_outputs=None, logits_processors=[], extra_args={}, skip_clone=False,
+        skip_reading_prefix_cache=None,
     )  # fmt: skip
     assert p == SamplingParams()
 

@@ -1,12 +1,14 @@
 """Scheduler and pages on a simulated device: whatever the company, a request's tokens are its own.
 
 The device executes plans in the order of their dispatch, with the pages and rows that the requests
-have at that moment, and its results are committed 0, 1 or 2 plans later. It keeps token ids where a
-real one keeps K and V. Its model draws the next token from a hash of everything that a real one
-looks at: the context as read back through the pages, the seed, and the sampler row's own record of
-output tokens. A wrong page, row, position or order gives other tokens than the request run alone.
+have at that moment, and its results are committed 0, 1 or 2 plans later. Where a real one keeps K
+and V it keeps token ids, each with a fingerprint of the tokens before it. Its model draws the next
+token from a hash of everything that a real one looks at: the context as read back through the
+pages, the seed, and the sampler row's own record of output tokens. A wrong page, row, position or
+order gives other tokens than the request run alone.
 """
 
+import array
 import collections
 import contextlib
 import dataclasses
@@ -43,11 +45,25 @@ def next_token(context, seed, num_prompt_tokens, row_outputs):
     return zlib.crc32(record.encode()) % VOCAB_SIZE
 
 
-def run_alone(request, limit):
+def write_place(before, token, num_prompt_tokens, position, max_cached_tokens):
+    """What a place holds: KV depends on all tokens before, and with some ropes on the length."""
+    length = max(num_prompt_tokens, position + 1)
+    regime = length if max_cached_tokens is not None and length > max_cached_tokens else 0
+    return token, zlib.crc32(repr((before, token, regime)).encode())
+
+
+def run_alone(request, limit, max_cached_tokens=None):
     """Tokens of a request with the device to itself."""
-    outputs = []
+    outputs, context = [], []
     while len(outputs) < limit:
-        context = request.prompt_token_ids + outputs
+        known = request.prompt_token_ids + outputs
+        for position in range(len(context), len(known)):
+            before = context[-1] if context else None
+            context.append(
+                write_place(
+                    before, known[position], request.num_prompt_tokens, position, max_cached_tokens
+                )
+            )
         token = next_token(context, request.seed, request.num_prompt_tokens, outputs)
         outputs.append(token)
         if token == EOS and not request.params.ignore_eos:
@@ -58,7 +74,8 @@ def run_alone(request, limit):
 class SimulatedDevice:
     """Executes plans; places that were never written, or whose KV is stale, hold None."""
 
-    def __init__(self, num_pages, page_size, num_rows):
+    def __init__(self, num_pages, page_size, num_rows, max_cached_tokens):
+        self.max_cached_tokens = max_cached_tokens
         self.page_size = page_size
         self.places = [None] * (num_pages * page_size)
         self.rows = [None] * num_rows
@@ -84,14 +101,13 @@ class SimulatedDevice:
         position, samples = seq.start, []
         for step in range(max(1, seq.num_samples)):
             for token in inputs:
-                page = pages[position // self.page_size]
-                self.places[page * self.page_size + position % self.page_size] = token
+                before = self.places[self._place(pages, position - 1)] if position else None
+                self.places[self._place(pages, position)] = write_place(
+                    before, token, request.num_prompt_tokens, position, self.max_cached_tokens
+                )
                 position += 1
             if seq.num_samples:
-                context = [
-                    self.places[pages[p // self.page_size] * self.page_size + p % self.page_size]
-                    for p in range(position)
-                ]
+                context = [self.places[self._place(pages, p)] for p in range(position)]
                 token = next_token(context, request.seed, request.num_prompt_tokens, self.rows[row])
                 self.rows[row].append(token)
                 self.last_tokens[row] = token
@@ -100,25 +116,42 @@ class SimulatedDevice:
             assert step == 0 or seq.num_tokens == 1
         return samples
 
+    def _place(self, pages, position):
+        return pages[position // self.page_size] * self.page_size + position % self.page_size
+
 
 class Harness:
     """Scheduler, device and what is in flight between them, with every invariant."""
 
-    def __init__(self, num_pages, page_size, lag, **config):
+    def __init__(self, num_pages, page_size, lag, max_cached_tokens=None, **config):
         self.config = EngineConfig(**{"max_model_len": 64, **config})
-        self.scheduler = Scheduler(self.config, num_pages, page_size)
-        self.device = SimulatedDevice(num_pages, page_size, self.config.max_num_seqs)
+        self.scheduler = Scheduler(
+            self.config, num_pages, page_size, max_cached_tokens=max_cached_tokens
+        )
+        self.device = SimulatedDevice(
+            num_pages, page_size, self.config.max_num_seqs, max_cached_tokens
+        )
         self.lag = lag
         self.in_flight = collections.deque()
         self.requests = []
         self.deltas = collections.defaultdict(list)
         self.widest = 0
 
-    def add(self, num_prompt_tokens, max_tokens, seed, priority=0, **params):
+    def add(self, num_prompt_tokens, max_tokens, seed, priority=0, like=None, salt=None, **params):
+        """Queues a request whose prompt begins with as much as fits of the text of number `like`.
+
+        That is its prompt and the output that it has so far.
+        """
         rng = random.Random(seed)
+        prompt = [rng.randrange(1000) for _ in range(num_prompt_tokens)]
+        if like is not None and self.requests:
+            before = self.requests[like % len(self.requests)]
+            shared = before.known_token_ids[: rng.randint(0, num_prompt_tokens)]
+            prompt[: len(shared)] = shared
         request = Request(
             request_id=f"r{len(self.requests)}",
-            prompt_token_ids=[rng.randrange(1000) for _ in range(num_prompt_tokens)],
+            prompt_token_ids=prompt,
+            cache_salt=salt,
             params=SamplingParams(max_tokens=max_tokens, **params),
             seed=seed,
             arrival=len(self.requests),
@@ -135,6 +168,7 @@ class Harness:
         if plan is None:
             return False
         self.check_plan(plan)
+        self.check_writes(plan)
         self.in_flight.append((plan, self.device.launch(plan)))
         return True
 
@@ -157,7 +191,7 @@ class Harness:
             self.step()
         assert not self.scheduler.has_work(), f"stuck: {self.scheduler._waiting}"
         assert not self.in_flight
-        assert self.scheduler.pool.num_free == self.scheduler.pool.num_pages
+        assert self.scheduler.prefix.num_available == self.scheduler.pool.num_pages
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
 
     def check_plan(self, plan):
@@ -179,15 +213,35 @@ class Harness:
             end = seq.start + max(seq.num_tokens, seq.num_samples)
             assert end <= len(request.pages) * self.scheduler.page_size
             if not config.enable_chunked_prefill and seq.is_prefill:
-                assert seq.start == 0 and seq.num_samples == 1
+                assert seq.num_samples == 1
+                assert seq.start == 0 or config.enable_prefix_caching
+
+    def check_writes(self, plan):
+        """No place is written twice in a step, and decodes write what nobody else can read."""
+        places = set()
+        for seq in plan.seqs:
+            first, last = seq.start, seq.start + max(seq.num_tokens, seq.num_samples)
+            for position in range(first, last):
+                page = seq.request.pages[position // self.scheduler.page_size]
+                place = (page, position % self.scheduler.page_size)
+                assert place not in places
+                places.add(place)
+                assert seq.is_prefill or self.scheduler.pool.count(page) == 1
 
     def check(self):
         """Invariants, from the requests' own books rather than by `Scheduler.check`."""
         scheduler = self.scheduler
         scheduler.check()
+        prefix = scheduler.prefix
         held = [page for request in self.requests for page in request.pages]
-        assert len(held) == len(set(held)), "a page is held twice"
-        assert scheduler.pool.num_free + len(held) == scheduler.pool.num_pages
+        shared = {page for page, n in collections.Counter(held).items() if n > 1}
+        idle = sum(prefix.is_cached(p) for p in range(scheduler.pool.num_pages) if p not in held)
+        assert scheduler.pool.num_free + len(set(held)) + idle == scheduler.pool.num_pages
+        if not self.config.enable_prefix_caching:
+            assert not shared and not idle, "a page is held twice"
+        for request in self.requests:
+            assert len(request.pages) == len(set(request.pages))
+        self.check_cached_pages()
         rows = [request.row for request in self.requests if request.row is not None]
         assert len(rows) == len(set(rows)) == scheduler.num_running <= self.config.max_num_seqs
         for request in self.requests:
@@ -198,13 +252,27 @@ class Harness:
             assert request.num_in_flight >= 0
             assert self.deltas[request] == request.output_token_ids
 
+    def check_cached_pages(self):
+        """Every cached page has been written, for the text by which it is found."""
+        size = self.scheduler.page_size
+        stack = [(root, []) for root in self.scheduler.prefix._roots.values()]
+        while stack:
+            node, text = stack.pop()
+            places = self.device.places[node.page * size : (node.page + 1) * size]
+            if node.page >= 0:
+                for token in array.array("i", node.edge):
+                    before = text[-1] if text else None
+                    text = [*text, write_place(before, token, 0, 0, None)]
+                assert places == text[-size:]
+            stack += [(child, text) for child in node.children.values()]
+
     def check_tokens(self):
         """Every request has the tokens that it has alone; aborted ones a beginning of them."""
         capacity = self.scheduler.pool.num_pages * self.scheduler.page_size
         for request in self.requests:
             room = min(self.config.max_model_len, capacity + 1) - request.num_prompt_tokens
             limit = min(room, request.params.max_tokens or room)
-            alone = run_alone(request, limit)
+            alone = run_alone(request, limit, self.device.max_cached_tokens)
             if request.finish_reason == "abort":
                 assert alone[: len(request.output_token_ids)] == request.output_token_ids
             else:

@@ -15,7 +15,9 @@ class Driver:
 
     def __init__(self, num_pages=64, page_size=4, **config):
         defaults = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16}
-        self.config = EngineConfig(**{**defaults, "num_decode_steps": 1, **config})
+        # All prompts here are 0, 1, 2, ...: what they share is test_prefix.py's matter.
+        defaults |= {"num_decode_steps": 1, "enable_prefix_caching": False}
+        self.config = EngineConfig(**{**defaults, **config})
         self.clock = 0.0
         self.scheduler = Scheduler(self.config, num_pages, page_size, now=lambda: self.clock)
         self.num_added = 0

@@ -1,0 +1,287 @@
+"""Radix tree of KV pages by the tokens they hold: the longest prefix computed before; no requests.
+
+An edge is one whole page of tokens, so texts part at page borders and nothing is ever split:
+
+    page size 2        root --5 6--> page 3 --7 8--> page 0 --1 1--> page 7
+                                       \\----7 9--> page 4
+
+    find 5 6 7 9 2 -> pages 3, 4; find 5 6 7 -> page 3; find 5 7 -> none
+
+The tree holds one reference to each of its pages and requests hold others (`PagePool` counts them).
+Who holds a page of the tree holds all pages above it, for a hit is taken from the root on and a
+running request adds pages only below those that it holds. So a page that the tree alone holds has
+only such pages below it: all of them can be evicted, leaves first, and counting them is enough.
+
+A page that is filled in part is never shared: it is computed again, at most page_size - 1 tokens of
+a hit (and the whole last page, should the hit cover every token). There is no copy-on-write.
+"""
+
+from __future__ import annotations
+
+import array
+import heapq
+from collections.abc import Hashable, Iterator, Sequence
+
+from jinfer.engine.pages import OutOfPages, PageError, PagePool
+
+
+class _Node:
+    """A page of the tree, or a root (page -1, whose edge is its namespace).
+
+    Attributes:
+      last_used: when a request last took or left the page; it never goes back.
+      is_queued: whether the node is in the heap, once.
+    """
+
+    __slots__ = ("children", "edge", "is_queued", "last_used", "page", "parent")
+
+    def __init__(self, parent: _Node | None, edge: Hashable, page: int, last_used: int) -> None:
+        self.parent = parent
+        self.edge = edge
+        self.page = page
+        self.last_used = last_used
+        self.is_queued = False
+        self.children: dict[bytes, _Node] = {}
+
+
+class PrefixCache:
+    """Finds, shares, keeps and evicts pages of a pool by the tokens written to them.
+
+    All pages of a pool must then be taken and given back through the cache. A lookup costs O(pages
+    of the text), an eviction O(log cached pages).
+
+    Args:
+      pool: the pages.
+      page_size: tokens in a page.
+
+    Attributes:
+      epoch: counts the resets. Pages filled before the last one must not be inserted after it.
+      num_evicted: pages evicted since the cache was made.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.epoch = 0
+        self.num_evicted = 0
+        self._roots: dict[Hashable, _Node] = {}
+        self._nodes: list[_Node | None] = [None] * pool.num_pages  # by page
+        self._num_cached = 0
+        self._num_evictable = 0
+        # (last_used, page, node), at most one entry a node. Entries grow stale: the node has been
+        # used since, or is held, or has children. `_evict` puts the first kind back and drops the
+        # others, which `_offer` brings back when their time has come.
+        self._heap: list[tuple[int, int, _Node]] = []
+        self._clock = 0
+
+    @property
+    def num_cached(self) -> int:
+        """Pages in the tree, whoever else holds them."""
+        return self._num_cached
+
+    @property
+    def num_evictable(self) -> int:
+        """Pages that the tree alone holds."""
+        return self._num_evictable
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `alloc` can hand out."""
+        return self.pool.num_free + self._num_evictable
+
+    def is_cached(self, page: int) -> bool:
+        """Whether `page` is in the tree."""
+        return self._nodes[page] is not None
+
+    # ------------------------------------------------------------------ taking pages
+
+    def find(self, namespace: Hashable, tokens: Sequence[int], max_pages: int) -> list[int]:
+        """Returns the pages of the longest cached prefix of `tokens`; changes nothing.
+
+        Args:
+          namespace: whatever else the KV depends on, or must not be shared beyond.
+          tokens: the text.
+          max_pages: most pages to return.
+        """
+        pages: list[int] = []
+        node = self._roots.get(namespace)
+        for edge in self._edges(tokens, max_pages):
+            node = None if node is None else node.children.get(edge)
+            if node is None:
+                break
+            pages.append(node.page)
+        return pages
+
+    def num_available_beside(self, pages: Sequence[int]) -> int:
+        """Returns how many pages `alloc` can hand out once `pages`, just found, are shared."""
+        return self.num_available - sum(self.pool.count(page) == 1 for page in pages)
+
+    def share(self, pages: Sequence[int]) -> list[int]:
+        """Adds a holder to `pages`, which `find` returned just now; returns them as a new list."""
+        self._clock += 1
+        for page in pages:
+            node = self._nodes[page]
+            if node is None:
+                raise PageError(f"page {page} is not in the prefix cache and cannot be shared")
+            node.last_used = self._clock
+            self._num_evictable -= self.pool.count(page) == 1
+        return self.pool.fork(pages)
+
+    def alloc(self, n: int) -> list[int]:
+        """Takes `n` pages with unknown content, evicting what nobody holds once none are free.
+
+        Raises:
+          OutOfPages: fewer than `n` are available; nothing has changed.
+        """
+        missing = n - self.pool.num_free
+        if missing > self._num_evictable:
+            raise OutOfPages(
+                f"{n} pages wanted, {self.pool.num_free} of {self.pool.num_pages} are free and "
+                f"{self._num_evictable} more can be evicted"
+            )
+        for _ in range(missing):
+            self._evict()
+        return self.pool.alloc(n)
+
+    # ------------------------------------------------------------------ filling, giving back
+
+    def insert(self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int]) -> None:
+        """Makes pages of a request that goes on holding them known to others.
+
+        It ends at the first page that the tree has from someone else: what comes after it could be
+        evicted no longer, were it put below a page that its holder does not hold.
+
+        Args:
+          namespace: as for `find`.
+          tokens: the text that the pages hold; a last part of a page is left out.
+          pages: at least as many pages as `tokens` fill.
+        """
+        self._insert(namespace, tokens, pages, is_held=True)
+
+    def release(self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int]) -> None:
+        """Gives back all pages of a request and keeps those that `tokens` fill, but no doubles."""
+        self._insert(namespace, tokens, pages, is_held=False)
+        self.free(pages)
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Takes a holder from each of `pages`; those in the tree stay there.
+
+        Raises:
+          PageError: a page is free already.
+        """
+        self.pool.free(pages)
+        self._clock += 1
+        for page in pages:
+            node = self._nodes[page]
+            if node is not None:
+                node.last_used = self._clock
+                if self.pool.count(page) == 1:
+                    self._num_evictable += 1
+                    self._offer(node)
+
+    def _insert(
+        self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int], *, is_held: bool
+    ) -> None:
+        self._clock += 1
+        node = self._roots.get(namespace)
+        for page, edge in zip(pages, self._edges(tokens, len(pages))):
+            if node is None:
+                node = self._roots[namespace] = _Node(None, namespace, -1, 0)
+            child = node.children.get(edge)
+            if child is None:
+                if self._nodes[page] is not None:
+                    raise PageError(f"page {page} is in the prefix cache for another text")
+                self.pool.fork([page])
+                child = _Node(node, edge, page, self._clock)
+                node.children[edge] = self._nodes[page] = child
+                self._num_cached += 1
+            elif child.page != page and is_held:
+                break
+            child.last_used = self._clock
+            node = child
+
+    def reset(self) -> None:
+        """Forgets everything. Requests keep the pages they hold; nobody else finds them."""
+        self.pool.free([page for page, node in enumerate(self._nodes) if node is not None])
+        self.epoch += 1
+        self._roots.clear()
+        self._nodes = [None] * self.pool.num_pages
+        self._num_cached = self._num_evictable = 0
+        self._heap.clear()
+
+    # ------------------------------------------------------------------ inside
+
+    def _edges(self, tokens: Sequence[int], max_pages: int) -> Iterator[bytes]:
+        """Yields the whole pages of `tokens` as bytes: small, quick to hash, equal if and only if.
+
+        (Tuples would keep an object alive for every token.)
+        """
+        size = self.page_size
+        for end in range(size, min(len(tokens), max_pages * size) + 1, size):
+            yield array.array("i", tokens[end - size : end]).tobytes()
+
+    def _offer(self, node: _Node) -> None:
+        """Puts a leaf that the tree alone holds into the heap, unless it is there."""
+        if not node.children and not node.is_queued:
+            node.is_queued = True
+            heapq.heappush(self._heap, (node.last_used, node.page, node))
+
+    def _evict(self) -> None:
+        """Frees the page that was used longest ago among the leaves that the tree alone holds."""
+        while True:
+            last_used, page, node = heapq.heappop(self._heap)
+            node.is_queued = False
+            if node.children or self.pool.count(page) != 1:
+                continue
+            if last_used == node.last_used:
+                break
+            self._offer(node)
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.edge]  # pyright: ignore[reportArgumentType]
+        self._nodes[page] = None
+        self._num_cached -= 1
+        self._num_evictable -= 1
+        self.num_evicted += 1
+        self.pool.free([page])
+        if parent.page < 0:
+            if not parent.children:
+                del self._roots[parent.edge]
+        elif self.pool.count(parent.page) == 1:
+            self._offer(parent)
+
+    # ------------------------------------------------------------------ invariants
+
+    def check(self) -> None:
+        """Verifies the tree against itself and the pool.
+
+        Raises:
+          PageError: they disagree; the message names the page.
+        """
+        num_cached = num_evictable = 0
+        stack = list(self._roots.values())
+        if any(not root.children for root in stack):
+            raise PageError("the prefix cache keeps a namespace without pages")
+        while stack:
+            node = stack.pop()
+            for edge, child in node.children.items():
+                stack.append(child)
+                page, num_cached = child.page, num_cached + 1
+                if child.parent is not node or child.edge != edge or self._nodes[page] is not child:
+                    raise PageError(f"page {page} of the prefix cache is linked wrongly")
+                if self.pool.count(page) == 0:
+                    raise PageError(f"page {page} is free and in the prefix cache")
+                if self.pool.count(page) > 1:
+                    if node.page >= 0 and self.pool.count(node.page) == 1:
+                        raise PageError(f"page {page} is held without page {node.page} above it")
+                    continue
+                num_evictable += 1
+                if not child.children and not child.is_queued:
+                    raise PageError(f"page {page} can be evicted and is not in the queue")
+        if num_cached != self._num_cached or num_evictable != self._num_evictable:
+            raise PageError(
+                f"the prefix cache counts {self._num_cached} pages, {self._num_evictable} to be "
+                f"evicted, and has {num_cached} and {num_evictable}"
+            )
+        if sum(node is not None for node in self._nodes) != num_cached:
+            raise PageError("the prefix cache knows pages that its tree does not reach")
