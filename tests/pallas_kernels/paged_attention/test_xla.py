@@ -57,8 +57,9 @@ def test_neither_tiles_nor_garbage_after_the_end_of_a_sequence_matter(case, refe
 
 def test_one_program_serves_every_length(make_case, reference):
     traces = []
-    f = jax.jit(lambda *a: traces.append(1) or ragged_paged_attention(*a, sm_scale=0.25))
     inputs = make_case(name="", seqs=((1, 300), (1, 300))).build()
+    sm_scale = inputs.options["sm_scale"]
+    f = jax.jit(lambda *a: traces.append(1) or ragged_paged_attention(*a, sm_scale=sm_scale))
     for length in (1, 8, 130, 300):
         inputs = dataclasses.replace(inputs, kv_lens=np.array([length, 300], np.int32))
         out = f(*inputs.args)
