@@ -27,6 +27,13 @@ DTYPE_BYTES: Mapping[str, float] = {
 }
 SCALE_BYTES = 2  # scales of quantized weights are kept in 16 bits
 CPU_KV_BYTES = 2**30  # what the pool takes on a CPU, unless the weights are larger
+
+# The formats of `jinfer.qtensor.QFormat` that the planner knows.
+_FORMAT = re.compile(
+    r"(?:int(?P<bits>[2-8])|(?P<fp8>fp8-e4m3|fp8-e5m2)|nf4|fp4)"
+    r"-(?:g(?P<group>[1-9]\d*)|(?P<whole>channel|tensor)|block(?P<block>[1-9]\d*))"
+    r"(?P<asym>-asym)?(?::[a-z-]+)?"
+)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
