@@ -101,7 +101,8 @@ def _rectangle(
     tokens = jnp.minimum(q_starts[:-1, None] + offsets, num_tokens - 1)  # [S, R]
     is_live = is_taken[:, None] & (offsets < q_lens[:, None])
     rows = _make_rows(q[tokens], tree_mask, tokens, kv_lens, q_lens, offsets, is_live)
-    out, lse = _attend(rows, kv, page_table, spec, tiles, _precision(q))
+    attend = _attend_pages if num_rows == 1 and tree_mask is None else _attend
+    out, lse = attend(rows, kv, page_table, spec, tiles, _precision(q))
     # Back from [S, R] to tokens: token t is row t - q_starts[s] of its sequence s.
     t = jnp.arange(num_tokens)
     seqs = jnp.searchsorted(q_starts[1:], t, side="right", method="compare_all").astype(
@@ -268,6 +269,83 @@ def _attend(
         out.reshape(num_seqs, num_rows, num_heads, head_dim),
         lse.reshape(num_seqs, num_rows, num_heads),
     )
+
+
+def _attend_pages(
+    rows: _Rows,
+    kv: PagedKV,
+    page_table: jax.Array,
+    spec: AttentionSpec,
+    tiles: XlaTiles,
+    precision: lax.Precision,
+) -> tuple[jax.Array, jax.Array]:
+    """`_attend` for one row a sequence: as many live pages a step as there are sequences.
+
+    The pages of all sequences stand in one list, so that a short sequence does not wait for a long
+    one. Example, pages of 64: lens [100, 0, 300] have [2, 0, 5] pages, ends [2, 2, 7]; item 3 is
+    page 1 of sequence 2.
+    """
+    num_seqs, _, num_heads, head_dim = rows.q.shape
+    num_kv_heads, page = kv.num_kv_heads, kv.page_size
+    group = num_heads // num_kv_heads
+    positions, window = rows.positions[:, 0], spec.sliding_window
+    ends_at = jnp.minimum(rows.lens, positions + 1)  # [S] keys a row sees end here
+    first_page = jnp.zeros_like(ends_at)
+    if window is not None:
+        first_page = jnp.maximum(positions - window + 1, 0) // page
+    num_pages = jnp.maximum(-(-ends_at // page) - first_page, 0)
+    ends = jnp.cumsum(num_pages)
+    size = num_seqs * max(1, tiles.kv_block // page)  # items a step
+    q = rows.q.reshape(num_seqs, num_kv_heads, group, head_dim) * spec.sm_scale
+    dot = functools.partial(
+        lax.dot_general, preferred_element_type=jnp.float32, precision=precision
+    )
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        acc, top, total = carry
+        item = i * size + jnp.arange(size, dtype=jnp.int32)  # [C]
+        seq = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
+        seq = jnp.minimum(seq, num_seqs - 1)
+        of_seq = (seq[:, None] == jnp.arange(num_seqs)[None]) & (item < ends[-1])[:, None]  # [C, S]
+        number = item - (ends[seq] - num_pages[seq]) + first_page[seq]
+        ids = page_table[seq, jnp.clip(number, 0, page_table.shape[1] - 1)]
+        keys = number[:, None] * page + jnp.arange(page)[None]  # [C, B]
+        visible = (keys < ends_at[seq][:, None]) & (item < ends[-1])[:, None]
+        if window is not None:
+            visible &= keys > (positions - window)[seq][:, None]
+        k = kv.k_pages[ids].astype(jnp.float32)  # [C, K, B, H]
+        # Places past the end may hold anything, a NaN of an earlier request too.
+        v = kv.v_pages[ids].astype(jnp.float32)
+        v = jnp.where(visible[:, None, :, None], v, 0.0)
+        s = dot(q[seq], k, (((3,), (3,)), ((0, 1), (0, 1))))  # [C, K, G, B]
+        if kv.k_scale is not None:
+            s = s * kv.k_scale[ids][:, :, None, :]
+        if spec.soft_cap is not None:
+            s = spec.soft_cap * jnp.tanh(s / spec.soft_cap)
+        s = jnp.where(visible[:, None, None], s, -jnp.inf)
+        tops = jnp.where(of_seq[:, :, None, None], s.max(axis=-1)[:, None], _LOWEST)
+        new_top = jnp.maximum(top, tops.max(axis=0))  # [S, K, G]
+        p = jnp.exp(s - new_top[seq][..., None])
+        alpha = jnp.exp(top - new_top)
+        one_hot = of_seq.astype(jnp.float32)
+        total = total * alpha + dot(one_hot, p.sum(axis=-1), (((0,), (0,)), ((), ())))
+        if kv.v_scale is not None:
+            # A masked place must not bring its scale's NaN back.
+            p = p * jnp.where(visible[:, None], kv.v_scale[ids], 0.0)[:, :, None, :]
+        pv = dot(p, v, (((3,), (2,)), ((0, 1), (0, 1))))  # [C, K, G, H]
+        pv = dot(one_hot, pv, (((0,), (0,)), ((), ())))  # [S, K, G, H]
+        return acc * alpha[..., None] + pv, new_top, total
+
+    shape = (num_seqs, num_kv_heads, group)
+    carry = (
+        jnp.zeros((*shape, head_dim), jnp.float32),
+        jnp.full(shape, _LOWEST, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
+    acc, top, total = lax.fori_loop(0, -(-ends[-1] // size), step, carry)
+    out = acc / jnp.where(total > 0, total, 1.0)[..., None]
+    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    return out.reshape(num_seqs, 1, num_heads, head_dim), lse.reshape(num_seqs, 1, num_heads)
 
 
 def _key_range(rows: _Rows, window: int | None) -> tuple[jax.Array, jax.Array]:
