@@ -27,7 +27,7 @@ F32 = jnp.float32
 I32 = jnp.int32
 
 # Registers of a compute and of the copy warpgroup, by compute warpgroups: 65536 a block in all.
-_REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
+_REGISTERS = {1: (224, 56), 2: (224, 56), 3: (152, 56)}
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any, columns: int) -> Any:
@@ -136,8 +136,11 @@ def persistent_matmul(
                     box = boxes.get(name, (groups, outputs))
                     plgpu.copy_gmem_to_smem(source.at[box], smem[name].at[slot], full.at[slot])
 
-            for s in range(stages):
-                pl.when(start + s < end)(functools.partial(fetch, start + s, s))
+            def fill(i: jax.Array, _: Any) -> Any:
+                fetch(i, i - start)
+                return ()
+
+            lax.fori_loop(start, jnp.minimum(start + stages, end), fill, ())
 
             def refill(i: jax.Array, _: Any) -> Any:
                 slot = slot_of(i)

@@ -6,7 +6,7 @@ group scales, which is what this kernel is for.
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any
 
 import jax
@@ -94,82 +94,141 @@ def run(
         spec.config,
         lambda: heuristic_tiles(num_rows, q, spec),
     )
-    (_, num_inputs), num_outputs = x.shape, q.shape[1]
+    return block_matmul(
+        x, q, scale, zero=zero, group=spec.group, sizes=sizes, out_dtype=spec.out_dtype
+    )
+
+
+def block_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    zero: jax.Array | None = None,
+    x_scale: jax.Array | None = None,
+    group: int,
+    sizes: QuantMatmulTpuTiles,
+    out_dtype: Any,
+) -> jax.Array:
+    """Returns y[m, n] = sum_k x[m, k] x_scale[g, m] (w[k, n] - zero[g, n]) w_scale[g, n].
+
+    g = k // group.
+
+    Args:
+      x: [M, K] bf16 or fp8.
+      w: [K, N] codes, or fp8.
+      w_scale: [G, N].
+      zero: [G, N] or None.
+      x_scale: [G, M] or None.
+      group: divides K.
+      sizes: tiles.
+      out_dtype: of the result.
+
+    Raises:
+      ValueError: the tiles do not divide K, or the group not the tiles.
+    """
+    (num_rows, num_inputs), num_outputs = x.shape, w.shape[1]
     block_m, block_n, block_k = sizes.block_m, sizes.block_n, sizes.block_k
-    if num_inputs % block_k or block_k % spec.group:
+    if num_inputs % block_k or block_k % group:
         raise ValueError(
-            f"block_k must be a multiple of the group {spec.group} that divides K={num_inputs}, "
+            f"block_k must be a multiple of the group {group} that divides K={num_inputs}, "
             f"got {sizes}"
         )
-    padding = -num_rows % 16 if num_rows <= block_m else -num_rows % block_m
+    if sizes.scale_weights and x_scale is not None:
+        raise ValueError(f"scales of x can only scale products, got {sizes}")
+    unit = 32 if x.dtype.itemsize == 1 else 16  # rows of one register tile
+    padding = -num_rows % unit if num_rows <= block_m else -num_rows % math.lcm(block_m, unit)
     x = jnp.pad(x, ((0, padding), (0, 0)))
-    block_m = min(block_m, x.shape[0])
-    groups = block_k // spec.group
+    block_m = min(math.lcm(block_m, unit), x.shape[0])
+    groups = block_k // group
     k_tiles = num_inputs // block_k
 
     def per_step(a: jax.Array) -> jax.Array:
-        return a.astype(F32).reshape(k_tiles, groups, num_outputs)
+        return a.astype(F32).reshape(k_tiles, groups, -1)
 
-    row_spec = pl.BlockSpec((1, groups, block_n), lambda i, j, k: (k, 0, j))
-    operands = [x, q, per_step(scale)]
-    in_specs = [
-        pl.BlockSpec((block_m, block_k), lambda i, j, k: (i, k)),
-        pl.BlockSpec((block_k, block_n), lambda i, j, k: (k, j)),
-        row_spec,
-    ]
+    outputs_spec = pl.BlockSpec((1, groups, block_n), lambda i, j, k: (k, 0, j))
+    arrays: dict[str, tuple[jax.Array, pl.BlockSpec]] = {
+        "x": (x, pl.BlockSpec((block_m, block_k), lambda i, j, k: (i, k))),
+        "w": (w, pl.BlockSpec((block_k, block_n), lambda i, j, k: (k, j))),
+        "w_scale": (per_step(w_scale), outputs_spec),
+    }
     if zero is not None:
-        operands.append(per_step(zero))
-        in_specs.append(row_spec)
-    y = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            group=spec.group,
+        arrays["zero"] = (per_step(zero), outputs_spec)
+    if x_scale is not None:
+        by_row = jnp.pad(per_step(x_scale), ((0, 0), (0, 0), (0, padding)))
+        by_row = by_row.swapaxes(1, 2)  # [k_tiles, M, groups]: rows along sublanes, as x's
+        arrays["x_scale"] = (
+            by_row,
+            pl.BlockSpec((1, block_m, groups), lambda i, j, k: (k, i, 0)),
+        )
+
+    def kernel(*refs: Any) -> None:
+        *sources, out_ref, acc_ref = refs
+        _add_block(
+            dict(zip(arrays, sources, strict=True)),
+            out_ref,
+            acc_ref,
+            group=group,
             k_tiles=k_tiles,
-            has_zero=zero is not None,
             scale_weights=sizes.scale_weights,
-        ),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], num_outputs), spec.out_dtype),
+        )
+
+    y = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], num_outputs), out_dtype),
         grid=(x.shape[0] // block_m, pl.cdiv(num_outputs, block_n), k_tiles),
-        in_specs=in_specs,
+        in_specs=[spec for _, spec in arrays.values()],
         out_specs=pl.BlockSpec((block_m, block_n), lambda i, j, k: (i, j)),
         scratch_shapes=[pltpu.VMEM((block_m, block_n), F32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=target_lib.tpu_interpret_params(),
-    )(*operands)
+    )(*(array for array, _ in arrays.values()))
     return y[:num_rows]
 
 
-def _kernel(*refs: Any, group: int, k_tiles: int, has_zero: bool, scale_weights: bool) -> None:
-    x_ref, q_ref, scale_ref, *rest = refs
-    zero_ref = rest.pop(0) if has_zero else None
-    out_ref, acc_ref = rest
+def _add_block(
+    refs: dict[str, Any],
+    out_ref: Any,
+    acc_ref: Any,
+    *,
+    group: int,
+    k_tiles: int,
+    scale_weights: bool,
+) -> None:
+    """Adds one block of inputs to the sums of a tile; after the last, writes the tile."""
     k = pl.program_id(2)
 
     @pl.when(k == 0)
     def _() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
+    def by_output(name: str, g: int, num_rows: int) -> jax.Array:
+        row = refs[name][0, g : g + 1, :]
+        return jnp.broadcast_to(row, (num_rows, row.shape[1]))
+
     acc = acc_ref[...]
-    for g in range(q_ref.shape[0] // group):
+    for g in range(refs["w"].shape[0] // group):
         inputs = slice(g * group, (g + 1) * group)
-        x = x_ref[:, inputs]
-        s = scale_ref[0, g : g + 1, :]
-        w = q_ref[inputs, :]
+        x = refs["x"][:, inputs]
+        x = x if x.dtype.itemsize == 2 else x.astype(jnp.bfloat16)
+        w = refs["w"][inputs, :]
         if scale_weights:
             w = w.astype(F32)
-            if zero_ref is not None:
-                w = w - jnp.broadcast_to(zero_ref[0, g : g + 1, :], w.shape)
-            w = (w * jnp.broadcast_to(s, w.shape)).astype(x.dtype)
+            if "zero" in refs:
+                w = w - by_output("zero", g, group)
+            w = (w * by_output("w_scale", g, group)).astype(x.dtype)
             acc = acc + jnp.dot(x, w, preferred_element_type=F32)
         else:
             p = jnp.dot(x, w.astype(x.dtype), preferred_element_type=F32)
-            if zero_ref is not None:
+            if "zero" in refs:
                 sums = x.astype(F32).sum(axis=1, keepdims=True)
-                z = jnp.broadcast_to(zero_ref[0, g : g + 1, :], p.shape)
-                p = p - jnp.broadcast_to(sums, p.shape) * z
-            acc = acc + p * jnp.broadcast_to(s, p.shape)
+                p = p - jnp.broadcast_to(sums, p.shape) * by_output("zero", g, p.shape[0])
+            p = p * by_output("w_scale", g, p.shape[0])
+            if "x_scale" in refs:
+                p = p * jnp.broadcast_to(refs["x_scale"][0, :, g : g + 1], p.shape)
+            acc = acc + p
     acc_ref[...] = acc
 
     @pl.when(k == k_tiles - 1)
