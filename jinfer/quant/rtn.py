@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax import Array
 
 from jinfer.config import require
 from jinfer.qformat import (
+    FP8_MAX,
     Grid,
     QFormat,
     decode,
@@ -115,6 +117,24 @@ def round_with(w: Array, scale: Array, zero: Array | None, fmt: QFormat) -> QTen
     rows = expand_groups(scale, fmt, num_inputs, num_outputs)
     zeros = None if zero is None else expand_groups(zero, fmt, num_inputs, num_outputs)
     return from_codes(encode(w, rows, zeros, fmt), scale, zero, fmt)
+
+
+def with_static_inputs(x: QTensor, act_max: Array | float) -> QTensor:
+    """The same weight with one scale for all of its inputs, found by calibration.
+
+    Args:
+      x: int8 or fp8 weight.
+      act_max: largest |x| over calibration tokens; larger inputs will saturate.
+
+    Raises:
+      ValueError: a format that has no quantized inputs, or an act_max that is not positive.
+    """
+    act_max = jnp.asarray(act_max, jnp.float32)
+    check_finite(act_max, "act_max")
+    require(bool(act_max > 0), f"act_max must be positive, got {act_max}")
+    fmt = dataclasses.replace(x.fmt, act="static")
+    steps = 127.0 if fmt.kind == "int" else FP8_MAX[fmt.kind]
+    return dataclasses.replace(x, fmt=fmt, act_scale=act_max / steps)
 
 
 def pick_scales(
