@@ -29,7 +29,7 @@ class _Node:
     """A page of the tree, or a root (page -1, whose edge is its namespace).
 
     Attributes:
-      last_used: when a request last took or left the page; it never goes back.
+      last_used: when a request last filled or left the page; it never goes back.
       is_queued: whether the node is in the heap, once.
     """
 
@@ -118,12 +118,9 @@ class PrefixCache:
 
     def share(self, pages: Sequence[int]) -> list[int]:
         """Adds a holder to `pages`, which `find` returned just now; returns them as a new list."""
-        self._clock += 1
         for page in pages:
-            node = self._nodes[page]
-            if node is None:
+            if self._nodes[page] is None:
                 raise PageError(f"page {page} is not in the prefix cache and cannot be shared")
-            node.last_used = self._clock
             self._num_evictable -= self.pool.count(page) == 1
         return self.pool.fork(pages)
 

@@ -31,6 +31,7 @@ from hypothesis.stateful import (
 from jinfer.config import EngineConfig
 from jinfer.engine.pages import PagePool
 from jinfer.engine.plan import ScheduledSeq
+from jinfer.engine.prefix import PrefixCache
 from jinfer.engine.request import Request
 from jinfer.engine.scheduler import Scheduler
 from jinfer.sampling_params import SamplingParams
@@ -295,6 +296,7 @@ def random_load(seed, lag, **config):
         "max_num_batched_tokens": budget,
         "num_decode_steps": rng.randint(1, 8),
         "max_model_len": rng.choice([24, 40, 64]),
+        "max_cached_tokens": rng.choice([None, None, None, 3 * page_size + 1]),
     }
     harness = Harness(capacity // page_size, page_size, lag, **{**defaults, **config})
     longest = min(capacity, harness.config.max_model_len - 1)
@@ -308,7 +310,12 @@ def random_load(seed, lag, **config):
             priority=rng.choice([0, 0, 0, 1]),
             ignore_eos=rng.random() < 0.7,
             logprobs=rng.choice([None, None, None, 1]),
+            like=rng.choice([None, *[rng.randrange(12)] * 3]),
+            salt=rng.choice([None, None, None, "x"]),
+            skip_reading_prefix_cache=rng.random() < 0.1,
         )
+        if rng.random() < 0.05:
+            harness.scheduler.prefix.reset()
         for _ in range(rng.randrange(6)):
             harness.step()
         if rng.random() < 0.15:
@@ -321,13 +328,22 @@ def random_load(seed, lag, **config):
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_tokens_in_any_company_are_those_of_the_request_alone(lag):
-    runs = [random_load(seed, lag) for seed in range(40)]
+    runs = [random_load(seed, lag) for seed in range(60)]
     stats = [run.scheduler.stats for run in runs]
     # Not vacuous: pages ran out often, plans overshot, and the device kept several steps.
     assert sum(s.num_preemptions for s in stats) > 40
     assert sum(s.num_discarded_tokens for s in stats) > (0 if lag == 0 else 20)
     assert max(run.widest for run in runs) == 8
     assert any(request.finish_reason == "abort" for run in runs for request in run.requests)
+    # Prompts and generated tokens were found again, and pages went when they were needed.
+    assert sum(s.num_cached_tokens for s in stats) > 100
+    assert sum(run.scheduler.prefix.num_evicted for run in runs) > 500
+
+
+def test_tokens_without_the_cache_are_the_same():
+    for seed in range(20):
+        run = random_load(seed, 1, enable_prefix_caching=False)
+        assert run.scheduler.prefix.num_cached == run.scheduler.stats.num_cached_tokens == 0
 
 
 @pytest.mark.parametrize("lag", [0, 2])
@@ -382,13 +398,17 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(4, 9),
         num_decode_steps=st.integers(1, 8),
         lag=st.integers(0, 2),
+        max_cached_tokens=st.sampled_from([None, None, 7]),
     )
-    def start(self, num_pages, page_size, max_num_seqs, budget, num_decode_steps, lag):
+    def start(
+        self, num_pages, page_size, max_num_seqs, budget, num_decode_steps, lag, max_cached_tokens
+    ):
         self.capacity = num_pages * page_size
         self.harness = Harness(
             num_pages,
             page_size,
             lag,
+            max_cached_tokens=max_cached_tokens,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             num_decode_steps=num_decode_steps,
@@ -401,6 +421,8 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.integers(0, 1),
         ignore_eos=st.booleans(),
         logprobs=st.sampled_from([None, None, 1]),
+        like=st.sampled_from([None, *range(8)]),
+        salt=st.sampled_from([None, None, "x"]),
     )
     def add(self, sizes, **fields):
         for num_prompt_tokens in sizes:
@@ -436,6 +458,20 @@ class EngineMachine(RuleBasedStateMachine):
             None if was_finished else request
         )
 
+    @precondition(lambda self: self.harness.scheduler.num_running)
+    @rule()
+    def preempt(self):
+        self.harness.scheduler._preempt(self.harness.scheduler._running[-1])
+
+    @rule(n=st.integers(1, 4))
+    def evict(self, n):
+        prefix = self.harness.scheduler.prefix
+        prefix.free(prefix.alloc(min(n, prefix.num_available)))
+
+    @rule()
+    def reset(self):
+        self.harness.scheduler.prefix.reset()
+
     @invariant()
     def books_are_whole(self):
         if hasattr(self, "harness"):
@@ -447,6 +483,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.harness.check_tokens()
             for name, value in dataclasses.asdict(self.harness.scheduler.stats).items():
                 self.counts[name] += value
+            self.counts["num_evicted"] += self.harness.scheduler.prefix.num_evicted
 
 
 def run_machine(max_examples, **fields):
@@ -468,6 +505,8 @@ def test_any_order_of_events_keeps_the_books_whole():
     run_machine(max_examples=100)
     assert EngineMachine.counts["num_preemptions"] > 50
     assert EngineMachine.counts["num_discarded_tokens"] > 50
+    assert EngineMachine.counts["num_cached_tokens"] > 50
+    assert EngineMachine.counts["num_evicted"] > 50
 
 
 # ---------------------------------------------------------------------- seeded bugs must be seen
@@ -544,7 +583,65 @@ def computed_tokens_kept_by_preemption(monkeypatch):
     monkeypatch.setattr(Scheduler, "_release", release_pages_only)
 
 
+def cached_pages_freed_twice(monkeypatch):
+    free = PrefixCache.free
+    monkeypatch.setattr(PrefixCache, "free", lambda self, p: (free(self, p), free(self, p[-1:])))
+
+
+def hits_not_counted(monkeypatch):
+    monkeypatch.setattr(PrefixCache, "share", lambda self, pages: list(pages))
+
+
+def evicted_pages_still_found(monkeypatch):
+    evict = PrefixCache._evict
+
+    def evict_but_keep(self):
+        roots = {key: dict(root.children) for key, root in self._roots.items()}
+        evict(self)
+        for key, children in roots.items():
+            if key in self._roots:
+                self._roots[key].children.update(children)
+
+    monkeypatch.setattr(PrefixCache, "_evict", evict_but_keep)
+
+
+def pages_inserted_one_token_too_early(monkeypatch):
+    monkeypatch.setattr(
+        Scheduler, "_cacheable_tokens", lambda self, request, n: request.known_token_ids[: n + 1]
+    )
+
+
+def pages_found_one_token_too_early(monkeypatch):
+    find = PrefixCache.find
+
+    def find_more(self, namespace, tokens, max_pages):
+        max_pages = -(-len(tokens) // self.page_size)
+        return find(self, namespace, [*tokens, *tokens[-1:]], max_pages)
+
+    monkeypatch.setattr(PrefixCache, "find", find_more)
+
+
+def found_pages_counted_as_available(monkeypatch):
+    monkeypatch.setattr(PrefixCache, "num_available_beside", lambda self, pages: self.num_available)
+
+
+def lengths_that_change_the_kv_ignored(monkeypatch):
+    monkeypatch.setattr(
+        Scheduler, "_can_share", lambda self, request: self.config.enable_prefix_caching
+    )
+    monkeypatch.setattr(
+        Scheduler, "_cacheable_tokens", lambda self, request, n: request.known_token_ids[:n]
+    )
+
+
 MUTATIONS = [
+    cached_pages_freed_twice,
+    hits_not_counted,
+    evicted_pages_still_found,
+    pages_inserted_one_token_too_early,
+    pages_found_one_token_too_early,
+    found_pages_counted_as_available,
+    lengths_that_change_the_kv_ignored,
     pages_freed_but_one,
     pages_freed_twice,
     pages_handed_out_twice,
