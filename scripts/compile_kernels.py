@@ -1,0 +1,236 @@
+"""Compiles every kernel at real model shapes for accelerators that this host does not have.
+
+    python scripts/compile_kernels.py [--target h100 v5e v6e tpu7x] [--op quant_matmul] [--quick]
+
+Prints a row per kernel, shape and target: seconds, registers and spill bytes (ptxas), shared memory
+or VMEM, temporaries, and whether the PTX uses wgmma and TMA. Exits non-zero if anything fails to
+compile, spills, needs more temporaries than its bound, or lacks the instructions it should use.
+Needs `pip install 'jinfer[compile]'`; no accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+TARGETS = ("h100", "v5e", "v6e", "tpu7x")
+OPS = ("paged_attention", "quant_matmul", "fp8_matmul")
+MARK = "@row "  # what a child prints before its JSON; compilers print to stdout as they like
+
+COLUMNS = (
+    ("case", "kernel and shape", 66),
+    ("target", "target", 7),
+    ("seconds", "sec", 6),
+    ("registers", "regs", 5),
+    ("spill_bytes", "spill B", 8),
+    ("smem_kib", "smem/VMEM KiB", 14),
+    ("temp_mb", "temp MB", 8),
+    ("wgmma", "wgmma", 6),
+    ("tma", "TMA", 4),
+    ("failure", "verdict", 0),
+)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--quick", action="store_true", help="one shape per kernel, for CI")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=pathlib.Path, help="write the table to this file too")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.child:
+        return compile_here(args)
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    from pallas_kernels import target
+
+    if missing := {t: why for t in args.target if (why := target.why_not_compile(t))}:
+        print(f"cannot compile for {', '.join(missing)}: {next(iter(missing.values()))}")
+        return 1
+    print("".join(title.ljust(width + 1) for _, title, width in COLUMNS))
+    rows = [row for name in args.target for row in compile_apart(name, args)]
+    failures = [r for r in rows if r["failure"]]
+    seconds = sum(r["seconds"] for r in rows)
+    print(f"{len(rows)} compiled in {seconds:.0f} s of compile time, {len(failures)} failed")
+    if args.json:
+        write_json(args.json, rows)
+    if not rows:
+        print(f"no case matches --op {' '.join(args.op)} --only {args.only!r}")
+    return 1 if failures or not rows else 0
+
+
+def compile_apart(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compiles for one target in a process of its own; a crash there is a row that failed."""
+    command = [sys.executable, __file__, "--child", "--target", name, "--op", *args.op]
+    command += ["--quick"] if args.quick else []
+    command += ["--only", args.only] if args.only else []
+    # libtpu locks out a second process, which matters for a TPU that is there, not for compiling.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    rows, started = [], None
+    with tempfile.TemporaryFile("w+") as log:
+        with subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=log, text=True, errors="replace"
+        ) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if not line.startswith(MARK):
+                    continue
+                row = json.loads(line.removeprefix(MARK))
+                if "started" in row:
+                    started = row["started"]
+                    continue
+                started = None
+                rows.append(row)
+                show(row)
+        status = child.returncode
+        if status != 0 or started is not None:
+            log.seek(0)
+            print(log.read()[-4000:], file=sys.stderr)
+            how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+            row = empty_row(started or "start of the compiler", name)
+            rows.append(row | {"failure": f"the compiling process ended with {how}"})
+            show(rows[-1])
+    return rows
+
+
+def compile_here(args: argparse.Namespace) -> int:
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    from pallas_kernels import target
+
+    [name] = args.target
+    with target.compile_target(name) as compiler:
+        for op in args.op:
+            module = importlib.import_module(f"pallas_kernels.{op}")
+            for case in module.compile_cases(compiler.target, quick=args.quick):
+                if args.only in case.name:
+                    emit({"started": case.name})
+                    emit(compile_case(case, compiler))
+    return 0
+
+
+def compile_case(case: Any, compiler: Any) -> dict[str, Any]:
+    row = empty_row(case.name, compiler.target.name)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            done = compiler.compile(case.fn, *case.abstract_args)
+    except (
+        Exception
+    ) as e:  # whatever a compiler raises is this case's verdict, not the script's end
+        message = " ".join(str(e).split())
+        return row | {"failure": f"{type(e).__name__}: {message[:300]}"}
+    row |= {"seconds": done.seconds, "temp_mb": done.temp_bytes / 1e6}
+    kernels = done.kernels
+    if kernels:
+        row |= {
+            "registers": max(k.registers for k in kernels),
+            "spill_bytes": sum(k.spill_bytes for k in kernels),
+            "smem_kib": max(k.smem_bytes for k in kernels) / 1024,
+            "wgmma": any(k.has_wgmma for k in kernels),
+            "tma": any(k.has_tma for k in kernels),
+        }
+    elif vmem := vmem_bytes(done.executable.as_text()):
+        row["smem_kib"] = vmem / 1024
+    return row | {"failure": "; ".join(faults(case, done, compiler.target.kind))}
+
+
+def faults(case: Any, done: Any, kind: str) -> list[str]:
+    found = []
+    kernels = done.kernels
+    if kind == "gpu" and (case.expects_wgmma or case.expects_tma) and not kernels:
+        found.append("no kernel was compiled (XLA ran it, or another case has the same kernel)")
+    elif case.expects_wgmma and kind == "gpu" and not any(k.has_wgmma for k in kernels):
+        found.append("no wgmma in the PTX")
+    elif case.expects_tma and kind == "gpu" and not any(k.has_tma for k in kernels):
+        found.append("no TMA in the PTX")
+    if spilled := sum(k.spill_bytes for k in kernels):
+        found.append(f"spills {spilled} bytes")
+    if case.max_temp_bytes is not None and done.temp_bytes > case.max_temp_bytes:
+        found.append(f"temporaries above the bound of {case.max_temp_bytes / 1e6:.1f} MB")
+    return found
+
+
+def vmem_bytes(hlo: str) -> int:
+    """Returns the largest VMEM that a Pallas TPU kernel of the program takes."""
+    configs = re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', hlo)
+    return max((int(s) for c in configs for s in re.findall(r'"size":"(\d+)"', c)), default=0)
+
+
+def empty_row(case: str, target: str) -> dict[str, Any]:
+    return {name: None for name, *_ in COLUMNS} | {
+        "case": case,
+        "target": target,
+        "seconds": 0.0,
+        "failure": "",
+    }
+
+
+def emit(row: dict[str, Any]) -> None:
+    print("\n" + MARK + json.dumps(row), flush=True)
+
+
+def show(row: dict[str, Any]) -> None:
+    cells = []
+    for name, _, width in COLUMNS:
+        value = row[name]
+        if name == "failure":
+            text = f"FAILED: {value}" if value else "ok"
+        elif value is None:
+            text = "-"
+        elif isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif isinstance(value, float):
+            text = f"{value:.1f}"
+        else:
+            text = str(value)
+        cells.append(text.ljust(width + 1))
+    print("".join(cells).rstrip(), flush=True)
+
+
+def write_json(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    import jax
+
+    names = (
+        ("seconds", "s"),
+        ("registers", "registers"),
+        ("spill_bytes", "bytes"),
+        ("smem_kib", "KiB"),
+        ("temp_mb", "MB"),
+    )
+    table = [
+        {"case": f"{row['case']} [{row['target']}]", "metric": metric, "unit": unit,
+         "value": row[metric], "peer": None, "peer_value": None, "ratio": None, "limit": None}
+        for row in rows
+        for metric, unit in names
+        if row[metric] is not None
+    ]  # fmt: skip
+    document = {
+        "device": "none: compiled only",
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+        "command": "python scripts/compile_kernels.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "rows": table,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The script that compiles for absent accelerators: what it calls a failure, and that it passes."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import target
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "compile_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compile_kernels", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled(temp_bytes=0, **kernel):
+    report = {
+        "name": "k",
+        "registers": 168,
+        "spill_bytes": 0,
+        "smem_bytes": 0,
+        "has_wgmma": True,
+        "has_tma": True,
+    } | kernel
+    kernels = () if kernel.get("name") == "none" else (target.KernelReport(**report),)
+    return target.Compiled(executable=None, seconds=0.1, temp_bytes=temp_bytes, kernels=kernels)
+
+
+@pytest.mark.parametrize(
+    "done, kind, verdict",
+    [
+        (compiled(), "gpu", ""),
+        (compiled(spill_bytes=8), "gpu", "spills 8 bytes"),
+        (compiled(has_wgmma=False), "gpu", "no wgmma"),
+        (compiled(has_tma=False), "gpu", "no TMA"),
+        (compiled(name="none"), "gpu", "no kernel was compiled"),
+        (compiled(name="none"), "tpu", ""),
+        (compiled(temp_bytes=1001), "gpu", "temporaries above"),
+        (compiled(temp_bytes=1000), "gpu", ""),
+    ],
+)
+def test_spills_temporaries_and_missing_instructions_are_failures(script, done, kind, verdict):
+    case = target.CompileCase(
+        name="c",
+        fn=jnp.sin,
+        abstract_args=(),
+        max_temp_bytes=1000,
+        expects_wgmma=True,
+        expects_tma=True,
+    )
+    found = "; ".join(script.faults(case, done, kind))
+    assert verdict in found and bool(found) == bool(verdict)
+
+
+def test_vmem_is_read_from_the_program(script):
+    hlo = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"%d"}]'
+    assert script.vmem_bytes(f"a {hlo % 100} b {hlo % 300} c {hlo % 200}") == 300
+    assert script.vmem_bytes("nothing") == 0
+
+
+def test_a_compiling_process_that_dies_is_a_failed_row(script, capsys):
+    args = script.parse(["--target", "v5e"])
+    args.op = ["no_such_op"]
+    [row] = script.compile_apart("v5e", args)
+    assert "ended with" in row["failure"]
+    assert "FAILED" in capsys.readouterr().out
+
+
+def run(*options):
+    command = [sys.executable, str(SCRIPT), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.skipif(target.why_not_compile("h100") is None, reason="the wheels are installed")
+def test_missing_wheels_are_one_clear_line():
+    done = run("--quick")
+    assert done.returncode == 1
+    [line] = done.stdout.splitlines()
+    assert "jinfer[compile]" in line and "h100" in line
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["h100", "v5e"])
+@pytest.mark.parametrize(
+    "op, only", [("quant_matmul", "M16 K4096 N6144 int4 g128"), ("fp8_matmul", "M16 K4096 N6144")]
+)
+def test_each_op_compiles_for_a_target_that_is_not_there(name, op, only, tmp_path):
+    if reason := target.why_not_compile(name):
+        pytest.skip(reason)
+    file = tmp_path / "out.json"
+    done = run("--quick", "--target", name, "--op", op, "--only", only, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " ok" in done.stdout and '"rows"' in file.read_text()
+
+
+def test_no_matching_case_is_an_error(script, monkeypatch, capsys):
+    monkeypatch.setattr(target, "why_not_compile", lambda name: None)
+    monkeypatch.setattr(script, "compile_apart", lambda name, args: [])
+    assert script.main(["--target", "h100", "--only", "nothing"]) == 1
+    assert "no case matches" in capsys.readouterr().out
