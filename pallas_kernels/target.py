@@ -71,7 +71,7 @@ def current() -> Target:
     return _stated.value or of_device(_default_device())
 
 
-def of_device(device: jax.Device) -> Target:
+def of_device(device: jax.Device) -> Target:  # pyright: ignore[reportInvalidTypeForm]
     """Returns the target that a live device is."""
     if device.platform == "cpu":
         return TARGETS["cpu"]
@@ -96,7 +96,7 @@ def of_device(device: jax.Device) -> Target:
     return Target(name=device.device_kind, kind=kind, arch=kind, num_cores=1, smem_bytes=0)
 
 
-def _default_device() -> jax.Device:
+def _default_device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     stated: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if stated is None:
         return jax.local_devices()[0]
@@ -160,7 +160,9 @@ def gpu_interpret_params() -> Any:
     if not is_interpreting():
         return False
     try:
-        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+        from jax.experimental.pallas.mosaic_gpu import (
+            InterpretGPUParams,  # pyright: ignore[reportAttributeAccessIssue]  # 0.11 on
+        )
     except ImportError:
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
     return InterpretGPUParams(detect_races=_interpreted.value[0])
