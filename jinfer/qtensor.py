@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from jinfer.config import require
 from jinfer.qformat import (
@@ -248,7 +249,7 @@ def split_outputs(x: QTensor, widths: Sequence[int]) -> list[QTensor]:
 
 def check_finite(x: Array, what: str) -> None:
     """Raises ValueError if a concrete array holds NaN or infinity (integer casts would hide it)."""
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         bad = int(jnp.sum(~jnp.isfinite(x)))
         require(bad == 0, f"{what} holds {bad} NaN or infinite values of {x.size}")
 

@@ -184,7 +184,7 @@ def _load_quantized(
     alike = len({jax.tree.structure(w) for w in stack if isinstance(w, QTensor)}) == 1
     if place.transpose and alike and all(isinstance(w, QTensor) for w in stack):
         if place.expert is None:
-            return stack[0]
+            return stack[0]  # pyright: ignore[reportReturnType]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
     dense = [dequantize(w) if isinstance(w, QTensor) else jnp.asarray(w.w) for w in stack]
     array = jnp.stack(dense) if place.expert is not None else dense[0]

@@ -469,8 +469,9 @@ def _multiply_add(acc: jax.Array, p: jax.Array, v_ref: Any, p_ref: Any) -> jax.A
             plgpu.wgmma(ref, p_ref.at[role], v_ref)
             return ref[...]
 
-        return acc + pl.run_scoped(pv, plgpu.ACC(acc.shape, jnp.float32))
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_ref))(plgpu.ACC.init(acc))
+        return acc + pl.run_scoped(pv, plgpu.ACC((acc.shape[0], acc.shape[1]), jnp.float32))
+    updated: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_ref))(plgpu.ACC.init(acc))
+    return updated
 
 
 def _mask(
