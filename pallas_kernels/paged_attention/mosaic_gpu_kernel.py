@@ -488,16 +488,11 @@ def _mask(
     def rows(x: jax.Array) -> jax.Array:
         return lax.broadcast_in_dim(x, shape, [0])
 
-    if not words:
-        visible = keys <= rows(position)
-        if launch.window is not None:
-            visible &= keys > rows(position - launch.window)
-        return visible
-    visible = keys < tree_start
+    visible = keys < tree_start if words else keys <= rows(position)
     if launch.window is not None:
         visible &= keys > rows(position - launch.window)
-    nodes = keys - tree_start
     for w, word in enumerate(words):
+        nodes = keys - tree_start
         shift = jnp.clip(nodes - 32 * w, 0, 31).astype(jnp.uint32)
         bit = (lax.shift_right_logical(rows(word), shift) & jnp.uint32(1)) == jnp.uint32(1)
         visible |= bit & (nodes >= 32 * w) & (nodes < 32 * (w + 1))
