@@ -8,13 +8,14 @@ The layer is folded into the page index, so that one buffer stays in place throu
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jinfer.config import CacheConfig, ModelConfig
+from pallas_kernels.paged_attention import PagedKV
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -27,14 +28,17 @@ class KVCache:
 
     Attributes:
       k, v: [L * P, K, B, H] pages of B tokens, heads before tokens, so that one page of one head is
-        one contiguous box.
+        one contiguous box. On CPUs 16-bit floats lie there as integers of the same bits: XLA would
+        widen the whole pool to f32 to write or gather a few places of it.
       num_layers, page_size: static.
+      dtype: static, of the numbers that the pool holds, whatever they are stored as.
     """
 
-    k: Float[Array, "LP K B H"]
-    v: Float[Array, "LP K B H"]
+    k: Shaped[Array, "LP K B H"]
+    v: Shaped[Array, "LP K B H"]
     num_layers: int = dataclasses.field(metadata={"static": True})
     page_size: int = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})
 
     @property
     def num_pages(self) -> int:
@@ -55,13 +59,21 @@ def init(model: ModelConfig, cache: CacheConfig) -> KVCache:
         cache.page_size,
         model.head_dim,
     )
-    dtype = jnp.dtype(cache.dtype)
+    storage = jnp.dtype(cache.dtype)
+    if storage.itemsize < 4 and jax.default_backend() == "cpu":
+        storage = jnp.dtype(f"uint{8 * storage.itemsize}")
     return KVCache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=jnp.zeros(shape, storage),
+        v=jnp.zeros(shape, storage),
         num_layers=model.num_layers,
         page_size=cache.page_size,
+        dtype=cache.dtype,
     )
+
+
+def paged(kv: KVCache) -> PagedKV:
+    """Returns the pool as the attention kernels take it."""
+    return PagedKV(_bitcast(kv.k, kv.dtype), _bitcast(kv.v, kv.dtype), None, None)
 
 
 def layer_pages(kv: KVCache, layer: ArrayLike, page_table: Int[Array, "S M"]) -> Array:
@@ -83,11 +95,12 @@ def write(
         (slots >= 0) & (slots < kv.num_slots), pages + layer * kv.num_pages, kv.k.shape[0]
     )
     offsets = slots % kv.page_size
-    return dataclasses.replace(
-        kv,
-        k=kv.k.at[pages, :, offsets].set(k.astype(kv.k.dtype), mode="drop"),
-        v=kv.v.at[pages, :, offsets].set(v.astype(kv.v.dtype), mode="drop"),
-    )
+
+    def store(pool: Array, new: Array) -> Array:
+        bits = _bitcast(new.astype(kv.dtype), pool.dtype)
+        return pool.at[pages, :, offsets].set(bits, mode="drop")
+
+    return dataclasses.replace(kv, k=store(kv.k, k), v=store(kv.v, v))
 
 
 def move_slots(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCache:
@@ -100,6 +113,11 @@ def move_slots(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCac
     dst_offsets = dst % kv.page_size
 
     def move(pool: Array) -> Array:
-        return pool.at[dst_pages, :, dst_offsets].set(pool[src_pages, :, src_offsets], mode="drop")
+        moved = pool[src_pages, :, src_offsets]
+        return pool.at[dst_pages, :, dst_offsets].set(moved, mode="drop")
 
     return dataclasses.replace(kv, k=move(kv.k), v=move(kv.v))
+
+
+def _bitcast(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == jnp.dtype(dtype) else jax.lax.bitcast_convert_type(x, jnp.dtype(dtype))

@@ -5,8 +5,6 @@ Everything accumulates in float32 and is cast to the input's dtype once, at the 
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -32,13 +30,7 @@ def head(
     with jax.named_scope("head"):
         if isinstance(w, QTensor) or not is_tied:
             return _matmul(x, w, None)
-        dtype = _common_dtype(x, w)
-        return jnp.einsum(
-            "...d,vd->...v",
-            x.astype(dtype),
-            w.astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return _product("...d,vd->...v", x, w)
 
 
 def _matmul(x: Array, w: Array | QTensor, b: Array | None) -> Array:
@@ -46,22 +38,51 @@ def _matmul(x: Array, w: Array | QTensor, b: Array | None) -> Array:
     if isinstance(w, QTensor):
         y = qmatmul(x, w, out_dtype=jnp.float32)
     else:
-        dtype = _common_dtype(x, w)
-        y = jnp.einsum(
-            "...i,io->...o", x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
-        )
+        y = _product("...i,io->...o", x, w)
     return y if b is None else y + _align(b, y.ndim).astype(jnp.float32)
 
 
-def _common_dtype(x: Array, w: Array) -> Any:
-    """The dtype to multiply in: theirs, so that nothing is cast, or float32 if they differ."""
-    return x.dtype if x.dtype == w.dtype else jnp.float32
+def _product(equation: str, x: Array, w: Array) -> Array:
+    """x times a dense w, accumulated in float32.
+
+    They are multiplied in their own dtype, so that nothing is cast, or in float32 if theirs differ.
+    A single 16-bit row gets a second one: XLA on CPUs multiplies two rows or more in a library, and
+    one row ten times slower in a loop of its own. Accelerators pad the rows in any case.
+    """
+    dtype = x.dtype if x.dtype == w.dtype else jnp.dtype(jnp.float32)
+    is_padded = dtype.itemsize == 2 and x.size == x.shape[-1]
+    shape = x.shape[:-1]
+    if is_padded:
+        x = jnp.concatenate([x.reshape(1, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
+    y = jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+    return y[:1].reshape(*shape, -1) if is_padded else y
 
 
 def embed(tokens: Int[Array, "*B"], w: Float[Array, "V D"]) -> Float[Array, "*B D"]:
     """Returns the rows of `w` for `tokens`; ids must lie in 0..V-1 (others are clamped)."""
     with jax.named_scope("embed"):
-        return jnp.take(w, tokens, axis=0, mode="clip")
+        if w.dtype.itemsize != 2:
+            return _take_rows(w, tokens)
+        return jax.lax.platform_dependent(w, tokens, cpu=_read_rows, default=_take_rows)
+
+
+def _take_rows(w: Array, tokens: Array) -> Array:
+    return jnp.take(w, tokens, axis=0, mode="clip")
+
+
+def _read_rows(w: Array, tokens: Array) -> Array:
+    """`_take_rows` for 16 bits on CPUs, where XLA would widen the whole table to gather from it.
+
+    Few rows come out of a product with one-hot rows, which is exact and reads the table once; many
+    are gathered from a copy of the table as integers.
+    """
+    tokens = jnp.clip(tokens, 0, w.shape[0] - 1)
+    if tokens.size <= 64:
+        one_hot = jax.nn.one_hot(tokens.reshape(-1), w.shape[0], dtype=w.dtype)
+        rows = _product("ti,io->to", one_hot, w).astype(w.dtype)
+        return rows.reshape(*tokens.shape, w.shape[1])
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
+    return jax.lax.bitcast_convert_type(_take_rows(bits, tokens), w.dtype)
 
 
 def rms_norm(
@@ -134,7 +155,7 @@ def dense_attention(
         position are never seen, so k and v may be buffers that are only partly filled.
 
     Returns:
-      [..., T, N, H] in q.dtype.
+      [..., T, N, H] in q.dtype; finite, but meaningless, for queries at negative positions.
     """
     num_queries, num_keys = q.shape[-3], k.shape[-3]
     num_kv_heads = k.shape[-2]
@@ -154,7 +175,9 @@ def dense_attention(
             is_seen &= k_places > q_places - window
         is_seen = is_seen[..., None, None, :, :]  # [..., 1, 1, T, S]
         is_seen = is_seen.reshape((1,) * (scores.ndim - is_seen.ndim) + is_seen.shape)
-        weights = jax.nn.softmax(jnp.where(is_seen, scores, -jnp.inf), axis=-1)
+        # The least float, not -inf: a query that sees nothing (padding) must not become NaN.
+        scores = jnp.where(is_seen, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1)
         out = jnp.einsum(
             "...kgts,...skh->...tkgh",
             weights.astype(v.dtype),

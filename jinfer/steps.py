@@ -21,7 +21,7 @@ from jinfer.kv_cache import KVCache
 from jinfer.models.model import Model
 from jinfer.sampling import SampleArgs, SamplerState
 from jinfer.typing import Params
-from pallas_kernels.paged_attention import PagedKV, ragged_paged_attention
+from pallas_kernels.paged_attention import ragged_paged_attention
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,7 @@ def _forward(
         kv = kv_cache.write(kv, layer, k, v, batch.slots)
         out = ragged_paged_attention(
             q,
-            PagedKV(kv.k, kv.v, None, None),
+            kv_cache.paged(kv),
             batch.kv_lens,
             kv_cache.layer_pages(kv, layer, batch.page_table),
             batch.q_starts,

@@ -18,12 +18,20 @@ def ladder(first: int, last: int, factor: int) -> tuple[int, ...]:
     return (*sizes, last)
 
 
+def _decode_sizes(most: int) -> tuple[int, ...]:
+    """Powers of two, and from 16 on the sizes half-way between them, where padding costs most."""
+    sizes = set(ladder(1, most, 2))
+    return tuple(
+        sorted(sizes | {size * 3 // 2 for size in sizes if 16 <= size < size * 3 // 2 < most})
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Buckets:
     """Padded sizes: few, so that everything is compiled during warm-up.
 
     Attributes:
-      decode: sequences in a pure decode step: 1, 2, 4, ...
+      decode: sequences in a pure decode step: 1, 2, 4, 8, 16, 24, 32, 48, 64, ...
       tokens: tokens in a step that prefills: 16, 64, 256, ...
       seqs: sequences in a step that prefills: one alone, or as many as there may be.
     """
@@ -36,7 +44,7 @@ class Buckets:
     def of(cls, config: EngineConfig) -> Buckets:
         """Returns the buckets that cover every plan under `config`."""
         return cls(
-            decode=ladder(1, config.max_num_seqs, 2),
+            decode=_decode_sizes(config.max_num_seqs),
             tokens=ladder(min(16, config.max_num_batched_tokens), config.max_num_batched_tokens, 4),
             seqs=ladder(1, config.max_num_seqs, max(2, config.max_num_seqs)),
         )

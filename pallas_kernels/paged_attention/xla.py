@@ -229,8 +229,8 @@ def _attend(
         acc, top, total = carry
         ids = lax.dynamic_slice(page_table, (0, i * pages), (num_seqs, pages))
         keys = i * block + jnp.arange(block).reshape(pages, page)  # [p, B]
-        k = kv.k_pages[ids].astype(jnp.float32)  # [S, p, K, B, H]
-        v = kv.v_pages[ids].astype(jnp.float32)
+        k = _take(kv.k_pages, ids)  # [S, p, K, B, H]
+        v = _take(kv.v_pages, ids)
         # Places past the end may hold anything, a NaN of an earlier request too.
         is_key = keys[None] < rows.lens[:, None, None]  # [S, p, B]
         v = jnp.where(is_key[:, :, None, :, None], v, 0.0)
@@ -313,9 +313,9 @@ def _attend_pages(
         visible = (keys < ends_at[seq][:, None]) & (item < ends[-1])[:, None]
         if window is not None:
             visible &= keys > (positions - window)[seq][:, None]
-        k = kv.k_pages[ids].astype(jnp.float32)  # [C, K, B, H]
+        k = _take(kv.k_pages, ids)  # [C, K, B, H]
         # Places past the end may hold anything, a NaN of an earlier request too.
-        v = kv.v_pages[ids].astype(jnp.float32)
+        v = _take(kv.v_pages, ids)
         v = jnp.where(visible[:, None, :, None], v, 0.0)
         s = dot(q[seq], k, (((3,), (3,)), ((0, 1), (0, 1))))  # [C, K, G, B]
         if kv.k_scale is not None:
@@ -346,6 +346,15 @@ def _attend_pages(
     out = acc / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
     return out.reshape(num_seqs, 1, num_heads, head_dim), lse.reshape(num_seqs, 1, num_heads)
+
+
+def _take(pages: jax.Array, ids: jax.Array) -> jax.Array:
+    """Returns pages[ids] in f32. Small floats travel as integers: XLA on CPUs widens a whole pool
+    of them before it gathers a few."""
+    if pages.dtype.itemsize < 4 and not jnp.issubdtype(pages.dtype, jnp.integer):
+        bits = lax.bitcast_convert_type(pages, jnp.dtype(f"uint{8 * pages.dtype.itemsize}"))
+        return lax.bitcast_convert_type(bits[ids], pages.dtype).astype(jnp.float32)
+    return pages[ids].astype(jnp.float32)
 
 
 def _key_range(rows: _Rows, window: int | None) -> tuple[jax.Array, jax.Array]:
