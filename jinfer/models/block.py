@@ -41,10 +41,10 @@ class Attention(nnx.Module):
         q_width, kv_width = config.num_heads * h, config.num_kv_heads * h
         make = functools.partial(Linear, dtype=dtype, rngs=rngs)
         self.config = config
-        self.q = make(d, q_width, has_bias=config.attention_bias)
-        self.k = make(d, kv_width, has_bias=config.attention_bias)
-        self.v = make(d, kv_width, has_bias=config.attention_bias)
-        self.o = make(q_width, d, has_bias=config.attention_out_bias)
+        self.q = make("q", d, q_width, has_bias=config.attention_bias)
+        self.k = make("k", d, kv_width, has_bias=config.attention_bias)
+        self.v = make("v", d, kv_width, has_bias=config.attention_bias)
+        self.o = make("o", q_width, d, has_bias=config.attention_out_bias)
         self.q_norm = Norm(config, h, dtype=dtype) if config.qk_norm else None
         self.k_norm = Norm(config, h, dtype=dtype) if config.qk_norm else None
 
@@ -68,7 +68,7 @@ class MLP(nnx.Module):
         d, f = config.hidden_size, config.intermediate_size
         make = functools.partial(Linear, has_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.activation = config.activation
-        self.gate, self.up, self.down = make(d, f), make(d, f), make(f, d)
+        self.gate, self.up, self.down = make("gate", d, f), make("up", d, f), make("down", f, d)
 
     def __call__(self, x: Float[Array, "*B D"]) -> tuple[Float[Array, "*B D"], Taps]:
         hidden = ops.gated(self.activation, self.gate(x), self.up(x))

@@ -17,10 +17,11 @@ from jinfer.config import ModelConfig
 
 
 class Linear(nnx.Module):
-    """x @ w + b with w [I, O], or a stack [E, I, O] of them for experts."""
+    """x @ w + b with w [I, O], or a stack [E, I, O] of them for experts; `name` is for profiles."""
 
     def __init__(
         self,
+        name: str,
         num_inputs: int,
         num_outputs: int,
         *,
@@ -29,6 +30,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         num_experts: int | None = None,
     ):
+        self.name = name
         shape = (num_inputs, num_outputs)
         if num_experts is not None:
             shape = (num_experts, *shape)
@@ -36,7 +38,9 @@ class Linear(nnx.Module):
         self.b = nnx.Param(jnp.zeros((num_outputs,), dtype)) if has_bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        return ops.linear(x, self.w.get_value(), None if self.b is None else self.b.get_value())
+        with jax.named_scope(self.name):
+            b = None if self.b is None else self.b.get_value()
+            return ops.linear(x, self.w.get_value(), b)
 
 
 class Norm(nnx.Module):

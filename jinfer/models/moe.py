@@ -14,6 +14,7 @@ block sees one [I, O] weight, a quantized stack works through the same `ops.line
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -34,10 +35,9 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
         d, e, f = config.hidden_size, config.num_experts, config.expert_intermediate_size
         self.config = config
-        self.router = Linear(d, e, has_bias=False, dtype=dtype, rngs=rngs)
-        self.gate = Linear(d, f, has_bias=False, dtype=dtype, rngs=rngs, num_experts=e)
-        self.up = Linear(d, f, has_bias=False, dtype=dtype, rngs=rngs, num_experts=e)
-        self.down = Linear(f, d, has_bias=False, dtype=dtype, rngs=rngs, num_experts=e)
+        self.router = Linear("router", d, e, has_bias=False, dtype=dtype, rngs=rngs)
+        make = functools.partial(Linear, has_bias=False, dtype=dtype, rngs=rngs, num_experts=e)
+        self.gate, self.up, self.down = make("gate", d, f), make("up", d, f), make("down", f, d)
 
     def __call__(self, x: Float[Array, "*B D"]) -> tuple[Float[Array, "*B D"], dict[str, Array]]:
         """Returns the experts' weighted sum, and taps (see `block.Block`)."""

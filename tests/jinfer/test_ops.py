@@ -154,6 +154,14 @@ def test_dense_attention_takes_leading_axes_and_vmap():
     np.testing.assert_allclose(whole[1, 2], attend(q[1, 2], k[1, 2], v[1, 2]), rtol=1e-6, atol=1e-6)
 
 
+def test_a_query_that_sees_nothing_stays_finite():
+    q, k, v = normal(2, 4, 8), normal(5, 2, 8), normal(5, 2, 8)
+    out = ops.dense_attention(q, k, v, sm_scale=1.0, q_positions=jnp.array([-1, 2]))
+    assert bool(jnp.isfinite(out).all())
+    want = attention_in_numpy(q, k, v, 1.0, None, None, [0, 2])
+    np.testing.assert_allclose(out[1], want[1], **TOLERANCE[jnp.float32])
+
+
 def test_soft_cap_bounds_and_none_leaves_alone():
     x = jnp.array([-1e4, -0.01, 0.0, 0.01, 1e4])
     np.testing.assert_allclose(ops.soft_cap(x, 5.0), [-5, -0.01, 0, 0.01, 5], rtol=1e-5)
