@@ -3,10 +3,11 @@
     python scripts/bench_engine.py --model smollm2 [--json FILE] [--quick]
 
 Two cases, greedy, end tokens ignored, token ids in and out on both sides: one stream, and 32
-requests of mixed lengths. transformers runs in every combination of {float32, bfloat16} x {eager,
-sdpa} x {batches of 16 sorted by output length, one batch of 32}, padding on the left; the best one
-is then measured again, and only the tokens that were asked for count. Every peer runs in a process
-of its own after a warm-up; rates are medians.
+requests of mixed lengths. The engine runs in float32 and in bfloat16, with the prefix cache off.
+transformers runs in every combination of {float32, bfloat16} x {eager, sdpa} x {batches of 16
+sorted by output length, one batch of 32}, padding on the left; its best one is then measured again.
+The better dtype of the engine stands beside it. Only the tokens that were asked for count. Every
+peer runs in a process of its own after a warm-up; rates are medians.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def main() -> int:
         return work(*args.worker)
     spec = make_spec(args)
     with tempfile.TemporaryDirectory() as folder:
-        ours = run_worker("jinfer", spec, folder)
+        dtypes = ("float32",) if args.quick else ("float32", "bfloat16")
+        engines = {f"jinfer {d}": run_worker(f"jinfer {d}", spec, folder) for d in dtypes}
         peers = {}
         for dtype, impl in PEERS[1::2] if args.quick else PEERS:
             name = f"transformers {dtype} {impl}"
@@ -64,7 +66,7 @@ def main() -> int:
             peers[best_single]["single"] = run_worker(best_single, again, folder)["single"]
             again = {**spec, "single": None, "batches": [int(best_batch)]}
             peers[best_mixed]["mixed"] |= run_worker(best_mixed, again, folder)["mixed"]
-    report = make_report(spec, ours, peers, best_single, best_mixed, best_batch)
+    report = make_report(spec, engines, peers, best_single, best_mixed, best_batch)
     print_table(report)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -170,7 +172,8 @@ def run_worker(peer: str, spec: dict[str, Any], folder: str) -> dict[str, Any]:
 def work(peer: str, spec_file: str, out_file: str) -> int:
     """Runs inside the worker process."""
     spec = json.loads(Path(spec_file).read_text())
-    results = work_jinfer(spec) if peer == "jinfer" else work_transformers(peer, spec)
+    work_peer = work_jinfer if peer.startswith("jinfer") else work_transformers
+    results = work_peer(peer, spec)
     Path(out_file).write_text(json.dumps(results))
     return 0
 
@@ -194,10 +197,11 @@ def measure(generate: Any, requests: list[dict[str, Any]], repeats: int) -> dict
     return {"rate": rate, "times": times, "tokens": tokens, "peak_bytes": peak_bytes()}
 
 
-def work_jinfer(spec: dict[str, Any]) -> dict[str, Any]:
+def work_jinfer(peer: str, spec: dict[str, Any]) -> dict[str, Any]:
     from jinfer import LLM, SamplingParams
 
-    llm = LLM(spec["model"])
+    # The prefix cache would find the prompts of the run before.
+    llm = LLM(spec["model"], dtype=peer.split()[1], enable_prefix_caching=False)
     llm.warmup()
 
     def generate(requests: list[dict[str, Any]]) -> list[list[int]]:
@@ -282,7 +286,7 @@ def copy_bandwidth() -> float:
 
 def make_report(
     spec: dict[str, Any],
-    ours: dict[str, Any],
+    engines: dict[str, Any],
     peers: dict[str, Any],
     best_single: str,
     best_mixed: str,
@@ -311,6 +315,8 @@ def make_report(
     rows = []
     for name, case in cases.items():
         peer_name, peer = chosen[name]
+        own_name = max(engines, key=lambda engine: engines[engine][name]["rate"])
+        ours = engines[own_name][name]
         for metric, unit, key, scale in (
             ("output rate", "tokens/s", "rate", 1),
             ("peak memory", "MiB", "peak_bytes", 1 / 2**20),
@@ -321,22 +327,25 @@ def make_report(
                     "case": case,
                     "metric": metric,
                     "unit": unit,
-                    "value": ours[name][key] * scale,
+                    "own": own_name,
+                    "value": ours[key] * scale,
                     "peer": peer_name,
                     "peer_value": peer[key] * scale,
-                    "ratio": ours[name][key] / peer[key],
+                    "ratio": ours[key] / peer[key],
                     "limit": limits[name] if is_rate else None,
                     "goal": GOALS[name] if is_rate else None,
                 }
             )
     # The same weights must give the same greedy tokens, ties in float32 arithmetic aside.
     exact = next(peer for name, peer in peers.items() if "float32" in name)
-    same = [a == b for a, b in zip(ours["mixed"]["tokens"], exact["mixed"][best_batch]["tokens"])]
+    own_tokens = engines["jinfer float32"]["mixed"]["tokens"]
+    same = [a == b for a, b in zip(own_tokens, exact["mixed"][best_batch]["tokens"])]
     rows.append(
         {
             "case": cases["mixed"],
             "metric": "requests with equal greedy tokens",
             "unit": "requests",
+            "own": "jinfer float32",
             "value": sum(same),
             "peer": "transformers float32",
             "peer_value": len(same),
@@ -358,6 +367,11 @@ def make_report(
             for name, peer in peers.items()
             for suffix, rate in [("", peer["single"]["rate"])]
             + [(f" batch {b}", result["rate"]) for b, result in peer["mixed"].items()]
+        }
+        | {
+            f"{name} {case}": result["rate"]
+            for name, engine in engines.items()
+            for case, result in engine.items()
         },
     }
 
@@ -381,7 +395,7 @@ def print_table(report: dict[str, Any]) -> None:
             print(f"\n{row['case']}")
         last = row["case"]
         line = (
-            f"  {row['metric']:<34} jinfer {row['value']:8.1f} {row['unit']:<9} "
+            f"  {row['metric']:<34} {row['own']} {row['value']:8.1f} {row['unit']:<9} "
             f"{row['peer']} {row['peer_value']:.1f}: {row['ratio']:.2f}x"
         )
         if row["goal"]:
