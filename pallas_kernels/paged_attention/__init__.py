@@ -8,16 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import mosaic_gpu, xla
+from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.paged_attention.base import AttentionSpec as AttentionSpec
 from pallas_kernels.paged_attention.base import PagedKV as PagedKV
 from pallas_kernels.paged_attention.base import check_arguments
+from pallas_kernels.paged_attention.cases import compile_cases as compile_cases
 from pallas_kernels.paged_attention.mosaic_gpu import MosaicGpuTiles as MosaicGpuTiles
+from pallas_kernels.paged_attention.mosaic_tpu import MosaicTpuTiles as MosaicTpuTiles
 from pallas_kernels.paged_attention.xla import XlaTiles as XlaTiles
 
-IMPLS = (mosaic_gpu.IMPL, xla.IMPL)
+IMPLS = (mosaic_gpu.IMPL, mosaic_tpu.IMPL, xla.IMPL)
 
 
 def ragged_paged_attention(
@@ -59,6 +62,7 @@ def ragged_paged_attention(
     Args:
       q: [T, N, H] queries of all sequences end to end, padded to T.
       kv: the pages; N must be a multiple of its K heads, query head n reads KV head n // (N / K).
+        They may be wider than H (a TPU wants multiples of 128), with zeros in the rest.
       kv_lens: i32 [S], keys of each sequence including this step's; 0 for an unused place.
       page_table: i32 [S, M], page ids of each sequence in order; entries past kv_lens must be valid
         ids too (0 will do).
@@ -90,7 +94,11 @@ def ragged_paged_attention(
         config=config,
     )
     check_arguments(q, kv, kv_lens, page_table, q_starts, tree_mask, spec)
+    head_dim = q.shape[2]
+    if wider := kv.k_pages.shape[3] - head_dim:
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, wider)))
     args = (q, kv, kv_lens, page_table, q_starts, tree_mask, spec)
     with jax.named_scope("paged_attention"):
         out, lse = dispatch.pick("paged_attention", IMPLS, impl, *args).run(*args)
+    out = out[:, :, :head_dim]
     return (out, lse) if return_lse else out

@@ -69,9 +69,10 @@ def check_arguments(
     if q.ndim != 3 or jnp.dtype(q.dtype) not in FLOAT_DTYPES:
         raise ValueError(f"q must be f32, bf16 or f16 [T, N, H], got {_type(q)}")
     _, num_heads, head_dim = q.shape
-    if kv.k_pages.ndim != 4 or kv.k_pages.shape[3] != head_dim:
+    if kv.k_pages.ndim != 4 or kv.k_pages.shape[3] < head_dim:
         raise ValueError(
-            f"kv.k_pages must be [P, K, B, H={head_dim}], the H of q, got {_type(kv.k_pages)}"
+            f"kv.k_pages must be [P, K, B, H] with H at least the {head_dim} of q, "
+            f"got {_type(kv.k_pages)}"
         )
     if kv.v_pages.shape != kv.k_pages.shape or kv.v_pages.dtype != kv.k_pages.dtype:
         raise ValueError(

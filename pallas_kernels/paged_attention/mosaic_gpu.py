@@ -262,6 +262,7 @@ def _list_items(
         total = blocks.num.sum()
         size = jnp.clip(-(-total // per_wave), bounds.min_part, bounds.max_part)
         size = jnp.maximum(size, -(-total // extra))
+        size = jnp.maximum(size, launch.stride)  # no part but the last leaves a warpgroup idle
         count = jnp.minimum(-(-blocks.num // size), launch.num_parts)
         size = -(-blocks.num // jnp.maximum(count, 1))
         count = -(-blocks.num // jnp.maximum(size, 1))

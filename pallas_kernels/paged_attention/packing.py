@@ -43,6 +43,11 @@ class Packed(NamedTuple):
     words: jax.Array | None
 
 
+def first_nodes(tiles: Tiles, kv_lens: jax.Array) -> jax.Array:
+    """Returns for each tile the place of its sequence's first query token."""
+    return kv_lens[tiles.seq] - tiles.q_lens[tiles.seq]
+
+
 def list_tiles(q_lens: jax.Array, max_q_len: int, num_tokens: int, most_tokens: int) -> Tiles:
     """Cuts each sequence into tiles of `most_tokens` (fewer if no sequence has as many).
 
@@ -98,7 +103,7 @@ def pack(
         bits = jnp.where(is_row[:, :, None], bits, jnp.uint32(0))
         depth = lax.population_count(bits).astype(jnp.int32).sum(axis=-1) - 1
         words = jnp.stack([per_row(bits[..., w], 0) for w in range(bits.shape[-1])], axis=1)
-    start = (kv_lens[tiles.seq] - q_len)[:, None]
+    start = first_nodes(tiles, kv_lens)[:, None]
     return Packed(rows, per_row(jnp.where(is_row, start + depth, -1), -1), words)
 
 

@@ -54,16 +54,25 @@ def test_any_tiles_give_the_same(make_case, attend_both, simulated, tiles):
     attend_both(case.build(dtype="float16"), "mosaic_gpu", tiles)
 
 
-@pytest.mark.parametrize(("num_seqs", "tile_tokens"), [(1, 1), (5, 1), (5, 16)])
-def test_the_work_list_holds_every_block_once(num_seqs, tile_tokens):
+@pytest.mark.parametrize(
+    ("num_seqs", "tile_tokens", "min_part"), [(1, 1, 4), (5, 1, 4), (5, 16, 4), (5, 1, 1)]
+)
+def test_the_work_list_holds_every_block_once(num_seqs, tile_tokens, min_part):
     """Law: the items of a tile cover its blocks without gap or overlap, the largest item first."""
+    config = MosaicGpuTiles(min_part=min_part)
     rng = np.random.default_rng(num_seqs)
     spec = AttentionSpec(
-        sm_scale=1.0, soft_cap=None, sliding_window=100, max_q_len=99, return_lse=False, config=None
+        sm_scale=1.0,
+        soft_cap=None,
+        sliding_window=None if min_part == 1 else 100,
+        max_q_len=99,
+        return_lse=False,
+        config=config,
     )
     for _ in range(3):
         q_lens = rng.integers(0, 2 if tile_tokens == 1 else 100, num_seqs).astype(np.int32)
-        kv_lens = (q_lens + rng.integers(0, 40_000, num_seqs) * (q_lens > 0)).astype(np.int32)
+        most = 200 if min_part == 1 else 40_000
+        kv_lens = (q_lens + rng.integers(0, most, num_seqs) * (q_lens > 0)).astype(np.int32)
         q = jax.ShapeDtypeStruct((500, 32, 128), jnp.bfloat16)
         kv = jax.eval_shape(lambda: PagedKV(*[jnp.zeros((9, 8, 64, 128), jnp.bfloat16)] * 2))
         table = jax.ShapeDtypeStruct((num_seqs, 700), jnp.int32)
@@ -89,8 +98,8 @@ def test_the_work_list_holds_every_block_once(num_seqs, tile_tokens):
                 at += num
             assert at == int(blocks.first[tile] + blocks.num[tile]) or not parts
             assert sum(p[2] for p in parts) == int(blocks.num[tile])
-            wrote = sum(min(2, p[2]) for p in parts)
-            assert wrote == int(written[tile])
+            wrote = [2 * part + w for part, _, num in parts for w in range(min(2, num))]
+            assert wrote == list(range(int(written[tile])))
 
 
 def _abstract(dtype=jnp.bfloat16, kv_dtype=jnp.bfloat16, head_dim=128, page=64, num_tokens=8):
