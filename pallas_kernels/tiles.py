@@ -96,6 +96,27 @@ class QuantMatmulTpuTiles:
         _require_multiple(self, block_m=8, block_n=128, block_k=128)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tunable:
+    """A kernel at one shape whose tiles can be measured; ops enumerate theirs (`tunables`).
+
+    Attributes:
+      op: op and backend, "quant_matmul.mosaic_gpu".
+      case: key in the table, see `measured`.
+      candidates: tile sets, the most promising first.
+      inputs: makes random arguments from a seed.
+      run: `run(tiles, *inputs)`, the kernel.
+      reference: `reference(*inputs)`, what it must agree with.
+    """
+
+    op: str
+    case: str
+    candidates: tuple[Any, ...]
+    inputs: Callable[[int], tuple[Any, ...]]
+    run: Callable[..., jax.Array]
+    reference: Callable[..., jax.Array]
+
+
 def bucket(num_rows: int) -> int:
     """Returns the power of two, at least 8, that `num_rows` rows are padded to or tuned as."""
     return max(8, 1 << (num_rows - 1).bit_length())

@@ -72,7 +72,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="fail if the page is not up to date")
     args = parser.parse_args()
-    page = render({path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")})
+    files = {str(p.relative_to(RESULTS).with_suffix("")): p for p in RESULTS.rglob("*.json")}
+    page = render({name: json.loads(p.read_text()) for name, p in files.items()})
     if args.check:
         is_fresh = PAGE.is_file() and PAGE.read_text() == page
         if not is_fresh:

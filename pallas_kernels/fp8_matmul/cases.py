@@ -53,6 +53,17 @@ class Case:
             jax.ShapeDtypeStruct(w_scale, jnp.float32),
         )
 
+    def random_args(self, layout: str, seed: int) -> tuple[Any, ...]:
+        """Returns (x, w, x_scale, w_scale) of random numbers, as `abstract_args` describes them."""
+        keys = jax.random.split(jax.random.key(seed), 4)
+        x, w, x_scale, w_scale = self.abstract_args(layout)
+        return (
+            jax.random.normal(keys[0], x.shape, jnp.bfloat16).astype(x.dtype),
+            jax.random.normal(keys[1], w.shape, jnp.bfloat16).astype(w.dtype),
+            jax.random.uniform(keys[2], x_scale.shape, jnp.float32, 0.5, 1.5),
+            jax.random.uniform(keys[3], w_scale.shape, jnp.float32, 0.5, 1.5),
+        )
+
 
 def cases() -> Iterator[Case]:
     """Enumerates the calls; those marked quick are the ones CI compiles."""

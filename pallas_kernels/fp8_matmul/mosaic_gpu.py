@@ -91,7 +91,7 @@ def run(
         case_name(num_rows, num_inputs, num_outputs),
         QuantMatmulGpuTiles,
         spec.config,
-        lambda: shape.best(candidate_tiles(shape), target),
+        lambda: shape.ranked(candidate_tiles(shape), target)[0],
     )
     if spec.block is None:
         group = num_inputs

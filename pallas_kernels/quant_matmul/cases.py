@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quant_matmul.base import FP8_DTYPES
 from pallas_kernels.target import CompileCase, Target
 
 # Model, linear, K, N: fused qkv and gate_up, as an engine that counts launches has them.
@@ -64,6 +65,25 @@ class Case:
             jax.ShapeDtypeStruct(shape if layout == "kn" else shape[::-1], self.codes),
             scale,
             scale if self.has_zero else None,
+        )
+
+    def random_args(self, layout: str, seed: int) -> tuple[Any, ...]:
+        """Returns (x, q, scale, zero) of random numbers, as `abstract_args` describes them."""
+        keys = jax.random.split(jax.random.key(seed), 4)
+        x, q, scale, zero = self.abstract_args(layout)
+        if jnp.dtype(q.dtype) in FP8_DTYPES:
+            codes = jax.random.normal(keys[1], q.shape, jnp.bfloat16).astype(q.dtype)
+        else:
+            info = jnp.iinfo(q.dtype)
+            codes = jax.random.randint(keys[1], q.shape, int(info.min), int(info.max) + 1, jnp.int8)
+            codes = codes.astype(q.dtype)
+        return (
+            jax.random.normal(keys[0], x.shape, x.dtype),
+            codes,
+            jax.random.uniform(keys[2], scale.shape, scale.dtype, 0.5, 1.5),
+            None
+            if zero is None
+            else jax.random.randint(keys[3], zero.shape, -8, 8).astype(zero.dtype),
         )
 
 

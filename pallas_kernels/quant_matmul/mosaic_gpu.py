@@ -60,10 +60,10 @@ def case_name(num_rows: int, q: Any, spec: QuantSpec, num_groups: int) -> str:
     return f"M{rows} K{num_inputs} N{num_outputs} {jnp.dtype(q.dtype).name} {group}"
 
 
-def heuristic_tiles(
+def ranked_tiles(
     num_rows: int, q: Any, spec: QuantSpec, num_groups: int, target: target_lib.Target
-) -> QuantMatmulGpuTiles:
-    """Returns the tiles whose modelled time is least."""
+) -> list[QuantMatmulGpuTiles]:
+    """Returns the tiles that fit, the best modelled first."""
     num_inputs, num_outputs = shape_kn(q, spec.layout)
     shape = Shape(
         num_rows=num_rows,
@@ -73,7 +73,7 @@ def heuristic_tiles(
         group=spec.group if num_groups > 1 else num_inputs,
         instructions=2.7 if num_bits(q.dtype) == 4 else 2.2,
     )
-    return shape.best(candidate_tiles(shape, jnp.dtype(q.dtype) in FP8_DTYPES), target)
+    return shape.ranked(candidate_tiles(shape, jnp.dtype(q.dtype) in FP8_DTYPES), target)
 
 
 def candidate_tiles(shape: Shape, is_fp8: bool) -> Iterator[QuantMatmulGpuTiles]:
@@ -115,7 +115,7 @@ def run(
         case_name(num_rows, q, spec, num_groups),
         QuantMatmulGpuTiles,
         spec.config,
-        lambda: heuristic_tiles(num_rows, q, spec, num_groups, target),
+        lambda: ranked_tiles(num_rows, q, spec, num_groups, target)[0],
     )
     exponent = None
     if jnp.dtype(q.dtype) in FP8_DTYPES:

@@ -151,13 +151,13 @@ class Shape:
             total += _LAUNCH + bytes_moved / (target.num_cores * _HBM_BYTES)
         return total
 
-    def best(
+    def ranked(
         self, candidates: Iterable[QuantMatmulGpuTiles], target: Target
-    ) -> QuantMatmulGpuTiles:
-        """Returns the candidate with the least modelled time, with the stages that fit."""
+    ) -> list[QuantMatmulGpuTiles]:
+        """Returns the candidates that fit, with as many stages as do, the best modelled first."""
         fitting = []
         for t in candidates:
             stages = min(8, self.max_stages(t, target))
             if stages >= 3:
                 fitting.append(dataclasses.replace(t, stages=stages))
-        return min(fitting, key=lambda t: self.seconds(t, target))
+        return sorted(fitting, key=lambda t: self.seconds(t, target))

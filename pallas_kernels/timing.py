@@ -1,0 +1,90 @@
+"""Times a computation on the device it runs on; knows no op.
+
+Two programs hold few and many calls; the difference of their times is that of calls alone, without
+the host's share. Calls walk over several sets of inputs, so that none finds its weights in a cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median of `samples`, the first and the third quartile."""
+
+    seconds: float
+    low: float
+    high: float
+    samples: int
+
+
+def chain(f: Callable[..., Any], count: int) -> Callable[[Sequence[tuple[Any, ...]]], list[Any]]:
+    """Returns a program that calls `f` `count` times, walking over the sets of inputs it is given.
+
+    Each call waits for the one before, through an optimization barrier that also keeps XLA from
+    merging equal calls on GPUs and TPUs. On CPUs it does merge calls on the same inputs.
+    """
+
+    def run(sets: Sequence[tuple[Any, ...]]) -> list[Any]:
+        outs: list[Any] = []
+        for i in range(count):
+            first, *rest = sets[i % len(sets)]
+            if outs:
+                first, outs[-1] = lax.optimization_barrier((first, outs[-1]))
+            outs.append(f(first, *rest))
+        return outs
+
+    return jax.jit(run)
+
+
+def measure(
+    f: Callable[..., Any],
+    arg_sets: Sequence[tuple[Any, ...]],
+    *,
+    calls: int | None = None,
+    samples: int = 20,
+) -> Timing:
+    """Returns the time of one call of `f` in a compiled chain of calls over `arg_sets`.
+
+    All results stay in memory until the end. Use random numbers: a card draws less power on zeros
+    and runs faster.
+
+    Args:
+      f: a pure function of arrays; the first argument must be one array.
+      arg_sets: inputs of equal shapes, at least one; together larger than the caches.
+      calls: calls in the short program, the long one has four times as many; None: as many as take
+        3 ms, 4 to 64, with results of at most 1 GB.
+      samples: pairs of runs.
+    """
+
+    def clock(program: Callable[..., Any]) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(program(arg_sets))
+        return time.perf_counter() - start
+
+    if calls is None:
+        probe = chain(f, 8)
+        clock(probe)  # compiles
+        seconds = min(clock(probe) for _ in range(5)) / 8
+        out_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(probe(arg_sets))) / 8
+        calls = max(4, min(64, int(3e-3 / seconds), int(1e9 / 4 / out_bytes)))
+    few, many = chain(f, calls), chain(f, 4 * calls)
+    for program in (few, many, few, many):  # compiles, then warms up
+        clock(program)
+    times = [(clock(many) - clock(few)) / (3 * calls) for _ in range(samples)]
+    low, middle, high = statistics.quantiles(times, n=4)
+    return Timing(middle, low, high, samples)
+
+
+def describe_accelerator() -> str | None:
+    """Returns the name of the default device, or None if it is a CPU."""
+    device = jax.devices()[0]
+    return None if device.platform == "cpu" else device.device_kind

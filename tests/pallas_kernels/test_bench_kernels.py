@@ -1,0 +1,162 @@
+"""The benches, without a device: cases at tiny sizes, wrong results not timed, rows that add up."""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import target, tiles, timing
+from pallas_kernels.fp8_matmul import tuning as fp8_tuning
+from pallas_kernels.quant_matmul import tuning as quant_tuning
+from pallas_kernels.tiles import QuantMatmulGpuTiles, Tunable
+
+SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return load("bench_kernels")
+
+
+@pytest.fixture(scope="module")
+def autotune():
+    return load("autotune")
+
+
+@pytest.fixture
+def quick_timing(monkeypatch):
+    fixed = timing.Timing(2e-6, 1e-6, 3e-6, 2)
+    monkeypatch.setattr(timing, "measure", lambda f, sets, **kwargs: fixed)
+
+
+TINY = [
+    {"kind": "decode", "batch": 2, "context": 128, "kv": "bfloat16"},
+    {"kind": "decode", "batch": 2, "context": 128, "kv": "int8"},
+    {"kind": "prefill", "tokens": 64},
+    {"kind": "tree", "batch": 2, "context": 128, "nodes": 16},
+    {"kind": "w4a16", "linear": "qkv", "m": 4, "k": 256, "n": 128},
+    {"kind": "fp8", "m": 8, "k": 256, "n": 128, "scales": "channel"},
+    {"kind": "fp8", "m": 8, "k": 256, "n": 128, "scales": "block"},
+]
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda c: f"{c['kind']}-{c.get('kv', c.get('scales'))}")
+def test_every_kind_of_case_runs_and_agrees_with_its_reference(bench, case, quick_timing):
+    result = bench.measure_case(case)
+    assert result.get("failure") is None, result
+    assert result["error"] < bench.MAX_RELATIVE_ERROR
+    assert result["seconds"] == 2e-6 and result["bytes"] > 0 and result["operations"] > 0
+
+
+def test_a_wrong_result_is_not_timed(bench, monkeypatch, quick_timing):
+    make = bench.make_w4a16
+
+    def wrong(case):
+        inputs, f, reference, work = make(case)
+        return inputs, f, lambda *a: reference(*a) * 1.1, work
+
+    monkeypatch.setattr(bench, "make_w4a16", wrong)
+    case = {"kind": "w4a16", "linear": "qkv", "m": 4, "k": 256, "n": 128}
+    result = bench.measure_case(case)
+    assert "seconds" not in result and "relative error" in result["failure"]
+
+
+def test_rows_hold_times_limits_peers_and_goals(bench):
+    cases = [c for c in bench.all_cases() if c["kind"] in ("decode", "tree", "w4a16")]
+    ours = {
+        "device": "X",
+        "ceilings": {"bytes": 1e12, "operations": 1e15},
+        "results": {
+            c["name"]: {"seconds": 1e-5, "bytes": 5e6, "operations": 1e9, "impl": "k"}
+            for c in cases
+        },
+    }
+    name = next(c["name"] for c in cases if c["kind"] == "w4a16" and c["m"] == 16)
+    theirs = {"peers": {name: {"torch mm bf16": 30.0, "other": 20.0}}, "versions": {"torch": "2"}}
+    report = bench.make_report(cases, ours, theirs)
+    form = {"case", "metric", "unit", "value", "peer", "peer_value", "ratio", "limit"}
+    assert all(form <= set(row) for row in report["rows"])
+    assert {"device", "versions", "command", "date", "rows"} == set(report)
+    mine = [r for r in report["rows"] if r["case"].startswith(name)]
+    assert [(r["peer"], r["ratio"]) for r in mine] == [("torch mm bf16", 3.0), ("other", 2.0)]
+    assert mine[0]["goal"] == 2.3 and mine[0]["limit"] == pytest.approx(5.0)
+    peers = {r["peer"] for r in report["rows"]}
+    assert {"own bf16 KV", "own decode step"} <= peers
+    json.dumps(report)
+
+
+@pytest.mark.parametrize(
+    "command", [("bench_kernels", "--device"), ("autotune",)], ids=lambda c: c[0]
+)
+def test_without_an_accelerator_the_scripts_say_so_and_write_nothing(command, tmp_path):
+    name, *options = command
+    out = tmp_path / "out.json"
+    flag = "--json" if name == "bench_kernels" else "--out"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / f"{name}.py"), *options, flag, str(out)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no accelerator here: nothing was measured" in done.stdout
+    assert not out.exists()
+
+
+def tunable(candidates, run):
+    return Tunable(
+        op="op",
+        case="case",
+        candidates=candidates,
+        inputs=lambda seed: (jnp.full((4, 4), 1.0 + seed),),
+        run=run,
+        reference=lambda x: x * 2.0,
+    )
+
+
+def test_autotune_leaves_out_wrong_candidates_and_takes_the_fastest(autotune, monkeypatch, capsys):
+    wrong, slow, fast = (QuantMatmulGpuTiles(block_m=m) for m in (8, 16, 32))
+    seconds = iter([3e-6, 2e-6])
+    monkeypatch.setattr(
+        timing, "measure", lambda f, sets, **kwargs: timing.Timing(next(seconds), 0, 0, 1)
+    )
+    best, num_wrong = autotune.tune(
+        tunable((wrong, slow, fast), lambda t, x: x * (3.0 if t.block_m == 8 else 2.0)), 12
+    )
+    assert best == fast and num_wrong == 1
+    assert "WRONG case" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["h100", "v6e"])
+def test_what_is_tuned_is_what_the_kernels_look_up(name, autotune, monkeypatch, tmp_path):
+    chip = target.TARGETS[name]
+    args = argparse.Namespace(op=["quant_matmul", "fp8_matmul"], codes="int4", group=128)
+    found = list(autotune.enumerate_tunables(args, chip))
+    assert len(found) > 50
+    assert len({(t.op, t.case) for t in found}) == len(found)
+    assert all(len(t.candidates) >= 2 for t in found if "mosaic_gpu" in t.op)
+    first = found[0]
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    tiles.read_table.cache_clear()
+    best = first.candidates[-1]
+    tiles.write_table(chip, {first.op: {first.case: best}}, tmp_path / tiles.table_name(chip))
+    chosen = tiles.choose(first.op, chip, first.case, type(best), None, lambda: None)
+    tiles.read_table.cache_clear()
+    assert chosen == best
+
+
+def test_tuning_enumerates_nothing_where_no_kernel_runs():
+    assert list(fp8_tuning.tunables(target.TARGETS["v5e"])) == []
+    assert list(quant_tuning.tunables(target.TARGETS["h100"], codes=jnp.int4, group=7)) == []
