@@ -11,6 +11,8 @@ import pytest
 from jinfer import ops
 from jinfer.config import RopeConfig
 from jinfer.models.model import stack_layers
+from jinfer.qformat import QFormat
+from jinfer.qtensor import QTensor, dequantize, quantize
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
@@ -300,6 +302,30 @@ def check_taps(config, params, taps):
             ops.linear(taps["mlp"][n], mlp[n]["w"], mlp[n].get("b")) for n in ("gate", "up")
         )
     np.testing.assert_allclose(taps["mlp"]["down"], ops.gated(config.activation, gate, up), **CLOSE)
+
+
+@pytest.mark.parametrize("text", ["int8-channel", "int4-g8"])
+def test_quantized_weights_compute_what_their_dense_values_do(tiny, text):
+    """Every linear, experts and head too; a block of experts slices its QTensors."""
+    model = tiny("moe", attention_bias=True, dense_layers=(0,))
+    params = randomized(model)
+    fmt = QFormat.parse(text)
+    quantized = jax.tree.map_with_path(
+        lambda path, leaf: (
+            quantize(leaf, fmt) if path[-1].key == "w" and path[0].key != "embed" else leaf
+        ),
+        params,
+    )
+    dense = jax.tree.map(
+        lambda leaf: dequantize(leaf) if isinstance(leaf, QTensor) else leaf,
+        quantized,
+        is_leaf=lambda leaf: isinstance(leaf, QTensor),
+    )
+    assert isinstance(quantized["layers"][1]["mlp"]["down"]["w"], QTensor)
+    tokens = some_tokens(2, 9)
+    got, want = logits_of(model, quantized, tokens), logits_of(model, dense, tokens)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert jnp.abs(want - logits_of(model, params, tokens)).max() > 1e-3
 
 
 def test_a_rope_that_needs_the_length_says_so_in_apply(tiny):
