@@ -14,6 +14,7 @@ from jinfer import memory
 DEFAULT_MODEL = "smollm2"
 DEFAULT_SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
 
+BOOL = argparse.BooleanOptionalAction
 Flags = tuple[tuple[str, dict[str, Any]], ...]
 
 
@@ -78,6 +79,8 @@ ENGINE_FLAGS: Flags = (
     ("num-decode-steps", {"type": int, "help": "decode steps that stay on the device"}),
     ("max-logprobs", {"type": int, "help": "most logprobs that a request may ask for"}),
     ("attention-impl", {"help": "name one kernel instead of the automatic choice"}),
+    ("enable-chunked-prefill", {"action": BOOL, "help": "spread prompts over steps"}),
+    ("enable-prefix-caching", {"action": BOOL, "help": "keep the KV of past prompts"}),
 )
 
 
@@ -113,12 +116,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
     )
     engine = parser.add_argument_group("engine", "passed to LLM")
     add_flags(engine, ENGINE_FLAGS)
-    engine.add_argument(
-        "--no-enable-chunked-prefill",
-        dest="enable_chunked_prefill",
-        action="store_false",
-        help="a prompt is computed in one step",
-    )
     return sampling
 
 
@@ -152,5 +149,4 @@ def load_llm(args: argparse.Namespace) -> Any:
     """Loads the model that the flags name into an engine."""
     from jinfer.llm import LLM
 
-    engine = _given(args, ENGINE_FLAGS)
-    return LLM(args.model, enable_chunked_prefill=args.enable_chunked_prefill, **engine)
+    return LLM(args.model, **_given(args, ENGINE_FLAGS))

@@ -86,7 +86,14 @@ def test_flags_reach_the_engine_and_the_sampler(jinfer, llm):
     status, _, err = jinfer(
         *("generate", "--raw", "--prompt", "x", "--model", "m", "--dtype", "bfloat16"),
         *("--max-num-seqs", 8, "--kv-cache-memory-bytes", "1GiB", "--block-size", 32),
-        *("--no-enable-chunked-prefill", "--max-tokens", "none", "--temperature", 0.5),
+        *(
+            "--no-enable-chunked-prefill",
+            "--enable-prefix-caching",
+            "--max-tokens",
+            "none",
+            "--temperature",
+            0.5,
+        ),
         *("--top-p", 0.9, "--top-k", 7, "--seed", 3, "--stop", "a", "--stop", "b"),
         *(
             "--stop-token-ids",
@@ -104,6 +111,7 @@ def test_flags_reach_the_engine_and_the_sampler(jinfer, llm):
         "kv_cache_memory_bytes": 2**30,
         "block_size": 32,
         "enable_chunked_prefill": False,
+        "enable_prefix_caching": True,
     }
     params = llm.last.params["stream"]
     assert (params.max_tokens, params.temperature, params.top_p) == (None, 0.5, 0.9)
