@@ -71,7 +71,8 @@ def test_rows_of_zeros_give_zeros_and_nan_stays_nan():
     x[1, 5] = np.nan
     x[2, 5] = np.inf
     q = jnp.ones((64, 8), jnp.int8)
-    y = np.asarray(quant_matmul(jnp.asarray(x), q, jnp.ones((1, 8), jnp.float32), impl="xla"))
+    scale, zero = jnp.ones((1, 8), jnp.float32), jnp.ones((1, 8), jnp.int8)
+    y = np.asarray(quant_matmul(jnp.asarray(x), q, scale, zero, impl="xla"))
     assert (y[0] == 0).all()
     assert not np.isfinite(y[1:]).any()
 
