@@ -49,13 +49,18 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["case"],
         row["metric"],
         row["unit"],
-        number(row["value"]),
+        number(row["value"]) + variant(row.get("own")),
         row["peer"] or "",
         number(row["peer_value"]),
         "" if ratio is None else f"{ratio:.2f}x",
         number(row["limit"]),
         reached,
     ]
+
+
+def variant(own: str | None) -> str:
+    """Prints which variant of ours ran, such as its dtype, where a bench tried several."""
+    return f" ({own.removeprefix('jinfer ')})" if own else ""
 
 
 def number(value: float | None) -> str:
