@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import jax
 
 # The simulator of GPU kernels (used from jax 0.11 on) blocks a CPU thread per warpgroup: with fewer
@@ -14,3 +15,11 @@ if jax.__version_info__ >= (0, 11):
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A loaded machine is no reason to fail: examples take as long as they take.
+hypothesis.settings.register_profile(
+    "jinfer",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jinfer")
