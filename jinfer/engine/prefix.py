@@ -56,6 +56,7 @@ class PrefixCache:
 
     Attributes:
       epoch: counts the resets. Pages filled before the last one must not be inserted after it.
+      version: changes whenever `find` may answer otherwise than before.
       num_evicted: pages evicted since the cache was made.
     """
 
@@ -63,6 +64,7 @@ class PrefixCache:
         self.pool = pool
         self.page_size = page_size
         self.epoch = 0
+        self.version = 0
         self.num_evicted = 0
         self._roots: dict[Hashable, _Node] = {}
         self._nodes: list[_Node | None] = [None] * pool.num_pages  # by page
@@ -192,6 +194,7 @@ class PrefixCache:
                 child = _Node(node, edge, page, self._clock)
                 node.children[edge] = self._nodes[page] = child
                 self._num_cached += 1
+                self.version += 1
             elif child.page != page and is_held:
                 break
             child.last_used = self._clock
@@ -201,6 +204,7 @@ class PrefixCache:
         """Forgets everything. Requests keep the pages they hold; nobody else finds them."""
         self.pool.free([page for page, node in enumerate(self._nodes) if node is not None])
         self.epoch += 1
+        self.version += 1
         self._roots.clear()
         self._nodes = [None] * self.pool.num_pages
         self._num_cached = self._num_evictable = 0
@@ -240,6 +244,7 @@ class PrefixCache:
         self._num_cached -= 1
         self._num_evictable -= 1
         self.num_evicted += 1
+        self.version += 1
         self.pool.free([page])
         if parent.page < 0:
             if not parent.children:

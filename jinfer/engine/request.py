@@ -53,6 +53,7 @@ class Request:
       num_in_flight: sampled tokens that the host does not know yet.
       num_computed_tokens: tokens whose KV is written, or will be by steps in flight.
       num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
+      num_overtaken: equals of priority that came later and were admitted before it.
       cache_epoch: that of the prefix cache at the last admission.
       num_prefill_tokens: tokens to compute before this stay on the device can sample: the known
         ones at admission.
@@ -83,6 +84,7 @@ class Request:
     num_computed_tokens: int = dataclasses.field(default=0, init=False)
     num_prefill_tokens: int = dataclasses.field(default=0, init=False)
     num_cached_tokens: int = dataclasses.field(default=0, init=False)
+    num_overtaken: int = dataclasses.field(default=0, init=False)
     cache_epoch: int = dataclasses.field(default=0, init=False)
     pages: list[int] = dataclasses.field(default_factory=list, init=False)
     row: int | None = dataclasses.field(default=None, init=False)

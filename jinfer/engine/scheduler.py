@@ -36,9 +36,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jinfer.config import EngineConfig
-from jinfer.engine.pages import PageError, PagePool
+from jinfer.engine import integrity
+from jinfer.engine.pages import PagePool
 from jinfer.engine.plan import Plan, Progress, ScheduledSeq, SchedulerStats
 from jinfer.engine.prefix import PrefixCache
+from jinfer.engine.queue import WaitingQueue, arrival_key
 from jinfer.engine.request import Request, RequestStatus
 from jinfer.outputs import FinishReason
 
@@ -48,8 +50,9 @@ class Scheduler:
 
     Policy of a step, in this order, within `max_num_batched_tokens`: every running decode gets a
     token; running prefills go on; waiting requests are admitted, most urgent first (`priority`,
-    then arrival), none overtaking another. Admission takes the pages of all known tokens at once
-    and leaves one page for each running sequence, so that it does not cause a preemption soon.
+    then as `queue` says), none overtaking another. Admission takes the pages of all known tokens
+    at once and leaves one page for each running sequence, so that it does not cause a preemption
+    soon.
     When a decode finds no page, the least urgent running request is preempted: its pages and row
     go, its tokens stay, and it is computed again from the start once its tokens in flight are in.
 
@@ -82,21 +85,21 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._now = now
         self._requests: dict[str, Request] = {}  # live ones
-        self._running: list[Request] = []  # most urgent first
-        self._waiting: list[Request] = []  # likewise
-        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self.running: list[Request] = []  # most urgent first
+        self.waiting = WaitingQueue()
+        self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._in_flight: collections.deque[Plan] = collections.deque()
         self._step_ids = itertools.count()
 
     @property
     def num_running(self) -> int:
         """Requests that hold pages and a row."""
-        return len(self._running)
+        return len(self.running)
 
     @property
     def num_waiting(self) -> int:
         """Requests in the queue, preempted ones included."""
-        return len(self._waiting)
+        return len(self.waiting)
 
     @property
     def num_in_flight(self) -> int:
@@ -133,7 +136,7 @@ class Scheduler:
         request.max_output_tokens = min(request.max_output_tokens, room)
         request.metrics.arrival_time = self._now()
         self._requests[request.request_id] = request
-        self._enqueue(request)
+        self.waiting.add(request)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> Request | None:
         """Ends a live request now and frees what it holds; returns it, or None if there is none.
@@ -149,10 +152,10 @@ class Scheduler:
     def _retire(self, request: Request) -> None:
         """Takes an ended request out of every list and frees what it holds."""
         if request.status is RequestStatus.RUNNING:
-            self._running.remove(request)
+            self.running.remove(request)
             self._release(request)
         else:
-            self._waiting.remove(request)
+            self.waiting.remove(request)
         del self._requests[request.request_id]
         request.status = RequestStatus.FINISHED
         request.num_in_flight = 0
@@ -167,15 +170,16 @@ class Scheduler:
         decodes = self._reserve_decodes()
         budget -= len(decodes)
         chunks: list[ScheduledSeq] = []
-        for request in self._running:
+        for request in self.running:
             if request.is_prefilling and budget > 0:
                 chunks.append(self._schedule_chunk(request, budget))
                 budget -= chunks[-1].num_tokens
         # What was preempted just now does not come back here: it gave up the last page needed.
-        while budget > 0 and self._waiting:
-            request = self._waiting[0]
+        for request in self._next_admissions(budget):
             is_whole = request.num_tokens <= budget
-            if not (is_whole or self.config.enable_chunked_prefill) or not self._admit(request):
+            if budget <= 0 or not (is_whole or self.config.enable_chunked_prefill):
+                break
+            if not self._admit(request):
                 break
             chunks.append(self._schedule_chunk(request, budget))
             budget -= chunks[-1].num_tokens
@@ -190,21 +194,13 @@ class Scheduler:
         self.stats.num_scheduled_tokens += plan.num_tokens
         return plan
 
-    def order_key(self, request: Request) -> tuple[int, int]:
-        """Returns the key by which requests are served, smallest first."""
-        return request.priority, request.arrival
-
-    def _enqueue(self, request: Request) -> None:
-        # A preempted request arrived before all that were never admitted, so it goes in front.
-        bisect.insort(self._waiting, request, key=self.order_key)
-
     def _reserve_decodes(self) -> list[Request]:
         """Returns the requests that decode now, each with a page for its next position.
 
         Victims come from the end of the running list, so none of those already returned is one.
         """
         decodes = []
-        for request in tuple(self._running):
+        for request in tuple(self.running):
             if request.is_prefilling or request.num_unplanned_outputs <= 0:
                 continue
             while request.status is RequestStatus.RUNNING:
@@ -213,7 +209,7 @@ class Scheduler:
                     request.pages += self.prefix.alloc(missing)
                     decodes.append(request)
                     break
-                self._preempt(self._running[-1])
+                self._preempt(self.running[-1])
         return decodes
 
     def _extend_decodes(self, decodes: list[Request]) -> int:
@@ -266,19 +262,28 @@ class Scheduler:
 
     # ------------------------------------------------------------------ pages and rows
 
+    def _next_admissions(self, budget: int) -> list[Request]:
+        """Returns whom to admit, in this order, as far as pages and rows go."""
+        if budget <= 0 or not self.waiting or not self.free_rows:
+            return []
+        return self.waiting.ranked(self._num_cached_pages, self.prefix.version)
+
+    def _num_cached_pages(self, request: Request) -> int:
+        return len(self._find(request)) if self._is_reading(request) else 0
+
     def _admit(self, request: Request) -> bool:
-        """Moves the head of the waiting queue to the running ones, if a row and pages are free."""
+        """Moves a waiting request to the running ones, if a row and pages are free."""
         # A preempted request's outputs are its input now: those in flight must be known first.
-        if request.num_in_flight or not self._free_rows or not self._take_pages(request):
+        if request.num_in_flight or not self.free_rows or not self._take_pages(request):
             return False
-        self._waiting.remove(request)
-        request.row = self._free_rows.pop()
+        self.waiting.admit(request)
+        request.row = self.free_rows.pop()
         request.has_used_row = False
         request.num_prefill_tokens = request.num_tokens
         request.status = RequestStatus.RUNNING
         if request.metrics.first_scheduled_time is None:
             request.metrics.first_scheduled_time = self._now()
-        bisect.insort(self._running, request, key=self.order_key)
+        bisect.insort(self.running, request, key=arrival_key)
         return True
 
     def _take_pages(self, request: Request) -> bool:
@@ -287,13 +292,10 @@ class Scheduler:
         The pages of its longest cached prefix are taken by reference, as if computed; at least the
         last token is computed in any case, for its logits.
         """
-        hit: list[int] = []
-        is_reading = self._can_share(request) and request.reads_prefix_cache
-        if is_reading:
-            max_pages = (request.num_tokens - 1) // self.page_size
-            hit = self.prefix.find(request.cache_namespace, request.known_token_ids, max_pages)
+        is_reading = self._is_reading(request)
+        hit = self._find(request) if is_reading else []
         needed = self._num_pages(request.num_tokens) - len(hit)
-        if needed + len(self._running) > self.prefix.num_available_beside(hit):
+        if needed + len(self.running) > self.prefix.num_available_beside(hit):
             return False
         request.pages = self.prefix.share(hit) + self.prefix.alloc(needed)
         request.num_computed_tokens = len(hit) * self.page_size
@@ -303,6 +305,13 @@ class Scheduler:
             self.stats.num_looked_up_tokens += request.num_prompt_tokens
             self.stats.num_cached_tokens += request.num_cached_tokens
         return True
+
+    def _is_reading(self, request: Request) -> bool:
+        return self._can_share(request) and request.reads_prefix_cache
+
+    def _find(self, request: Request) -> list[int]:
+        max_pages = (request.num_tokens - 1) // self.page_size
+        return self.prefix.find(request.cache_namespace, request.known_token_ids, max_pages)
 
     def _can_share(self, request: Request) -> bool:
         """Whether the KV of a request's prompt is that of any text which begins with it."""
@@ -329,18 +338,18 @@ class Scheduler:
             self.prefix.release(request.cache_namespace, tokens, request.pages)
         else:
             self.prefix.free(request.pages)
-        self._free_rows.append(request.row)
+        self.free_rows.append(request.row)
         request.pages, request.row = [], None
         request.num_computed_tokens = request.num_prefill_tokens = 0
 
     def _preempt(self, request: Request) -> None:
         """Puts a running request back into the queue, to be computed again."""
-        self._running.remove(request)
+        self.running.remove(request)
         self._release(request)
         request.status = RequestStatus.PREEMPTED
         request.metrics.num_preemptions += 1
         self.stats.num_preemptions += 1
-        self._enqueue(request)
+        self.waiting.add(request)
 
     # ------------------------------------------------------------------ results
 
@@ -399,42 +408,6 @@ class Scheduler:
         self.stats.num_discarded_tokens += len(tokens) - num_new
         return Progress(request, list(tokens[:num_new]), request.take_text(), request.is_finished)
 
-    # ------------------------------------------------------------------ invariants
-
     def check(self) -> None:
-        """Verifies that pages, rows and lists agree; for tests and `check_integrity`.
-
-        Free pages, those that the cache alone holds and those in use by requests are all pages.
-
-        Raises:
-          PageError: they do not; the message names the request or the pages.
-        """
-        self.pool.check()
-        self.prefix.check()
-        held = collections.Counter(page for r in self._running for page in r.pages)
-        counts = {page: self.pool.count(page) for page in range(self.pool.num_pages)}
-        wrong = [p for p, n in counts.items() if n != held[p] + self.prefix.is_cached(p)]
-        if wrong:
-            raise PageError(f"pages {wrong} are counted otherwise than requests hold them")
-        num_pages = self.pool.num_free + self.prefix.num_evictable + len(held)
-        if num_pages != self.pool.num_pages:
-            raise PageError(
-                f"{self.pool.num_free} free pages, {self.prefix.num_evictable} cached and "
-                f"{len(held)} in use are not all {self.pool.num_pages}"
-            )
-        rows = sorted([r.row for r in self._running if r.row is not None] + self._free_rows)
-        if rows != list(range(self.config.max_num_seqs)):
-            raise PageError(f"rows in use and free rows are not all rows once: {rows}")
-        for request in self._running:
-            covered = len(request.pages) * self.page_size
-            if not request.num_computed_tokens <= covered:
-                raise PageError(
-                    f"request {request.request_id} has {request.num_computed_tokens} computed "
-                    f"tokens and pages for {covered}"
-                )
-        for request in self._waiting:
-            if request.pages or request.row is not None or request.num_computed_tokens:
-                raise PageError(f"request {request.request_id} waits and holds pages or a row")
-        live = [*self._running, *self._waiting]
-        if sorted(map(id, live)) != sorted(map(id, self._requests.values())):
-            raise PageError("the live requests are not those running and waiting")
+        """Verifies the books; see `integrity.check`."""
+        integrity.check(self)

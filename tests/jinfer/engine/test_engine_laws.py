@@ -190,7 +190,7 @@ class Harness:
             if not self.scheduler.has_work():
                 break
             self.step()
-        assert not self.scheduler.has_work(), f"stuck: {self.scheduler._waiting}"
+        assert not self.scheduler.has_work(), f"stuck: {list(self.scheduler.waiting)}"
         assert not self.in_flight
         assert self.scheduler.prefix.num_available == self.scheduler.pool.num_pages
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
@@ -461,7 +461,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.harness.scheduler.num_running)
     @rule()
     def preempt(self):
-        self.harness.scheduler._preempt(self.harness.scheduler._running[-1])
+        self.harness.scheduler._preempt(self.harness.scheduler.running[-1])
 
     @rule(n=st.integers(1, 4))
     def evict(self, n):

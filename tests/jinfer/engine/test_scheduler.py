@@ -263,7 +263,7 @@ def test_a_preempted_request_goes_before_those_that_never_ran():
     waiting = driver.add(1)
     while driver.is_undisturbed():
         driver.step()
-    assert driver.scheduler._waiting == [second, waiting]
+    assert list(driver.scheduler.waiting) == [second, waiting]
 
 
 def test_a_preempted_request_that_stops_by_a_token_in_flight_never_comes_back():
