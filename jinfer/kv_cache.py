@@ -119,5 +119,32 @@ def move_slots(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCac
     return dataclasses.replace(kv, k=move(kv.k), v=move(kv.v))
 
 
+def copy_pages(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCache:
+    """Copies whole pages in every layer, all reads before any write; for copy-on-write.
+
+    Pairs with dst out of range are dropped. Whatever a pool holds beside K and V (scales) must have
+    the same leading axis [L * P, ...], and goes along.
+    """
+    src_pages, dst_pages = _in_all_layers(kv, src), _in_all_layers(kv, dst)
+    return jax.tree.map(lambda pool: pool.at[dst_pages].set(pool[src_pages], mode="drop"), kv)
+
+
+def clear_pages(kv: KVCache, pages: Int[Array, "N"]) -> KVCache:
+    """Zeroes whole pages in every layer; those out of range are dropped."""
+    pages = _in_all_layers(kv, pages)
+
+    def clear(pool: Array) -> Array:
+        return pool.at[pages].set(jnp.zeros((), pool.dtype), mode="drop")
+
+    return jax.tree.map(clear, kv)
+
+
+def _in_all_layers(kv: KVCache, pages: Int[Array, "N"]) -> Array:
+    """Returns [L, N] pool pages; those out of range in a layer are so in the pool, too."""
+    layers = jnp.arange(kv.num_layers)[:, None] * kv.num_pages
+    is_page = (pages >= 0) & (pages < kv.num_pages)
+    return jnp.where(is_page[None], layers + pages[None], kv.num_layers * kv.num_pages)
+
+
 def _bitcast(x: Array, dtype: Any) -> Array:
     return x if x.dtype == jnp.dtype(dtype) else jax.lax.bitcast_convert_type(x, jnp.dtype(dtype))

@@ -194,6 +194,18 @@ def reset_row(state: SamplerState, row: Int[Array, ""], setup: Any) -> SamplerSt
     return sampling.reset_row(state, row, setup)
 
 
+@functools.partial(jax.jit, donate_argnames=("kv",))
+def copy_pages(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCache:
+    """Copies pages of the pool, which is donated; see `kv_cache.copy_pages`."""
+    return kv_cache.copy_pages(kv, src, dst)
+
+
+@functools.partial(jax.jit, donate_argnames=("kv",))
+def clear_pages(kv: KVCache, pages: Int[Array, "N"]) -> KVCache:
+    """Zeroes pages of the pool, which is donated; see `kv_cache.clear_pages`."""
+    return kv_cache.clear_pages(kv, pages)
+
+
 @functools.partial(jax.jit, static_argnames=("k",))
 def top_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, "n S"], *, k: int):
     """Returns the k best of each row, and logprob and rank of the step's first sampled tokens."""

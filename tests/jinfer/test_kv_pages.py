@@ -1,0 +1,60 @@
+"""Whole pages of the pool, moved in all layers at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jinfer import kv_cache, steps
+from jinfer.config import CacheConfig, ModelConfig
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=16,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    max_position_embeddings=32,
+)
+
+
+def make_pool(dtype):
+    kv = kv_cache.init(CONFIG, CacheConfig(num_pages=5, page_size=2, dtype=dtype))
+
+    def fill(pool):
+        return jnp.arange(pool.size, dtype=jnp.int32).reshape(pool.shape).astype(pool.dtype)
+
+    return jax.tree.map(fill, kv)
+
+
+def leaves(kv):
+    """[L, P, ...] of everything that the pool holds."""
+    return [np.asarray(x).reshape(3, 5, *x.shape[1:]) for x in jax.tree.leaves(kv)]
+
+
+def int32(*values):
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_are_copied_in_every_layer_and_padding_is_dropped(dtype):
+    before = leaves(make_pool(dtype))
+    # 1 -> 4 and 4 -> 0 at once: reads come before writes.
+    after = leaves(steps.copy_pages(make_pool(dtype), int32(1, 4, 2, 2), int32(4, 0, 5, -1)))
+    for old, new in zip(before, after):
+        expected = old.copy()
+        expected[:, 4], expected[:, 0] = old[:, 1], old[:, 4]
+        np.testing.assert_array_equal(new, expected)
+
+
+def test_pages_are_cleared_in_every_layer():
+    for old, new in zip(
+        leaves(make_pool("float32")),
+        leaves(steps.clear_pages(make_pool("float32"), int32(3, 5))),
+    ):
+        expected = old.copy()
+        expected[:, 3] = 0
+        np.testing.assert_array_equal(new, expected)
