@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ from jinfer.engine.runner import Runner, compile_counter
 from jinfer.groups import LogprobFormatter, RequestGroup
 from jinfer.models.model import Model
 from jinfer.outputs import RequestOutput
+from jinfer.prompts import apply_chat_template, read_prompt
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
 from jinfer.typing import Params
 
@@ -103,7 +102,7 @@ class LLM:
         self._tokenizer = None
         if not skip_tokenizer_init:
             self._tokenizer = self._load_tokenizer(tokenizer, revision)
-        self._default_fields = self._read_generation_config(generation_config)
+        self._default_fields = options.sampling_defaults(self._source, generation_config)
 
         self.config, cache = options.resolve(
             model.config,
@@ -147,21 +146,6 @@ class LLM:
         if not ids and self._tokenizer is not None and self._tokenizer.eos_token_id is not None:
             ids = (self._tokenizer.eos_token_id,)
         return ids
-
-    def _read_generation_config(self, source: str) -> dict[str, Any]:
-        if source not in ("auto", "none"):
-            raise ValueError(f'generation_config must be "auto" or "none", got {source!r}')
-        path = pathlib.Path(self._source or "") / "generation_config.json"
-        if source == "none" or self._source is None or not path.is_file():
-            return {}
-        given = json.loads(path.read_text())
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        fields = {name: given[name] for name in names if given.get(name) is not None}
-        if given.get("max_new_tokens") is not None:
-            fields["max_tokens"] = given["max_new_tokens"]
-        if given.get("do_sample") is False:
-            fields["temperature"] = 0.0
-        return fields
 
     def warmup(self) -> float:
         """Compiles every program that serving can need; returns seconds. Nothing compiles after."""
@@ -231,8 +215,7 @@ class LLM:
         params = self.get_default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
-        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
-        text, token_ids = self._tokenize(prompt)
+        text, token_ids, salt = read_prompt(prompt, self._tokenizer)
         requests = []
         try:
             for idx in range(params.n):
@@ -249,29 +232,6 @@ class LLM:
         self._groups[request_id] = group
         for request in requests:
             self._group_of[request.request_id] = group
-
-    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
-        text = None
-        if isinstance(prompt, Mapping):
-            salt = prompt.get("cache_salt")
-            names = set(prompt) - {"cache_salt"}
-            if len(names) != 1 or not names <= {"prompt", "prompt_token_ids"}:
-                raise ValueError(
-                    'a prompt dict has one key, "prompt" or "prompt_token_ids", and at most a '
-                    f'"cache_salt" beside it, got {sorted(prompt)}'
-                )
-            if salt is not None and not (isinstance(salt, str) and salt):
-                raise ValueError(f"cache_salt must be a text that is not empty, got {salt!r}")
-            prompt = prompt[names.pop()]
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise ValueError("this engine has no tokenizer: give prompts as prompt_token_ids")
-            text, prompt = prompt, self._tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence) or not all(
-            isinstance(t, int) and not isinstance(t, bool) for t in prompt
-        ):
-            raise TypeError(f"a prompt must be text or token ids, got {type(prompt).__name__}")
-        return text, list(prompt)
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds; unknown ids are ignored."""
@@ -381,7 +341,8 @@ class LLM:
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [
             {
-                "prompt_token_ids": self._apply_chat_template(
+                "prompt_token_ids": apply_chat_template(
+                    self._tokenizer,
                     conversation,
                     chat_template=chat_template or self.chat_template,
                     add_generation_prompt=add_generation_prompt and not continue_final_message,
@@ -393,17 +354,6 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-
-    def _apply_chat_template(self, conversation: Any, **options: Any) -> list[int]:
-        from jinja2 import TemplateError
-
-        if self._tokenizer is None:
-            raise ValueError("chat needs a tokenizer")
-        try:
-            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, **options)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from None
-        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def stream(
         self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
+import os
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -136,6 +139,28 @@ def refuse(arguments: Mapping[str, Any], *, known: Iterable[str]) -> None:
         close = difflib.get_close_matches(name, [*known, *REFUSED], n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise TypeError(f"LLM has no argument {name}{hint}")
+
+
+def sampling_defaults(model: str | os.PathLike[str] | None, source: str) -> dict[str, Any]:
+    """Returns fields of `SamplingParams` from the generation_config.json of a model's folder.
+
+    Args:
+      model: as given to `LLM`; None for one in memory.
+      source: "auto", or "none" for no fields at all.
+    """
+    if source not in ("auto", "none"):
+        raise ValueError(f'generation_config must be "auto" or "none", got {source!r}')
+    path = pathlib.Path(model or "") / "generation_config.json"
+    if source == "none" or model is None or not path.is_file():
+        return {}
+    given = json.loads(path.read_text())
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    fields = {name: given[name] for name in names if given.get(name) is not None}
+    if given.get("max_new_tokens") is not None:
+        fields["max_tokens"] = given["max_new_tokens"]
+    if given.get("do_sample") is False:
+        fields["temperature"] = 0.0
+    return fields
 
 
 def as_list(prompts: Any) -> list[Any]:

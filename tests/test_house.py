@@ -42,6 +42,7 @@ FLOORS = {
     "jinfer.groups": 6,
     "jinfer.llm": 6,
     "jinfer.llm_options": 6,
+    "jinfer.prompts": 6,
     "jinfer": 6,  # the public names
     "jinfer.cli": 7,
     "jinfer.commands": 7,
