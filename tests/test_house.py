@@ -55,6 +55,7 @@ WITHOUT_JAX = (
     "jinfer.config",
     "jinfer.engine.detokenizer",
     "jinfer.engine.grammar",
+    "jinfer.engine.holdings",
     "jinfer.engine.integrity",
     "jinfer.engine.pages",
     "jinfer.engine.plan",

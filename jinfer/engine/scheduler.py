@@ -11,19 +11,6 @@ order. Say request A ends at commit 7 while plan 8 still decodes it, and plan 9 
 row to B. Plan 8 has read and written them before plan 9 starts; plan 9 re-initialises the row
 first (`is_new_row`) and writes each page place of B before anything reads it, since attention reads
 positions below `kv_lens` only. What plan 8 sampled for A is dropped at commit 8.
-
-When a page goes into the prefix cache. A page of a prefill chunk: as soon as the chunk is planned.
-Who finds it reads it in a later plan, or in this very one, where each layer writes the KV of all
-tokens of the step before any of them attends. A page of generated tokens: when its request leaves
-the device, as far as the last token but one that the host knows. Everything up to there has been
-written by steps that are committed; what steps in flight still write for a request that has ended
-or was preempted lies beyond, so that no cached page changes ever again.
-
-Why hits of whole pages give the tokens of a cold run: there is no fixed grid of chunks to align
-them to. A chunk is what the budget leaves, so company moves its borders in cold runs, too, and the
-kernels must not care (they sum over keys in blocks at absolute positions, wherever queries begin).
-A hit is one more way of cutting a prompt. It is exact up to the rounding between programs of
-different padded size, as is any change of company.
 """
 
 from __future__ import annotations
@@ -37,6 +24,7 @@ from typing import Any
 
 from jinfer.config import EngineConfig
 from jinfer.engine import integrity
+from jinfer.engine.holdings import Holdings
 from jinfer.engine.pages import PagePool
 from jinfer.engine.plan import Plan, Progress, ScheduledSeq, SchedulerStats
 from jinfer.engine.prefix import PrefixCache
@@ -79,10 +67,12 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.page_size = page_size
-        self.max_cached_tokens = max_cached_tokens
         self.pool = PagePool(num_pages)
         self.prefix = PrefixCache(self.pool, page_size)
         self.stats = SchedulerStats()
+        self.holdings = Holdings(
+            self.prefix, config.enable_prefix_caching, max_cached_tokens, self.stats
+        )
         self._now = now
         self._requests: dict[str, Request] = {}  # live ones
         self.running: list[Request] = []  # most urgent first
@@ -232,10 +222,9 @@ class Scheduler:
     def _num_missing_pages(self, request: Request, num_steps: int) -> int:
         """Returns how many more pages `num_steps` decode steps of `request` need."""
         num_steps = min(num_steps, request.num_unplanned_outputs)
-        return max(0, self._num_pages(request.num_computed_tokens + num_steps) - len(request.pages))
-
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+        return max(
+            0, self.holdings.num_pages(request.num_computed_tokens + num_steps) - len(request.pages)
+        )
 
     def _schedule_decode(self, request: Request, num_steps: int) -> ScheduledSeq:
         num_samples = min(num_steps, request.num_unplanned_outputs)
@@ -255,9 +244,7 @@ class Scheduler:
         request.has_used_row = True
         request.num_computed_tokens += n
         request.num_in_flight += seq.num_samples
-        if self._can_fill_cache(request):
-            tokens = self._cacheable_tokens(request, request.num_computed_tokens)
-            self.prefix.insert(request.cache_namespace, tokens, request.pages)
+        self.holdings.fill(request)
         return seq
 
     # ------------------------------------------------------------------ pages and rows
@@ -266,15 +253,14 @@ class Scheduler:
         """Returns whom to admit, in this order, as far as pages and rows go."""
         if budget <= 0 or not self.waiting or not self.free_rows:
             return []
-        return self.waiting.ranked(self._num_cached_pages, self.prefix.version)
-
-    def _num_cached_pages(self, request: Request) -> int:
-        return len(self._find(request)) if self._is_reading(request) else 0
+        return self.waiting.ranked(self.holdings.num_cached_pages, self.prefix.version)
 
     def _admit(self, request: Request) -> bool:
         """Moves a waiting request to the running ones, if a row and pages are free."""
         # A preempted request's outputs are its input now: those in flight must be known first.
-        if request.num_in_flight or not self.free_rows or not self._take_pages(request):
+        if request.num_in_flight or not self.free_rows:
+            return False
+        if not self.holdings.take(request, num_spare=len(self.running)):
             return False
         self.waiting.admit(request)
         request.row = self.free_rows.pop()
@@ -286,61 +272,12 @@ class Scheduler:
         bisect.insort(self.running, request, key=arrival_key)
         return True
 
-    def _take_pages(self, request: Request) -> bool:
-        """Gives a request the pages of all its known tokens; False if too few are free.
-
-        The pages of its longest cached prefix are taken by reference, as if computed; at least the
-        last token is computed in any case, for its logits.
-        """
-        is_reading = self._is_reading(request)
-        hit = self._find(request) if is_reading else []
-        needed = self._num_pages(request.num_tokens) - len(hit)
-        if needed + len(self.running) > self.prefix.num_available_beside(hit):
-            return False
-        request.pages = self.prefix.share(hit) + self.prefix.alloc(needed)
-        request.num_computed_tokens = len(hit) * self.page_size
-        request.cache_epoch = self.prefix.epoch
-        if is_reading and request.metrics.first_scheduled_time is None:
-            request.num_cached_tokens = request.num_computed_tokens
-            self.stats.num_looked_up_tokens += request.num_prompt_tokens
-            self.stats.num_cached_tokens += request.num_cached_tokens
-        return True
-
-    def _is_reading(self, request: Request) -> bool:
-        return self._can_share(request) and request.reads_prefix_cache
-
-    def _find(self, request: Request) -> list[int]:
-        max_pages = (request.num_tokens - 1) // self.page_size
-        return self.prefix.find(request.cache_namespace, request.known_token_ids, max_pages)
-
-    def _can_share(self, request: Request) -> bool:
-        """Whether the KV of a request's prompt is that of any text which begins with it."""
-        limit = self.max_cached_tokens
-        is_short = limit is None or request.num_prompt_tokens <= limit
-        return self.config.enable_prefix_caching and is_short
-
-    def _can_fill_cache(self, request: Request) -> bool:
-        """Whether a running request's pages may be kept: not what older weights have computed."""
-        return self._can_share(request) and request.cache_epoch == self.prefix.epoch
-
-    def _cacheable_tokens(self, request: Request, num_tokens: int) -> list[int]:
-        if self.max_cached_tokens is not None:
-            num_tokens = min(num_tokens, self.max_cached_tokens)
-        return request.known_token_ids[:num_tokens]
-
     def _release(self, request: Request) -> None:
         """Gives back the row and the pages of a running request, the full ones to the cache."""
         assert request.row is not None
-        if self._can_fill_cache(request):
-            num_known = request.num_prompt_tokens + len(request.output_token_ids)
-            num_written = min(request.num_computed_tokens, num_known - 1)
-            tokens = self._cacheable_tokens(request, num_written)
-            self.prefix.release(request.cache_namespace, tokens, request.pages)
-        else:
-            self.prefix.free(request.pages)
+        self.holdings.give_back(request)
         self.free_rows.append(request.row)
-        request.pages, request.row = [], None
-        request.num_computed_tokens = request.num_prefill_tokens = 0
+        request.row = None
 
     def _preempt(self, request: Request) -> None:
         """Puts a running request back into the queue, to be computed again."""

@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 )
 
 from jinfer.config import EngineConfig
+from jinfer.engine.holdings import Holdings
 from jinfer.engine.pages import PagePool
 from jinfer.engine.plan import ScheduledSeq
 from jinfer.engine.prefix import PrefixCache
@@ -535,7 +536,7 @@ def pages_handed_out_twice(monkeypatch):
 
 
 def one_place_too_few_at_a_page_border(monkeypatch):
-    monkeypatch.setattr(Scheduler, "_num_pages", lambda self, n: -(-(n - 1) // self.page_size))
+    monkeypatch.setattr(Holdings, "num_pages", lambda self, n: -(-(n - 1) // self.page_size))
 
 
 def rows_not_initialised(monkeypatch):
@@ -573,14 +574,14 @@ def limits_ignored_by_plans(monkeypatch):
 
 
 def computed_tokens_kept_by_preemption(monkeypatch):
-    release = Scheduler._release
+    give_back = Holdings.give_back
 
-    def release_pages_only(self, request):
+    def give_back_pages_only(self, request):
         computed = request.num_computed_tokens
-        release(self, request)
+        give_back(self, request)
         request.num_computed_tokens = min(computed, request.num_tokens - 1)
 
-    monkeypatch.setattr(Scheduler, "_release", release_pages_only)
+    monkeypatch.setattr(Holdings, "give_back", give_back_pages_only)
 
 
 def cached_pages_freed_twice(monkeypatch):
@@ -607,7 +608,7 @@ def evicted_pages_still_found(monkeypatch):
 
 def pages_inserted_one_token_too_early(monkeypatch):
     monkeypatch.setattr(
-        Scheduler, "_cacheable_tokens", lambda self, request, n: request.known_token_ids[: n + 1]
+        Holdings, "_cacheable_tokens", lambda self, request, n: request.known_token_ids[: n + 1]
     )
 
 
@@ -626,11 +627,9 @@ def found_pages_counted_as_available(monkeypatch):
 
 
 def lengths_that_change_the_kv_ignored(monkeypatch):
+    monkeypatch.setattr(Holdings, "_can_share", lambda self, request: self.is_caching)
     monkeypatch.setattr(
-        Scheduler, "_can_share", lambda self, request: self.config.enable_prefix_caching
-    )
-    monkeypatch.setattr(
-        Scheduler, "_cacheable_tokens", lambda self, request, n: request.known_token_ids[:n]
+        Holdings, "_cacheable_tokens", lambda self, request, n: request.known_token_ids[:n]
     )
 
 

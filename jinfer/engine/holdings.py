@@ -1,0 +1,118 @@
+"""The pages of a request from admission to its end: found, taken, filled, given back. No order.
+
+When a page goes into the prefix cache. A page of a prefill chunk: as soon as the chunk is planned.
+Who finds it reads it in a later plan, or in this very one, where each layer writes the KV of all
+tokens of the step before any of them attends. A page of generated tokens: when its request leaves
+the device, as far as the last token but one that the host knows. Everything up to there has been
+written by steps that are committed; what steps in flight still write for a request that has ended
+or was preempted lies beyond, so that no cached page changes ever again.
+
+Why hits of whole pages give the tokens of a cold run: there is no fixed grid of chunks to align
+them to. A chunk is what the budget leaves, so company moves its borders in cold runs, too, and the
+kernels must not care (they sum over keys in blocks at absolute positions, wherever queries begin).
+A hit is one more way of cutting a prompt. It is exact up to the rounding between programs of
+different padded size, as is any change of company.
+"""
+
+from __future__ import annotations
+
+from jinfer.engine.plan import SchedulerStats
+from jinfer.engine.prefix import PrefixCache
+from jinfer.engine.request import Request
+
+
+class Holdings:
+    """Gives requests their pages and takes them back.
+
+    Args:
+      prefix: the pages and what is known of their content.
+      is_caching: whether pages are kept for other requests.
+      max_cached_tokens: see `Scheduler`.
+      stats: where hits are counted.
+    """
+
+    def __init__(
+        self,
+        prefix: PrefixCache,
+        is_caching: bool,
+        max_cached_tokens: int | None,
+        stats: SchedulerStats,
+    ) -> None:
+        self.prefix = prefix
+        self.page_size = prefix.page_size
+        self.is_caching = is_caching
+        self.max_cached_tokens = max_cached_tokens
+        self.stats = stats
+
+    def num_pages(self, num_tokens: int) -> int:
+        """Returns how many pages `num_tokens` tokens fill, the last one perhaps in part."""
+        return -(-num_tokens // self.page_size)
+
+    def num_cached_pages(self, request: Request) -> int:
+        """Returns how many pages `take` would find now."""
+        return len(self._find(request)) if self._is_reading(request) else 0
+
+    def take(self, request: Request, *, num_spare: int) -> bool:
+        """Gives a request the pages of all its known tokens; False if too few are free.
+
+        The pages of its longest cached prefix are taken by reference, as if computed; at least the
+        last token is computed in any case, for its logits.
+
+        Args:
+          request: holds no pages yet.
+          num_spare: pages that must stay available beside.
+        """
+        is_reading = self._is_reading(request)
+        hit = self._find(request) if is_reading else []
+        needed = self.num_pages(request.num_tokens) - len(hit)
+        if needed + num_spare > self.prefix.num_available_beside(hit):
+            return False
+        request.pages = self.prefix.share(hit) + self.prefix.alloc(needed)
+        request.num_computed_tokens = len(hit) * self.page_size
+        request.cache_epoch = self.prefix.epoch
+        if is_reading and request.metrics.first_scheduled_time is None:
+            request.num_cached_tokens = request.num_computed_tokens
+            self.stats.num_looked_up_tokens += request.num_prompt_tokens
+            self.stats.num_cached_tokens += request.num_cached_tokens
+        return True
+
+    def fill(self, request: Request) -> None:
+        """Lets others find what a prefill chunk, planned just now, writes."""
+        if self._can_fill_cache(request):
+            tokens = self._cacheable_tokens(request, request.num_computed_tokens)
+            self.prefix.insert(request.cache_namespace, tokens, request.pages)
+
+    def give_back(self, request: Request) -> None:
+        """Takes the pages of a request away, and keeps those in the cache that it has filled."""
+        if self._can_fill_cache(request):
+            num_known = request.num_prompt_tokens + len(request.output_token_ids)
+            num_written = min(request.num_computed_tokens, num_known - 1)
+            tokens = self._cacheable_tokens(request, num_written)
+            self.prefix.release(request.cache_namespace, tokens, request.pages)
+        else:
+            self.prefix.free(request.pages)
+        request.pages = []
+        request.num_computed_tokens = request.num_prefill_tokens = 0
+
+    # ------------------------------------------------------------------ inside
+
+    def _is_reading(self, request: Request) -> bool:
+        return self._can_share(request) and request.reads_prefix_cache
+
+    def _find(self, request: Request) -> list[int]:
+        max_pages = (request.num_tokens - 1) // self.page_size
+        return self.prefix.find(request.cache_namespace, request.known_token_ids, max_pages)
+
+    def _can_share(self, request: Request) -> bool:
+        """Whether the KV of a request's prompt is that of any text which begins with it."""
+        limit = self.max_cached_tokens
+        return self.is_caching and (limit is None or request.num_prompt_tokens <= limit)
+
+    def _can_fill_cache(self, request: Request) -> bool:
+        """Whether a running request's pages may be kept: not what older weights have computed."""
+        return self._can_share(request) and request.cache_epoch == self.prefix.epoch
+
+    def _cacheable_tokens(self, request: Request, num_tokens: int) -> list[int]:
+        if self.max_cached_tokens is not None:
+            num_tokens = min(num_tokens, self.max_cached_tokens)
+        return request.known_token_ids[:num_tokens]
