@@ -1,5 +1,6 @@
 """Strict JAX on the CPU for every test: no silent dtype or rank promotion, warnings are errors."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -7,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import jax
+import pytest
 
 # The simulator of GPU kernels (used from jax 0.11 on) blocks a CPU thread per warpgroup: with fewer
 # threads than warpgroups, as on two cores, it waits for itself forever.
@@ -23,3 +25,15 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jinfer")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees the programs that a file of tests compiled.
+
+    XLA on CPUs maps each program into memory in many pieces, and Linux allows a process 65,530 of
+    them (vm.max_map_count): a whole suite in one process would end in a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
