@@ -19,8 +19,10 @@ from pallas_kernels.quant_matmul.base import FP8_DTYPES, QuantSpec, shape_kn
 
 F32 = jnp.float32
 
-# Rows of x times digits that one pass over int8 weights on a CPU may have, and groups it unrolls.
-_MAX_DIGIT_ROWS = 768
+# Up to where int8 digits of x beat a dequantized weight on a CPU: rows with scales per channel, and
+# per group; and groups that are unrolled. Measured, see docs/lab-log.md.
+_MAX_CHANNEL_ROWS = 128
+_MAX_GROUP_ROWS = 48
 _MAX_UNROLLED_GROUPS = 64
 _NUM_DIGITS = 3
 
@@ -107,7 +109,8 @@ def _per_group(
 
 
 def _fits_digits(num_rows: int, num_groups: int) -> bool:
-    return num_rows * _NUM_DIGITS <= _MAX_DIGIT_ROWS and num_groups <= _MAX_UNROLLED_GROUPS
+    max_rows = _MAX_CHANNEL_ROWS if num_groups == 1 else _MAX_GROUP_ROWS
+    return num_rows <= max_rows and num_groups <= _MAX_UNROLLED_GROUPS
 
 
 def _by_digits(
