@@ -130,7 +130,7 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
 
     Args:
       detect_races: also look for unsynchronised accesses. A race is reported on stdout and in
-        `races_found()`.
+        `races_found(kind)`.
     """
     with _interpreted((detect_races,)):
         yield
@@ -189,11 +189,16 @@ def reset_interpreter() -> None:
     interpreter.reset_gpu_interpret_mode_state()
 
 
-def races_found() -> bool:
-    """Tells whether the last simulated TPU kernel, run with `detect_races`, had a race."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+def races_found(kind: str = "tpu") -> bool:
+    """Tells whether the last kernel simulated for `kind`, with `detect_races`, had a race."""
+    if kind == "gpu":
+        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    races: Any = interpreter.races
+        races: Any = gpu_callbacks._races
+    else:
+        from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+        races = interpreter.races
     return races is not None and bool(races.races_found)
 
 

@@ -1,6 +1,6 @@
 """Measures tiles on the accelerator of this machine and writes pallas_kernels/tuned/<device>.json.
 
-    python scripts/autotune.py [--op quant_matmul fp8_matmul] [--codes int4] [--group 128]
+    python scripts/autotune.py [--op quant_matmul] [--codes int4] [--group 128]
                                [--only TEXT] [--candidates 12] [--seconds 600]
 
 Each candidate is checked against the plain XLA form on fresh random inputs before it is timed. The
@@ -11,8 +11,11 @@ accelerator it says so and exits 0.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import math
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from pallas_kernels import target as target_lib
 from pallas_kernels import tiles as tiles_lib
 from pallas_kernels import timing
 
+OPS = ("paged_attention", "quant_matmul", "fp8_matmul")
 CACHE_BYTES = 150 << 20  # the inputs of a shape are rotated until together they exceed any cache
 MAX_RELATIVE_ERROR = 2e-2
 
@@ -35,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ops = ("quant_matmul", "fp8_matmul")
-    parser.add_argument("--op", nargs="+", choices=ops, default=list(ops))
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--codes", default="int4", help="codes of quant_matmul (int4)")
     parser.add_argument("--group", type=int, default=128, help="its group (128)")
     parser.add_argument("--only", default="", help="cases whose key contains this")
@@ -53,13 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{device}: writing {path}")
     start = time.monotonic()
     num_wrong = 0
+    by_key: dict[tuple[str, str], list[tiles_lib.Tunable]] = {}
     for tunable in enumerate_tunables(args, target):
-        if args.only not in tunable.case:
-            continue
-        best, wrong = tune(tunable, args.candidates)
+        if args.only in tunable.case:
+            by_key.setdefault((tunable.op, tunable.case), []).append(tunable)
+    for (op, case), calls in by_key.items():
+        best, wrong = tune(calls, args.candidates)
         num_wrong += wrong
         if best is not None:
-            tiles_lib.write_table(target, {tunable.op: {tunable.case: best}}, path)
+            tiles_lib.write_table(target, {op: {case: best}}, path)
         if args.seconds is not None and time.monotonic() - start > args.seconds:
             print(f"stopped after {args.seconds:.0f} s as asked")
             break
@@ -79,32 +84,50 @@ def enumerate_tunables(
             yield from module.tunables(target)
 
 
-def tune(tunable: tiles_lib.Tunable, num_candidates: int) -> tuple[Any, int]:
-    """Returns the fastest correct tiles, or None, and how many candidates were wrong."""
-    sets = [tunable.inputs(0)]
-    size = sum(x.nbytes for x in jax.tree.leaves(sets[0]))
-    sets += [tunable.inputs(seed) for seed in range(1, min(32, max(3, CACHE_BYTES // size + 1)))]
-    expected = tunable.reference(*sets[-1])
-    timed, num_wrong = [], 0
-    for sizes in tunable.candidates[:num_candidates]:
+def tune(calls: list[tiles_lib.Tunable], num_candidates: int) -> tuple[Any, int]:
+    """Returns the fastest correct tiles, or None, and how many candidates were wrong.
 
-        def call(*inputs: Any, sizes: Any = sizes) -> jax.Array:
-            return tunable.run(sizes, *inputs)
-
-        error = relative_error(jax.jit(call)(*sets[-1]), expected)
-        if not error < MAX_RELATIVE_ERROR:  # NaN is wrong too
+    Args:
+      calls: calls that share a key of the table: the least mean of the logarithms of their times
+        wins, so that a long call counts no more than a short one.
+      num_candidates: tile sets tried of those that all of them have.
+    """
+    first, *others = calls
+    candidates = [c for c in first.candidates if all(c in o.candidates for o in others)]
+    seconds: dict[Any, list[float]] = {c: [] for c in candidates[:num_candidates]}
+    num_wrong = 0
+    for call in calls:
+        for sizes in wrong_ones(call, seconds):
             num_wrong += 1
-            print(f"  WRONG {tunable.case}: relative error {error:.2g} with {sizes}")
-            continue
-        timed.append((timing.measure(call, sets, samples=10).seconds, sizes))
-    if not timed:
+            del seconds[sizes]
+    if not seconds:
         return None, num_wrong
-    seconds, best = min(timed, key=lambda pair: pair[0])
-    guess = timed[0][0] * 1e6
-    print(
-        f"  {tunable.op} {tunable.case}: {seconds * 1e6:.1f} us (first guess {guess:.1f}), {best}"
-    )
+
+    def mean_log(sizes: Any) -> float:
+        return statistics.fmean(math.log(t) for t in seconds[sizes])
+
+    best, guess = min(seconds, key=mean_log), next(iter(seconds))
+    micros = [f"{t * 1e6:.1f} ({g * 1e6:.1f})" for t, g in zip(seconds[best], seconds[guess])]
+    print(f"  {first.op} {first.case}: us (first guess's) {', '.join(micros)}; {best}")
     return best, num_wrong
+
+
+def wrong_ones(call: tiles_lib.Tunable, seconds: dict[Any, list[float]]) -> list[Any]:
+    """Times each candidate of `seconds` that gives the right result; returns the others."""
+    sets = [call.inputs(0)]
+    size = sum(x.nbytes for x in jax.tree.leaves(sets[0]))
+    sets += [call.inputs(seed) for seed in range(1, min(32, max(3, CACHE_BYTES // size + 1)))]
+    expected = jax.jit(call.reference)(*sets[-1])
+    wrong = []
+    for sizes, times in seconds.items():
+        f = functools.partial(call.run, sizes)
+        error = relative_error(jax.jit(f)(*sets[-1]), expected)
+        if error < MAX_RELATIVE_ERROR:
+            times.append(timing.measure(f, sets, samples=10).seconds)
+        else:  # NaN is wrong too
+            wrong.append(sizes)
+            print(f"  WRONG {call.case}: relative error {error:.2g} with {sizes}")
+    return wrong
 
 
 def relative_error(y: jax.Array, expected: jax.Array) -> float:

@@ -29,7 +29,7 @@ OPS = ("paged_attention", "quant_matmul", "fp8_matmul")
 MARK = "@row "  # what a child prints before its JSON; compilers print to stdout as they like
 
 COLUMNS = (
-    ("case", "kernel and shape", 66),
+    ("case", "kernel and shape", 78),
     ("target", "target", 7),
     ("seconds", "sec", 6),
     ("registers", "regs", 5),

@@ -7,17 +7,22 @@ lengths are; the parts are merged by their log-sum-exp.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target as target_lib
+from pallas_kernels import tiles as tiles_lib
 from pallas_kernels.dispatch import Impl
 from pallas_kernels.paged_attention import packing
 from pallas_kernels.paged_attention.base import AttentionSpec, PagedKV
 from pallas_kernels.target import Target
 
+OP = "paged_attention.mosaic_gpu"  # in the tables of measured tiles
 ROWS = 64  # of a warpgroup
 
 
@@ -28,13 +33,15 @@ class MosaicGpuTiles:
     Attributes:
       kv_block: keys of a step, 64 or 128.
       num_stages: depth of the ring of KV blocks; even, so that a stage stays with one warpgroup.
-      num_attending: warpgroups that compute, 1 or 2, for tiles of up to 64 rows.
+      num_converted: depth of the ring of converted blocks, 1 or 2; for 8-bit pages.
+      num_attending: warpgroups that compute, 1 or 2: a chunk's tiles have 64 rows for each.
       min_part, max_part: bounds on the KV blocks of a part: less is not worth a partial result,
         more makes the last wave uneven.
     """
 
     kv_block: int = 64
     num_stages: int = 4
+    num_converted: int = 2
     num_attending: int = 2
     min_part: int = 4
     max_part: int = 24
@@ -47,6 +54,10 @@ class MosaicGpuTiles:
             )
         if self.num_stages < 2 or self.num_stages % 2:
             raise ValueError(f"MosaicGpuTiles: num_stages must be even, got {self.num_stages}")
+        if self.num_converted not in (1, 2):
+            raise ValueError(
+                f"MosaicGpuTiles: num_converted must be 1 or 2, got {self.num_converted}"
+            )
         if not 1 <= self.min_part <= self.max_part:
             raise ValueError(
                 "MosaicGpuTiles: expected 1 <= min_part <= max_part, got "
@@ -73,12 +84,22 @@ def _why_not(target: Target, *args: Any) -> str | None:
         return f"page size must divide 64 or be a multiple of it, at least 8, got {kv.page_size}"
     if q.shape[1] // kv.num_kv_heads > ROWS:
         return f"at most {ROWS} query heads a KV head, got {q.shape[1] // kv.num_kv_heads}"
+    if spec.sm_scale <= 0:
+        return f"sm_scale must be positive, got {spec.sm_scale}"
     if page_table.shape[1] == 0 or kv.k_pages.shape[0] == 0:
         return "there are no pages"
-    if spec.config is not None and not isinstance(spec.config, MosaicGpuTiles):
+    if spec.config is None:
+        if not all(any(candidates(q, kv, n)) for n in (1, spec.max_q_len)):
+            return f"no tiles fit into shared memory at head_dim {q.shape[2]}"
+        return None
+    if not isinstance(spec.config, MosaicGpuTiles):
         return f"config must be MosaicGpuTiles, got {type(spec.config).__name__}"
-    if spec.config is not None and not _fits(spec.config.kv_block, kv.page_size):
+    if not _fits(spec.config.kv_block, kv.page_size):
         return f"config.kv_block {spec.config.kv_block} and page size {kv.page_size} do not divide"
+    if kv.is_quantized and (spec.config.num_attending, spec.config.num_converted) == (2, 1):
+        return "config: two attending warpgroups need num_converted = 2"
+    if kv.is_quantized and spec.config.num_attending == 2 and q.shape[2] > 128:
+        return f"config: num_attending must be 1 for 8-bit pages of head_dim {q.shape[2]}"
     return None
 
 
@@ -125,11 +146,12 @@ def _run_tiles(
 
     num_kv_heads = kv.num_kv_heads
     group = q.shape[1] // num_kv_heads
-    launch = _launch(q, kv, page_table, tree_mask, spec, max_q_len)
+    chosen = choose_tiles(q, kv, page_table.shape[0], max_q_len, spec.config)
+    launch = _launch(q, kv, page_table, tree_mask, spec, max_q_len, chosen)
     q_lens = jnp.where(is_taken, q_starts[1:] - q_starts[:-1], 0)
     tiles = packing.list_tiles(q_lens, max_q_len, q.shape[0], launch.tile_rows // group)
     blocks = _list_blocks(tiles, kv_lens, launch)
-    items, num_written = _list_items(tiles, blocks, num_kv_heads, launch, spec)
+    items, num_written = _list_items(tiles, blocks, num_kv_heads, launch, chosen)
     fits_one = launch.tile_rows == ROWS
     packed = packing.pack(
         q.astype(jnp.float16) if kv.is_quantized else q,
@@ -156,15 +178,15 @@ def _launch(
     tree_mask: jax.Array | None,
     spec: AttentionSpec,
     max_q_len: int,
+    chosen: MosaicGpuTiles,
 ) -> Any:
     """Decides the static half of the launch."""
     from pallas_kernels.paged_attention import mosaic_gpu_kernel as kernel
 
-    chosen: MosaicGpuTiles = spec.config or _heuristic(q, kv, max_q_len)
     num_kv_heads = kv.num_kv_heads
     group = q.shape[1] // num_kv_heads
     fits_one = max_q_len * group <= ROWS
-    num_attending = chosen.num_attending if fits_one else 2
+    num_attending = chosen.num_attending
     table_blocks = -(-page_table.shape[1] * kv.page_size // chosen.kv_block)
     cores = _num_cores()
     if max_q_len * group <= 2 * ROWS:
@@ -178,6 +200,7 @@ def _launch(
         share_keys=not fits_one or num_attending == 1,
         kv_block=chosen.kv_block,
         num_stages=chosen.num_stages,
+        num_converted=chosen.num_converted,
         num_parts=max(1, min(wanted, -(-table_blocks // chosen.min_part))),
         sm_scale=spec.sm_scale,
         soft_cap=spec.soft_cap,
@@ -186,21 +209,63 @@ def _launch(
     )
 
 
-def _heuristic(q: jax.Array, kv: PagedKV, max_q_len: int) -> MosaicGpuTiles:
-    """Returns tiles that fit into shared memory, for want of a measured table."""
-    group = q.shape[1] // kv.num_kv_heads
-    is_prefill = max_q_len * group > ROWS
-    has_room = is_prefill and q.shape[2] <= 128 and not kv.is_quantized
-    kv_block = 128 if has_room and _fits(128, kv.page_size) else 64
-    stage = 2 * kv_block * q.shape[2] * kv.k_pages.dtype.itemsize
-    # Queries of 128 rows; or of 64, and results of two warpgroups.
-    rest = (2 if is_prefill else 3) * ROWS * q.shape[2] * 2 + 2 * ROWS * 4
+def case_name(q: jax.Array, kv: PagedKV, num_seqs: int, max_q_len: int) -> str:
+    """Returns the key of the measured tiles: "Q1 S64 N32 K8 H128 B64 bfloat16"."""
+    _, num_heads, head_dim = q.shape
+    longest = min(256, 1 << (max_q_len - 1).bit_length())
+    most = 1 << (num_seqs - 1).bit_length()
+    heads = f"N{num_heads} K{kv.num_kv_heads} H{head_dim}"
+    return f"Q{longest} S{most} {heads} B{kv.page_size} {kv.k_pages.dtype}"
+
+
+def choose_tiles(
+    q: jax.Array, kv: PagedKV, num_seqs: int, max_q_len: int, explicit: MosaicGpuTiles | None
+) -> MosaicGpuTiles:
+    """Returns explicit tiles, else measured ones, else the first guess."""
+    case = case_name(q, kv, num_seqs, max_q_len)
+    guess = functools.partial(next, candidates(q, kv, max_q_len))
+    return tiles_lib.choose(OP, target_lib.current(), case, MosaicGpuTiles, explicit, guess)
+
+
+def candidates(q: jax.Array, kv: PagedKV, max_q_len: int) -> Iterator[MosaicGpuTiles]:
+    """Enumerates tiles that fit into shared memory, the most promising first."""
+    rows = max_q_len * q.shape[1] // kv.num_kv_heads
+    is_prefill = rows > ROWS
+    has_registers = is_prefill and q.shape[2] <= 128 and not kv.is_quantized
+    blocks = (128, 64) if has_registers else (64, 128)
+    bounds = ((4, 24),) if is_prefill else ((4, 24), (4, 12), (8, 48))
+    rings = [(2, 2), (1, 2), (1, 1)]  # attending warpgroups, converted blocks
+    if is_prefill and not (kv.is_quantized and q.shape[2] > 128):
+        rings = [(2, 2), (2, 1)]
+    elif kv.is_quantized and q.shape[2] > 128:
+        rings = rings[1:]  # four warpgroups leave too few registers for sums so wide
+    if not kv.is_quantized:
+        rings = [ring for ring in rings if ring[1] == 2]
+    shapes = itertools.product(blocks, bounds, rings, (6, 4, 2))
+    for kv_block, (min_part, max_part), (num_attending, num_converted), num_stages in shapes:
+        tiles = MosaicGpuTiles(
+            kv_block=kv_block,
+            num_stages=num_stages,
+            num_converted=num_converted,
+            num_attending=num_attending,
+            min_part=min_part,
+            max_part=max_part,
+        )
+        room = target_lib.TARGETS["h100"].smem_bytes
+        if _fits(kv_block, kv.page_size) and _smem_bytes(tiles, q, kv, is_prefill) <= room:
+            yield tiles
+
+
+def _smem_bytes(tiles: MosaicGpuTiles, q: jax.Array, kv: PagedKV, is_prefill: bool) -> int:
+    """Returns the shared memory that a launch takes, or a little more."""
+    head_dim, block = q.shape[2], tiles.kv_block
+    block_bytes = block * head_dim * kv.k_pages.dtype.itemsize
+    # Of 64 rows: queries, and results where two warpgroups share them.
+    sets = 3 if tiles.num_attending == 2 and not is_prefill else tiles.num_attending
+    total = sets * ROWS * head_dim * 2 + 2 * tiles.num_stages * block_bytes
     if kv.is_quantized:
-        rest += 2 * 2 * kv_block * q.shape[2] * 2
-        stage += 2 * kv_block * 4
-    room = target_lib.TARGETS["h100"].smem_bytes - rest - 2048
-    stages = max(2, min(6, room // stage // 2 * 2))
-    return MosaicGpuTiles(kv_block=kv_block, num_stages=stages)
+        total += 2 * tiles.num_converted * block * head_dim * 2 + 2 * tiles.num_stages * block * 4
+    return total + (4096 if kv.is_quantized else 2048)  # lse, barriers, alignment
 
 
 def _num_cores() -> int:
@@ -238,7 +303,7 @@ def _list_blocks(tiles: packing.Tiles, kv_lens: jax.Array, launch: Any) -> _Bloc
 
 
 def _list_items(
-    tiles: packing.Tiles, blocks: _Blocks, num_kv_heads: int, launch: Any, spec: AttentionSpec
+    tiles: packing.Tiles, blocks: _Blocks, num_kv_heads: int, launch: Any, chosen: MosaicGpuTiles
 ) -> tuple[jax.Array, jax.Array]:
     """Splits the tiles' blocks into items, the largest first.
 
@@ -256,11 +321,10 @@ def _list_items(
         num_items = num_tiles
         size = blocks.num
     else:
-        bounds: MosaicGpuTiles = spec.config or MosaicGpuTiles()
         per_wave = -(-_num_cores() // num_kv_heads)
         extra = 4 * per_wave
         total = blocks.num.sum()
-        size = jnp.clip(-(-total // per_wave), bounds.min_part, bounds.max_part)
+        size = jnp.clip(-(-total // per_wave), chosen.min_part, chosen.max_part)
         size = jnp.maximum(size, -(-total // extra))
         size = jnp.maximum(size, launch.stride)  # no part but the last leaves a warpgroup idle
         count = jnp.minimum(-(-blocks.num // size), launch.num_parts)

@@ -46,6 +46,7 @@ class Launch:
       share_keys: each has its own 64 rows; else each takes every other KV block.
       kv_block: keys of a step, 64 or 128; divides the page or is a multiple of it.
       num_stages: of the ring that TMA fills.
+      num_converted: slots of the ring of converted blocks.
       num_parts: partial results a tile may have (before `share_keys=False` doubles them).
     """
 
@@ -53,6 +54,7 @@ class Launch:
     share_keys: bool
     kv_block: int
     num_stages: int
+    num_converted: int
     num_parts: int
     sm_scale: float
     soft_cap: float | None
@@ -73,7 +75,7 @@ class Launch:
         The block starts with 65536 / threads for every thread; a role that asks for more waits
         until others have given back enough, so the sum over warpgroups must stay within 512.
         """
-        copy, convert = 40, 104
+        copy, convert = 40, 104 if self.num_attending == 2 else 160
         rest = 504 - copy - (convert if is_quantized else 0)
         attend = min(240, rest // self.num_attending // 8 * 8)
         return {"copy": copy, "convert": convert, "attend": attend}
@@ -176,9 +178,10 @@ def _scratch(q: jax.Array, kv: PagedKV, launch: Launch) -> dict[str, Any]:
         scratch[f"raw_{x}_s"] = scratch[f"{x}_s"]
         if kv.k_scale is not None:
             scratch[f"{x}_scale_s"] = plgpu.SMEM((stages, block), jnp.float32)
-        scratch[f"{x}_s"] = _tiled((2, block, head_dim), q.dtype)
-        scratch[f"{x}_full"] = plgpu.Barrier(num_barriers=2)
-        scratch[f"{x}_free"] = plgpu.Barrier(num_arrivals=sharing, num_barriers=2)
+        slots = launch.num_converted
+        scratch[f"{x}_s"] = _tiled((slots, block, head_dim), q.dtype)
+        scratch[f"{x}_full"] = plgpu.Barrier(num_barriers=slots)
+        scratch[f"{x}_free"] = plgpu.Barrier(num_arrivals=sharing, num_barriers=slots)
     return scratch
 
 
@@ -203,27 +206,26 @@ def _kernel(
     item, role = lax.axis_index("item"), lax.axis_index("role")
     num_blocks = items_g[item, NUM_BLOCKS]
     attending = launch.num_attending
+    registers = launch.registers(is_quantized)
 
-    @pl.when(num_blocks > 0)
-    def _run():
-        @pl.when(role < attending)
-        def _attend():
-            plgpu.set_max_registers(launch.registers(is_quantized)["attend"], action="increase")
-            _attend_role(items_g, positions_g, tree_g, o_g, lse_g, launch, scratch)
+    def attend() -> None:
+        plgpu.set_max_registers(registers["attend"], action="increase")
+        _attend_role(items_g, positions_g, tree_g, o_g, lse_g, launch, scratch)
 
-        @pl.when(role == attending)
-        def _copy():
-            plgpu.set_max_registers(launch.registers(is_quantized)["copy"], action="decrease")
-            pages = {"k": (k_g, k_scale_g), "v": (v_g, v_scale_g)}
-            _copy_role(items_g, table_g, q_g, pages, launch, scratch, is_quantized)
+    def copy() -> None:
+        plgpu.set_max_registers(registers["copy"], action="decrease")
+        pages = {"k": (k_g, k_scale_g), "v": (v_g, v_scale_g)}
+        _copy_role(items_g, table_g, q_g, pages, launch, scratch, is_quantized)
 
-        if is_quantized:
+    def convert() -> None:
+        plgpu.set_max_registers(registers["convert"], action="decrease")
+        _convert_role(num_blocks, launch, scratch, has_scales)
 
-            @pl.when(role == attending + 1)
-            def _convert():
-                budget = launch.registers(is_quantized)["convert"]
-                plgpu.set_max_registers(budget, action="decrease")
-                _convert_role(num_blocks, launch, scratch, has_scales)
+    def serve() -> None:
+        lax.cond(role == attending, copy, convert) if is_quantized else copy()
+
+    # One chain of branches: ptxas gives a role its own registers only so.
+    pl.when(num_blocks > 0)(lambda: lax.cond(role < attending, attend, serve))
 
 
 def _copy_role(
@@ -235,7 +237,7 @@ def _copy_role(
     scratch: dict[str, Any],
     is_quantized: bool,
 ) -> None:
-    """Fills the ring with the item's KV blocks, page by page."""
+    """Fills the ring with the item's KV blocks."""
     item, head = lax.axis_index("item"), lax.axis_index("head")
     tile, seq = items_g[item, TILE], items_g[item, SEQ]
     first, num_blocks = items_g[item, FIRST_BLOCK], items_g[item, NUM_BLOCKS]
@@ -317,7 +319,7 @@ def _convert_role(
 
     def step(b: jax.Array, carry: tuple[()]) -> tuple[()]:
         raw = lax.rem(b, jnp.int32(launch.num_stages))
-        slot = lax.rem(b, jnp.int32(2))
+        slot = lax.rem(b, jnp.int32(launch.num_converted))
         for x in "kv":
             plgpu.barrier_wait(scratch[f"raw_{x}_full"].at[raw])
             block = target_lib.gpu_load(
@@ -331,7 +333,7 @@ def _convert_role(
                 block = block * lax.broadcast_in_dim(scale.astype(dtype), block.shape, [0])
             plgpu.barrier_arrive(scratch[f"raw_{x}_free"].at[raw])
 
-            @pl.when(b >= 2)
+            @pl.when(b >= launch.num_converted)
             def _wait(x=x, slot=slot):
                 plgpu.barrier_wait(scratch[f"{x}_free"].at[slot])
 
@@ -341,7 +343,7 @@ def _convert_role(
         return carry
 
     lax.fori_loop(0, num_blocks, step, ())
-    _drain([scratch["k_free"], scratch["v_free"]], 2, num_blocks)
+    _drain([scratch["k_free"], scratch["v_free"]], launch.num_converted, num_blocks)
 
 
 def _attend_role(
@@ -368,9 +370,6 @@ def _attend_role(
     position = load(positions_g.at[tile, rows])
     words = [load(tree_g.at[tile, w, rows]) for w in range(launch.tree_words)]
 
-    def row_full(value: float) -> jax.Array:
-        return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), row_layout)
-
     def take_turn() -> None:
         """While one warpgroup does its softmax the other has the tensor cores."""
         if launch.share_keys and launch.num_attending == 2:
@@ -389,20 +388,20 @@ def _attend_role(
 
         s = pl.run_scoped(qk, plgpu.ACC((ROWS, block), jnp.float32))
         plgpu.barrier_arrive(scratch["k_free"].at[slot])
-        if launch.soft_cap is None:
-            s = s * (launch.sm_scale * _LOG2E)
-        else:
-            cap = launch.soft_cap
-            s = jnp.tanh(s * (launch.sm_scale / cap)) * (cap * _LOG2E)
+        factor = launch.sm_scale * _LOG2E
+        if launch.soft_cap is not None:
+            cap = launch.soft_cap  # tanh by exp2: the hardware's own has 11 bits, too few
+            s = cap - (2 * cap) / (jnp.exp2(s * (2 * factor / cap)) + 1.0)
+            factor = _LOG2E
         if is_masked:
             s = jnp.where(
                 _mask((first + b) * block, s.shape, position, words, tree_start, launch),
                 s,
                 -jnp.inf,
             )
-        new_top = jnp.maximum(top, s.max(axis=1))
+        new_top = jnp.maximum(top, s.max(axis=1) * factor)
         alpha = jnp.exp2(top - new_top)
-        p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))
+        p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_top, s.shape, [0]))
         acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
         total = total * alpha + p.sum(axis=1)
         p = p.astype(q_s.dtype)
@@ -420,7 +419,8 @@ def _attend_role(
 
     plgpu.barrier_wait(scratch["q_full"])
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-    carry = (zeros, row_full(_LOWEST), row_full(0.0))
+    top, total = (plgpu.layout_cast(jnp.full((ROWS,), x), row_layout) for x in (_LOWEST, 0.0))
+    carry = (zeros, top, total)
     masked = functools.partial(step, is_masked=True)
     if launch.share_keys:
         full_first, full_end = items_g[item, FULL_FIRST], items_g[item, FULL_END]

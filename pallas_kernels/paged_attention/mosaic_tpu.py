@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,11 +18,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import target as target_lib
+from pallas_kernels import tiles as tiles_lib
 from pallas_kernels.dispatch import Impl
 from pallas_kernels.paged_attention import packing
 from pallas_kernels.paged_attention.base import AttentionSpec, PagedKV
 from pallas_kernels.target import Target
 
+OP = "paged_attention.mosaic_tpu"  # in the tables of measured tiles
 # Rows of the work list, i32 [4, tiles]; a transposed list wastes no scalar memory on padding.
 _SEQ, _FIRST, _NUM, _LEN = range(4)
 _LANES = 128
@@ -135,7 +139,7 @@ def _run_tiles(
     max_q_len: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the sequences with tokens left in q_lens, max_q_len at most; elsewhere zeros."""
-    chosen: MosaicTpuTiles = spec.config or _heuristic(q, kv)
+    chosen = choose_tiles(q, kv, max_q_len, spec.config)
     group = q.shape[1] // kv.num_kv_heads
     tiles = packing.list_tiles(q_lens, max_q_len, q.shape[0], max(1, chosen.q_rows // group))
     rows = _round_up(tiles.tile_tokens * group, _sublanes(q.dtype))
@@ -155,6 +159,33 @@ def _run_tiles(
     starts = packing.first_nodes(tiles, kv_lens)
     out, lse = _attend_tiles(work, page_table, starts, packed, kv, launch, limit)
     return packing.unpack(out, lse, q_starts, tiles, q.shape[0], group)
+
+
+def case_name(q: jax.Array, kv: PagedKV, max_q_len: int) -> str:
+    """Returns the key of the measured tiles: "Q1 N32 K8 H128 B64 bfloat16"."""
+    _, num_heads, head_dim = q.shape
+    longest = min(256, 1 << (max_q_len - 1).bit_length())
+    heads = f"N{num_heads} K{kv.num_kv_heads} H{head_dim}"
+    return f"Q{longest} {heads} B{kv.page_size} {kv.k_pages.dtype}"
+
+
+def choose_tiles(
+    q: jax.Array, kv: PagedKV, max_q_len: int, explicit: MosaicTpuTiles | None
+) -> MosaicTpuTiles:
+    """Returns explicit tiles, else measured ones, else the first guess."""
+    case = case_name(q, kv, max_q_len)
+    guess = functools.partial(_heuristic, q, kv)
+    return tiles_lib.choose(OP, target_lib.current(), case, MosaicTpuTiles, explicit, guess)
+
+
+def candidates(q: jax.Array, kv: PagedKV) -> Iterator[MosaicTpuTiles]:
+    """Enumerates tiles, the first guess first."""
+    first = _heuristic(q, kv)
+    yield first
+    for kv_block, q_rows in itertools.product((256, 512, 1024, 2048), (64, 128, 256)):
+        tiles = MosaicTpuTiles(kv_block=kv_block, q_rows=q_rows)
+        if tiles != first and kv_block % kv.page_size == 0:
+            yield tiles
 
 
 def _heuristic(q: jax.Array, kv: PagedKV) -> MosaicTpuTiles:

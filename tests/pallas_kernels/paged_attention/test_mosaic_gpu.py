@@ -25,19 +25,45 @@ QUICK = ("empty places and padding rows", "tree of 16", "chunk with a window", "
 def simulated():
     if reason := target.why_not_interpret("gpu"):
         pytest.skip(reason)
-    with target.interpret():
+    with target.interpret(detect_races=True):
         yield
     target.reset_interpreter()
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_simulated_it_agrees_with_jnp(name, cases, attend_both, simulated):
+def test_simulated_it_agrees_with_jnp_and_has_no_race(name, cases, attend_both, simulated):
     attend_both(cases[name].build(dtype="bfloat16"), "mosaic_gpu")
+    assert not target.races_found("gpu")
 
 
 @pytest.mark.slow
 def test_every_case_simulated_agrees_with_jnp(case, attend_both, simulated):
     attend_both(case.build(seed=1, dtype="bfloat16"), "mosaic_gpu")
+    assert not target.races_found("gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
+def test_8_bit_pages_of_64_tokens(make_case, attend_both, simulated, kv_dtype):
+    case = make_case(name="", seqs=((1, 200), (1, 64)), page_size=64, kv_dtype=kv_dtype)
+    attend_both(case.build(dtype="bfloat16"), "mosaic_gpu")
+
+
+@pytest.mark.slow
+def test_8_bit_pages_of_wide_heads(make_case, attend_both, simulated):
+    """There is room for one converted block in chunks, and for one attending warpgroup else."""
+    case = make_case(
+        name="", seqs=((70, 90), (1, 150)), head_dim=256, page_size=64, kv_dtype="float8_e4m3fn"
+    )
+    attend_both(case.build(dtype="bfloat16"), "mosaic_gpu")
+
+
+@pytest.mark.slow
+def test_fp8_pages_need_no_scales(make_case, attend_both, simulated):
+    case = make_case(name="", seqs=((1, 200), (1, 64)), page_size=16, kv_dtype="float8_e4m3fn")
+    inputs = case.build(dtype="bfloat16")
+    plain = dataclasses.replace(inputs.kv, k_scale=None, v_scale=None)
+    attend_both(dataclasses.replace(inputs, kv=plain), "mosaic_gpu")
 
 
 @pytest.mark.slow
@@ -67,7 +93,7 @@ def test_the_work_list_holds_every_block_once(num_seqs, tile_tokens, min_part):
         sliding_window=None if min_part == 1 else 100,
         max_q_len=99,
         return_lse=False,
-        config=config,
+        config=None,
     )
     for _ in range(3):
         q_lens = rng.integers(0, 2 if tile_tokens == 1 else 100, num_seqs).astype(np.int32)
@@ -76,11 +102,11 @@ def test_the_work_list_holds_every_block_once(num_seqs, tile_tokens, min_part):
         q = jax.ShapeDtypeStruct((500, 32, 128), jnp.bfloat16)
         kv = jax.eval_shape(lambda: PagedKV(*[jnp.zeros((9, 8, 64, 128), jnp.bfloat16)] * 2))
         table = jax.ShapeDtypeStruct((num_seqs, 700), jnp.int32)
-        launch = mosaic_gpu._launch(q, kv, table, None, spec, 1)
+        launch = mosaic_gpu._launch(q, kv, table, None, spec, 1, config)
         max_q_len = 1 if tile_tokens == 1 else 99
         tiles = packing.list_tiles(jnp.asarray(q_lens), max_q_len, 500, tile_tokens)
         blocks = mosaic_gpu._list_blocks(tiles, jnp.asarray(kv_lens), launch)
-        items, written = mosaic_gpu._list_items(tiles, blocks, 8, launch, spec)
+        items, written = mosaic_gpu._list_items(tiles, blocks, 8, launch, config)
         items = np.asarray(items)
         assert (np.diff(items[:, 4]) <= 0).all()
         covered = {}
@@ -147,8 +173,24 @@ def test_without_a_hopper_gpu_it_says_so():
         )
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("kv_dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("max_q_len", [1, 512])
+def test_tiles_without_a_table_fit_every_head(head_dim, kv_dtype, max_q_len):
+    q, kv, *_ = _abstract(kv_dtype=kv_dtype, head_dim=head_dim)
+    first, *_ = mosaic_gpu.candidates(q, kv, max_q_len)
+    assert first.num_stages >= 2
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"kv_block": 96}, {"num_stages": 3}, {"num_attending": 3}, {"min_part": 30}]
+    "wrong",
+    [
+        {"kv_block": 96},
+        {"num_stages": 3},
+        {"num_attending": 3},
+        {"num_converted": 3},
+        {"min_part": 30},
+    ],
 )
 def test_impossible_tiles_are_refused(wrong):
     with pytest.raises(ValueError, match="MosaicGpuTiles"):

@@ -55,6 +55,29 @@ def test_16_bit_pages(make_case, attend_both, simulated):
     attend_both(case.build(dtype="bfloat16"), "mosaic_tpu")
 
 
+@pytest.mark.parametrize("impl", ["xla", "mosaic_tpu"])
+def test_it_agrees_with_the_specification_of_the_kernel_that_jax_brings(make_case, simulated, impl):
+    """JAX's own wants K and V interleaved, [P, B, 2 K, H], and no empty place."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
+
+    case = make_case(
+        name="", seqs=((1, 70), (20, 33), (1, 64)), soft_cap=20.0, sliding_window=30, scale=3.0
+    )
+    inputs = case.build()
+    q, kv, kv_lens, page_table, q_starts = inputs.args
+    out = ragged_paged_attention(*inputs.args, **inputs.kwargs, impl=impl)
+    pages = jnp.stack([kv.k_pages, kv.v_pages], axis=2)  # [P, K, 2, B, H]
+    pages = jnp.moveaxis(pages, 3, 1).reshape(len(kv.k_pages), 8, 4, 32)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        expected = ref_ragged_paged_attention(
+            *(q, pages, kv_lens, page_table, q_starts, jnp.array([3], jnp.int32)),
+            sm_scale=inputs.options["sm_scale"],
+            soft_cap=20.0,
+            sliding_window=30,
+        )
+    assert jnp.allclose(out, expected, atol=1e-5)
+
+
 def _abstract(dtype=jnp.bfloat16, kv_dtype=jnp.bfloat16, head_dim=128, page=64):
     s = jax.ShapeDtypeStruct
     pages = s((64, 8, page, head_dim), kv_dtype)
