@@ -10,7 +10,6 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from jinfer.models import rope
-from jinfer.models.model import Model
 from jinfer.weights.gguf import gguf_config
 from jinfer.weights.gguf_file import GGUFFile
 from jinfer.weights.load import load
@@ -388,21 +387,6 @@ def test_logits_equal_those_of_transformers_on_the_same_file(family, tiny, tmp_p
     loaded, params = load(path)
     logits = loaded.logits(params, jnp.asarray(ids, jnp.int32))
     np.testing.assert_allclose(logits, expected, atol=2e-4)
-
-
-GOLDEN = ["base-tiny-llama", "base-tiny-qwen2"] + [
-    f"gguf-{kind}" for kind in ("f16", "q4_0", "q4_1", "q4_k_m", "q5_0", "q8_0")
-]
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden_checkpoints_give_their_logits(name, shared_data):
-    folder = shared_data / "quantized" / name
-    golden = np.load(folder / "golden.npz")
-    model, params = load(folder)
-    assert isinstance(model, Model) and model.config.eos_token_ids == (257,)
-    logits = model.logits(params, jnp.asarray(golden["input_ids"], jnp.int32))
-    np.testing.assert_allclose(logits, golden["logits"], atol=5e-4)
 
 
 def test_the_default_model_loads_with_its_own_end(smollm2_path):
