@@ -71,16 +71,8 @@ def _take_rows(w: Array, tokens: Array) -> Array:
 
 
 def _read_rows(w: Array, tokens: Array) -> Array:
-    """`_take_rows` for 16 bits on CPUs, where XLA would widen the whole table to gather from it.
-
-    Few rows come out of a product with one-hot rows, which is exact and reads the table once; many
-    are gathered from a copy of the table as integers.
-    """
-    tokens = jnp.clip(tokens, 0, w.shape[0] - 1)
-    if tokens.size <= 64:
-        one_hot = jax.nn.one_hot(tokens.reshape(-1), w.shape[0], dtype=w.dtype)
-        rows = _product("ti,io->to", one_hot, w).astype(w.dtype)
-        return rows.reshape(*tokens.shape, w.shape[1])
+    """`_take_rows` for 16 bits on CPUs, as integers: in a loop XLA widens the table before it, to
+    f32 if it sees floats."""
     bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
     return jax.lax.bitcast_convert_type(_take_rows(bits, tokens), w.dtype)
 

@@ -177,14 +177,15 @@ def decode_loop(
         tokens, state = _sample(logits, args, state, here, active, None)
         return i + 1, kv, state, out_tokens.at[i].set(tokens), logits
 
-    carry = (
-        jnp.zeros((), jnp.int32),
-        kv,
-        state,
-        jnp.zeros((max_steps, size), jnp.int32),
-        jnp.zeros((size, model.config.vocab_size), jnp.float32),
-    )
-    _, kv, state, out_tokens, logits = jax.lax.while_loop(lambda c: c[0] < num_steps, step, carry)
+    first = jnp.zeros((), jnp.int32)
+    out_tokens = jnp.zeros((max_steps, size), jnp.int32)
+    if max_steps == 1:  # without a loop, whose carry costs, and which XLA on CPUs optimises less
+        _, kv, state, out_tokens, logits = step((first, kv, state, out_tokens, None))
+    else:
+        logits = jnp.zeros((size, model.config.vocab_size), jnp.float32)
+        carry = (first, kv, state, out_tokens, logits)
+        carry = jax.lax.while_loop(lambda c: c[0] < num_steps, step, carry)
+        _, kv, state, out_tokens, logits = carry
     return StepOutput(out_tokens, logits, None), kv, state
 
 
