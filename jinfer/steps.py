@@ -142,7 +142,7 @@ def decode_loop(
       state: sampler state, donated.
       batch: S sequences, padded to a bucket.
       args: sampling fields.
-      num_steps: dynamic, at most `max_steps`.
+      num_steps: dynamic, 1 to `max_steps`.
       max_steps: static height of the returned tokens.
       impl: attention backend.
 

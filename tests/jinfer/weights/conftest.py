@@ -7,10 +7,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jinfer import qtensor
 from jinfer.config import ModelConfig
 from jinfer.models.families import (
     assemble,
@@ -137,3 +139,24 @@ def write_hf() -> Callable[..., pathlib.Path]:
 @pytest.fixture
 def one_line() -> Callable[..., None]:
     return assert_one_line
+
+
+def is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, qtensor.QTensor)
+
+
+@pytest.fixture(scope="session")
+def linears() -> Callable[..., list[qtensor.QTensor]]:
+    """The quantized weights of a params tree."""
+    return lambda params: [
+        x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)
+    ]
+
+
+@pytest.fixture(scope="session")
+def dense() -> Callable[..., Any]:
+    """A params tree with its quantized weights dequantized."""
+    dequantize = jax.jit(qtensor.dequantize)
+    return lambda params: jax.tree.map(
+        lambda x: dequantize(x) if is_quantized(x) else x, params, is_leaf=is_quantized
+    )

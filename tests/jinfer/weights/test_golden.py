@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import load, qtensor
+from jinfer import load
 from jinfer.qlinear import qmatmul
-from jinfer.qtensor import QTensor
 
 GOLDEN = pathlib.Path(__file__).parents[4] / "shared" / "data" / "quantized"
 NAMES = sorted(p.parent.name for p in GOLDEN.glob("*/golden.npz") if p.parent.name[:4] != "peft")
@@ -53,34 +52,23 @@ QUANTIZED_INPUTS = {
 }
 EXACT = 1e-4  # f32 logits of the same weights; the other libraries' readers get within 1e-5
 pytestmark = pytest.mark.skipif(not NAMES, reason="../shared/data/quantized is not there")
-dequantize = jax.jit(qtensor.dequantize)
-
-
-def is_quantized(leaf):
-    return isinstance(leaf, QTensor)
-
-
-def dense(params):
-    return jax.tree.map(
-        lambda x: dequantize(x) if is_quantized(x) else x, params, is_leaf=is_quantized
-    )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_checkpoint_gives_the_logits_of_its_library(name):
+def test_every_checkpoint_gives_the_logits_of_its_library(name, linears, dense):
     golden = np.load(GOLDEN / name / "golden.npz")
     tolerance = json.loads((GOLDEN / name / "meta.json").read_text())["tolerance"]
     model, params = load(GOLDEN / name, dtype="float32")
-    linears = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
-    assert {str(x.fmt) for x in linears} == ({FORMATS[name]} if name in FORMATS else set())
-    assert len(linears) in (0, 14)
+    weights = linears(params)
+    assert {str(x.fmt) for x in weights} == ({FORMATS[name]} if name in FORMATS else set())
+    assert len(weights) in (0, 14)
 
     array = WEIGHTS_ONLY.get(name, "logits")
     assert EXACT < tolerance[array] <= 5e-4
     logits = jax.jit(model.logits)
     tokens = jnp.asarray(golden["input_ids"], jnp.int32)
     np.testing.assert_allclose(logits(dense(params), tokens), golden[array], atol=EXACT)
-    if not linears:
+    if not weights:
         return
     served = np.asarray(logits(params, tokens))
     if name not in QUANTIZED_INPUTS:

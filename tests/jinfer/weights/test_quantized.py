@@ -19,20 +19,6 @@ quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 dequantize = jax.jit(qtensor.dequantize)
 
 
-def is_quantized(leaf):
-    return isinstance(leaf, QTensor)
-
-
-def dense(params):
-    return jax.tree.map(
-        lambda x: dequantize(x) if is_quantized(x) else x, params, is_leaf=is_quantized
-    )
-
-
-def linears(params):
-    return [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
-
-
 def quantized_tensors(tiny, fmt, write):
     """A tiny model's tensors with all linears of its layers quantized, and the QTensors."""
     tensors, weights = {}, {}
@@ -69,7 +55,9 @@ def names_and_weights(tiny, weights):
         ("qwen3_moe", "fp8-e4m3-channel:dyn", write_ct, ct_config),
     ],
 )
-def test_every_shape_of_module_loads(family, text, write, config_of, tiny, write_hf, tmp_path):
+def test_every_shape_of_module_loads(
+    family, text, write, config_of, tiny, write_hf, tmp_path, linears, dense
+):
     model = tiny(family)
     tensors, weights = quantized_tensors(model, QFormat.parse(text), write)
     hf = model.hf | {"quantization_config": config_of(weights)}
