@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jinfer.commands import chat, generate, plan
+from jinfer.commands import bench, chat, generate, plan
 from jinfer.commands.terminal import PROG, one_line, say
 
-COMMANDS = {"generate": generate, "chat": chat, "plan": plan}
+COMMANDS = {"generate": generate, "chat": chat, "plan": plan, "bench": bench}
 
 
 class Parser(argparse.ArgumentParser):

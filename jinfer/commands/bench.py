@@ -1,0 +1,36 @@
+"""`jinfer bench`: one measurement a name, each in its own module `bench_NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from typing import Any
+
+from jinfer.commands import bench_prefix
+from jinfer.commands.bench_report import add_json_argument
+
+SUMMARY = "measure one part of the engine against a peer"
+BENCHES: dict[str, Any] = {"prefix": bench_prefix}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares a subcommand for each bench."""
+    benches = parser.add_subparsers(required=True, metavar="BENCH")
+    for name, module in BENCHES.items():
+        bench = benches.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=inspect.getdoc(module.run),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(bench)
+        add_json_argument(bench)
+        bench.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        )
+        bench.set_defaults(run_bench=module.run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs one bench; prints its rows, and writes them with --json for `docs/benchmarks.md`."""
+    return args.run_bench(args)

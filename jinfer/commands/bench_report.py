@@ -1,0 +1,112 @@
+"""The form that every bench writes: rows of case, metric and value, beside a peer and a goal."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "numpy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured number.
+
+    Attributes:
+      case, metric, unit: what was measured.
+      value: ours.
+      peer, peer_value: what it stands beside, if anything.
+      ratio: how many times better than the peer; `goal`: how many were aimed at.
+      limit: what the hardware, or a bound that was promised, would allow.
+      own: which variant of ours, where a bench tries several.
+    """
+
+    case: str
+    metric: str
+    unit: str
+    value: float
+    peer: str | None = None
+    peer_value: float | None = None
+    ratio: float | None = None
+    goal: float | None = None
+    limit: float | None = None
+    own: str | None = None
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Declares `--json`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+
+
+def finish(
+    rows: Sequence[Row], *, command: str, json_file: Path | None, **more: Any
+) -> dict[str, Any]:
+    """Prints the rows and writes the report where asked; returns it.
+
+    Args:
+      rows: what was measured.
+      command: the command line that measures it again.
+      json_file: where to write, or None.
+      more: further keys of the report, such as raw times.
+    """
+    report = {
+        "device": device_name(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        **more,
+    }
+    print(f"{report['device']}; " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
+    last = None
+    for row in rows:
+        if row.case != last:
+            print(f"\n{row.case}")
+        last = row.case
+        print(_line(row))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _line(row: Row) -> str:
+    text = f"  {row.metric:<36} {row.value:.4g} {row.unit}"
+    if row.own:
+        text += f" ({row.own})"
+    if row.peer is not None and row.peer_value is not None:
+        text += f"; {row.peer} {row.peer_value:.4g}"
+    if row.ratio is not None:
+        text += f": {row.ratio:.3g}x"
+    if row.goal is not None and row.ratio is not None:
+        text += f" (goal {row.goal:g}x {'met' if row.ratio >= row.goal else 'MISSED'})"
+    if row.limit is not None:
+        text += f", limit {row.limit:.4g}"
+    return text
+
+
+def device_name() -> str:
+    """The accelerator that jax uses, or the processor's own name for itself."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return str(jax.devices()[0].device_kind)
+    return f"{_cpu_name()}, {os.cpu_count()} cores"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
