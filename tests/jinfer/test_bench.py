@@ -46,7 +46,7 @@ def bench(tmp_path, *argv):
 def test_the_tree_bench_fills_looks_up_and_evicts(tmp_path):
     rows = bench(tmp_path, "prefix", "--case", "tree", "--tree-pages", 1000)
     assert {metric for _, metric in rows} == {"lookup_us_per_page", "evict_us_per_page"}
-    assert all(0 < row["value"] and row["limit"] == 50 for row in rows.values())
+    assert all(row["value"] > 0 and row["limit"] == 50 for row in rows.values())
 
 
 def test_the_prefix_bench_counts_the_prompt_tokens_that_were_computed(tmp_path, tiny_model):
