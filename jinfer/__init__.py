@@ -6,10 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jinfer.beam_params import BeamSearchParams as BeamSearchParams
     from jinfer.functional import Generated as Generated
     from jinfer.functional import generate as generate
     from jinfer.llm import LLM as LLM
     from jinfer.models.model import Model as Model
+    from jinfer.outputs import BeamSearchOutput as BeamSearchOutput
+    from jinfer.outputs import BeamSearchSequence as BeamSearchSequence
     from jinfer.outputs import CompletionOutput as CompletionOutput
     from jinfer.outputs import Logprob as Logprob
     from jinfer.outputs import RequestOutput as RequestOutput
@@ -24,6 +27,9 @@ _MODULES = {
     "Generated": "jinfer.functional",
     "LLM": "jinfer.llm",
     "Model": "jinfer.models.model",
+    "BeamSearchOutput": "jinfer.outputs",
+    "BeamSearchParams": "jinfer.beam_params",
+    "BeamSearchSequence": "jinfer.outputs",
     "CompletionOutput": "jinfer.outputs",
     "Logprob": "jinfer.outputs",
     "RequestOutput": "jinfer.outputs",

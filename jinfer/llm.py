@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jinfer import beam_search as beams
 from jinfer import llm_options as options
+from jinfer.beam_params import BeamSearchParams
 from jinfer.engine.core import Engine
 from jinfer.engine.runner import Runner, compile_counter
 from jinfer.groups import LogprobFormatter, RequestGroup
 from jinfer.models.model import Model
-from jinfer.outputs import RequestOutput
+from jinfer.outputs import BeamSearchOutput, RequestOutput
 from jinfer.prompts import apply_chat_template, read_prompt
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
 from jinfer.typing import Params
@@ -355,6 +357,49 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def beam_search(
+        self,
+        prompts: Any,
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+        prefix_allowed_tokens_fn: beams.PrefixAllowedTokens | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Finds the most likely continuations of all prompts, and returns them in order.
+
+        Requests that are under way go on meanwhile; `step` brings what they gained.
+
+        Args:
+          prompts: one prompt or a list: see `add_request`.
+          params: of all searches.
+          use_tqdm: show a progress bar on stderr.
+          concurrency_limit: most prompts at a time; default: as many as `max_num_seqs` beams are.
+          prefix_allowed_tokens_fn: fn(prompt number, token ids so far, the prompt's included)
+            returns the ids that may come next.
+
+        Raises:
+          ValueError, TypeError: a prompt cannot be served; none is.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
+        read = [read_prompt(prompt, self._tokenizer) for prompt in options.as_list(prompts)]
+
+        def step_engine() -> None:
+            self._undelivered += self._step()
+
+        with _progress_bar(len(read), use_tqdm, "beam search") as bar:
+            return beams.search(
+                self._engine,
+                read,
+                params,
+                tokenizer=self._tokenizer,
+                concurrency_limit=concurrency_limit,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                bar=bar,
+                step_engine=step_engine,
+            )
+
     def stream(
         self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[RequestOutput]:
@@ -390,7 +435,7 @@ class LLM:
         return mine
 
 
-def _progress_bar(total: int, is_shown: bool) -> Any:
+def _progress_bar(total: int, is_shown: bool, name: str = "generate") -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="generate", unit="req", disable=not is_shown)
+    return tqdm(total=total, desc=name, unit="req", disable=not is_shown)

@@ -111,3 +111,46 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class BeamSearchSequence:
+    """One text that beam search found.
+
+    Attributes:
+      tokens: the prompt and what was found; an end token is kept here.
+      logprobs: for each token found a dict from its id to its `Logprob` (without rank).
+      cum_logprob: the sum of their log probabilities.
+      score: that over (tokens found) ** length_penalty, by which texts are ranked.
+      num_prompt_tokens: where in `tokens` the prompt ends.
+      text: of `tokens`, the prompt included, as in vLLM; None without a tokenizer.
+      output_text: of the tokens found alone; None without a tokenizer.
+      finish_reason: "stop" at an end token, "length" at `max_tokens`.
+      stop_reason: the id of `stop_token_ids` that ended it; None for the model's end tokens.
+    """
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float
+    score: float
+    num_prompt_tokens: int
+    text: str | None = None
+    output_text: str | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The tokens found, without the prompt's."""
+        return self.tokens[self.num_prompt_tokens :]
+
+
+@dataclasses.dataclass(kw_only=True)
+class BeamSearchOutput:
+    """What beam search found for one prompt.
+
+    Attributes:
+      sequences: best first; fewer than asked for only where masks leave no more.
+    """
+
+    sequences: list[BeamSearchSequence]

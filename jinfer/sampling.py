@@ -338,6 +338,62 @@ def top_logprobs(
     return ids.astype(jnp.int32), top, of_token[:, 0], rank
 
 
+def best_continuations(
+    logits: Float[Array, "S V"],
+    totals: Float[Array, "S"],
+    temperature: Float[Array, "S"],
+    token_mask: UInt[Array, "S W"] | None,
+    *,
+    num_beams: int,
+    k: int,
+) -> tuple[Int[Array, "G k"], Float[Array, "G k"], Float[Array, "G k"]]:
+    """Returns the k best continuations of each group of beams, best first.
+
+    Args:
+      logits: [S, V] of S = G * num_beams beams.
+      totals: [S] each beam's sum of log probabilities; -inf: no beam.
+      temperature: [S] positive; divides the logits.
+      token_mask: as for `process_logits`; masked tokens count as -inf, the others are not
+        renormalised.
+      num_beams: beams in a group.
+      k: at most num_beams * V.
+
+    Returns:
+      beam * V + token [G, k] i32 with beam in 0 .. num_beams - 1, the sum with the token [G, k]
+      f32, -inf for none, and the token's own log probability [G, k] f32. NaN among the logits of a
+      beam comes out as NaN sums.
+    """
+    vocab_size = logits.shape[1]
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature[:, None], axis=-1)
+    if token_mask is not None:
+        logprobs = jnp.where(_unpack_bits(token_mask, vocab_size), logprobs, _NEG_INF)
+    totals = totals[:, None]
+    sums = jnp.where(totals == _NEG_INF, _NEG_INF, logprobs + totals)  # whatever padding holds
+    sums = sums.reshape(-1, num_beams * vocab_size)  # [G, beams * V]
+    best, which = _top_k(sums, k)
+    own = jnp.take_along_axis(logprobs.reshape(sums.shape), which, axis=1)
+    return which, best, own
+
+
+def _top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` of long rows: of the k blocks of neighbours with the greatest maxima only.
+
+    The k largest values lie in them, for each other block has k values above all of its own.
+    """
+    num_rows, size = x.shape
+    if size <= k * _BLOCK:
+        best, which = lax.top_k(x, k)
+        return best, which.astype(jnp.int32)
+    blocks = jnp.pad(x, ((0, 0), (0, -size % _BLOCK)), constant_values=_NEG_INF)
+    blocks = blocks.reshape(num_rows, -1, _BLOCK)
+    _, picked = lax.top_k(jnp.max(blocks, axis=-1), k)
+    picked = jnp.sort(picked, axis=-1)  # so that the first of equals comes first
+    few = jnp.take_along_axis(blocks, picked[:, :, None], axis=1).reshape(num_rows, -1)
+    best, place = lax.top_k(few, k)
+    block = jnp.take_along_axis(picked, place // _BLOCK, axis=1)
+    return best, (block * _BLOCK + place % _BLOCK).astype(jnp.int32)
+
+
 def _unpack_bits(words: Array, vocab_size: int) -> Array:
     """Returns [S, V] bool of [S, W] u32 bit rows."""
     shifts = jnp.arange(32, dtype=jnp.uint32)[None, None, :]

@@ -189,6 +189,43 @@ def decode_loop(
     return StepOutput(out_tokens, logits, None), kv, state
 
 
+@functools.partial(
+    jax.jit, static_argnames=("model", "num_beams", "k", "impl"), donate_argnames=("kv",)
+)
+def beam_step(
+    model: Model,
+    params: Params,
+    kv: KVCache,
+    state: SamplerState,
+    batch: StepBatch,
+    totals: Float[Array, "S"],
+    temperature: Float[Array, "S"],
+    token_mask: UInt32[Array, "S W"] | None = None,
+    *,
+    num_beams: int,
+    k: int,
+    impl: str = "auto",
+) -> tuple[tuple[Array, Array, Array], KVCache]:
+    """Computes the newest token of S beams and chooses the best continuations of each group.
+
+    Args:
+      model: static.
+      params: weights.
+      kv: the pool, donated.
+      state: sampler state, only looked at.
+      batch: S = G * num_beams sequences of one token, given by its id.
+      totals, temperature, token_mask, num_beams, k: see `sampling.best_continuations`.
+      impl: attention backend.
+    """
+    hidden, kv = _forward(model, params, kv, state, batch, impl)
+    logits = model.unembed(params, hidden)
+    with jax.named_scope("beams"):
+        best = sampling.best_continuations(
+            logits, totals, temperature, token_mask, num_beams=num_beams, k=k
+        )
+    return best, kv
+
+
 @functools.partial(jax.jit, donate_argnames=("state",))
 def reset_row(state: SamplerState, row: Int[Array, ""], setup: Any) -> SamplerState:
     """Prepares one sampler row for a request that is (re-)admitted; `state` is donated."""

@@ -16,6 +16,7 @@ MAX_LINES = {"jinfer": 450, "pallas_kernels": 500}
 # modules unless one of them is named.
 FLOORS = {
     "pallas_kernels": -1,
+    "jinfer.beam_params": 0,
     "jinfer.config": 0,
     "jinfer.memory": 0,
     "jinfer.outputs": 0,
@@ -38,6 +39,7 @@ FLOORS = {
     "jinfer.steps": 4,
     "jinfer.tokenizer": 4,
     "jinfer.engine": 5,
+    "jinfer.beam_search": 6,
     "jinfer.build": 6,
     "jinfer.groups": 6,
     "jinfer.llm": 6,
@@ -51,11 +53,13 @@ FLOORS = {
 }
 # These decide on the host and must be testable in milliseconds.
 WITHOUT_JAX = (
+    "jinfer.beam_params",
     "jinfer.commands",
     "jinfer.config",
     "jinfer.engine.detokenizer",
     "jinfer.engine.grammar",
     "jinfer.engine.holdings",
+    "jinfer.engine.hypotheses",
     "jinfer.engine.integrity",
     "jinfer.engine.pages",
     "jinfer.engine.plan",

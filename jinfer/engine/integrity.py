@@ -23,7 +23,7 @@ def check(scheduler: Scheduler) -> None:
     running, waiting = scheduler.running, scheduler.waiting
     pool.check()
     prefix.check()
-    held = collections.Counter(page for r in running for page in r.pages)
+    held = collections.Counter(page for r in [*running, *scheduler.lent] for page in r.pages)
     counts = {page: pool.count(page) for page in range(pool.num_pages)}
     wrong = [p for p, n in counts.items() if n != held[p] + prefix.is_cached(p)]
     if wrong:

@@ -78,6 +78,7 @@ class Scheduler:
         self.running: list[Request] = []  # most urgent first
         self.waiting = WaitingQueue()
         self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self.lent: list[Request] = []  # hold pages, and run beside the plans (beam search)
         self._in_flight: collections.deque[Plan] = collections.deque()
         self._step_ids = itertools.count()
 

@@ -1,0 +1,124 @@
+"""What a user asks of beam search; knows nothing of arrays, tokenizers or models."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import InitVar
+from typing import Any, Literal
+
+from jinfer.config import require
+
+EarlyStopping = bool | Literal["never"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """How the beams of one prompt are kept, ended and reported.
+
+    The search is that of `transformers`. A step looks at the max(2, 1 + end tokens) * beam_width
+    best continuations of all beams. Those among the first beam_width that end a text are finished
+    with the score
+
+        sum of log probabilities / (output tokens, the end token included) ** length_penalty
+
+    and the best beam_width that end none go on. (vLLM counts the prompt's tokens, too.)
+
+    Attributes:
+      beam_width: beams kept.
+      max_tokens: output tokens at most; fewer where the context ends.
+      ignore_eos: go on after the model's end tokens.
+      stop_token_ids: ids that end a text, besides the model's end tokens.
+      temperature: divides the logits; 0, the default of vLLM, leaves them as they are, as 1 does.
+      length_penalty: above 0 favours long texts, below 0 short ones.
+      early_stopping: when the search ends, with beam_width finished texts at hand: True, at once;
+        False, when the best beam, were it to end here, is worse than all of them; "never", when it
+        cannot become better at any length.
+      num_return_sequences: at most beam_width; None = beam_width.
+      allowed_token_ids: all other tokens are banned, without renormalising.
+      include_stop_str_in_output: keep the end token in the text.
+      skip_special_tokens: of the text.
+      structured_outputs: refused unless None.
+
+    Raises:
+      ValueError: a value out of range, with its name.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    stop_token_ids: Sequence[int] = ()
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+    num_return_sequences: int | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    structured_outputs: InitVar[Any] = None
+
+    def __post_init__(self, structured_outputs: Any) -> None:
+        require(
+            structured_outputs is None,
+            "structured_outputs are not built for beam search; restrict single tokens with "
+            "allowed_token_ids",
+        )
+
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("beam_width", "max_tokens"):
+            put(name, _positive(name, getattr(self, name)))
+        if self.num_return_sequences is not None:
+            put(
+                "num_return_sequences", _positive("num_return_sequences", self.num_return_sequences)
+            )
+            require(
+                self.num_returned <= self.beam_width,
+                f"num_return_sequences={self.num_returned} is more than "
+                f"beam_width={self.beam_width}",
+            )
+        for name in ("temperature", "length_penalty"):
+            value = getattr(self, name)
+            is_number = hasattr(value, "__float__") and not isinstance(value, (bool, str, bytes))
+            require(is_number, f"{name} must be a number, got {value!r}")
+            put(name, float(value))
+            require(math.isfinite(getattr(self, name)), f"{name} must be finite, got {value!r}")
+        require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
+        require(
+            isinstance(self.early_stopping, bool) or self.early_stopping == "never",
+            f'early_stopping must be True, False or "never", got {self.early_stopping!r}',
+        )
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
+        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
+        if self.allowed_token_ids is not None:
+            put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+            require(bool(self.allowed_token_ids), "allowed_token_ids is empty: no token may come")
+
+    @property
+    def num_returned(self) -> int:
+        """Texts to return."""
+        return self.beam_width if self.num_return_sequences is None else self.num_return_sequences
+
+
+def _positive(name: str, value: Any) -> int:
+    require(
+        not isinstance(value, bool) and hasattr(value, "__index__"),
+        f"{name} must be an integer, got {value!r}",
+    )
+    number = operator.index(value)
+    require(number > 0, f"{name} must be positive, got {number}")
+    return number
+
+
+def _token_ids(name: str, values: Any) -> tuple[int, ...]:
+    for value in values:
+        require(
+            not isinstance(value, bool) and hasattr(value, "__index__") and value >= 0,
+            f"{name} must hold token ids, got {value!r}",
+        )
+    return tuple(dict.fromkeys(map(operator.index, values)))

@@ -1,0 +1,105 @@
+"""From the prompts of `LLM.beam_search` to its outputs, around the searcher of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jinfer.beam_params import BeamSearchParams
+from jinfer.engine.beam import BeamSearcher
+from jinfer.engine.core import Engine
+from jinfer.engine.hypotheses import Finished, Token
+from jinfer.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
+from jinfer.prompts import Prompt
+
+PrefixAllowedTokens = Callable[[int, list[int]], Sequence[int]]
+"""From a prompt's number and a beam's tokens, the prompt's included, to the ids that may follow."""
+
+
+def search(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    params: BeamSearchParams,
+    *,
+    tokenizer: Any | None,
+    concurrency_limit: int | None,
+    prefix_allowed_tokens_fn: PrefixAllowedTokens | None,
+    bar: Any,
+    step_engine: Callable[[], None],
+) -> list[BeamSearchOutput]:
+    """Runs one search a prompt to its end; see `LLM.beam_search`.
+
+    Args:
+      engine: whose requests go on meanwhile.
+      prompts: one search each.
+      params: of all searches.
+      tokenizer: makes text; None for token ids only.
+      concurrency_limit: most searches at a time.
+      prefix_allowed_tokens_fn: restricts each beam.
+      bar: a progress bar over prompts.
+      step_engine: advances the engine's own requests; called only when there are some.
+
+    Raises:
+      ValueError: a prompt cannot be served; none is.
+      RuntimeError: no search can start though the engine is idle, or a step fails.
+    """
+    searcher = BeamSearcher(engine, params, concurrency_limit=concurrency_limit)
+    for i, prompt in enumerate(prompts):
+        allowed = _allowed(prefix_allowed_tokens_fn, i, prompt.token_ids)
+        searcher.add(prompt.token_ids, cache_salt=prompt.cache_salt, allowed=allowed)
+    found: dict[int, BeamSearchOutput] = {}
+    try:
+        while searcher.has_work():
+            for i, texts in searcher.step():
+                found[i] = _output(texts, prompts[i].token_ids, params, tokenizer)
+                bar.update()
+            if engine.has_work():
+                step_engine()
+            elif searcher.is_stuck:
+                raise RuntimeError(
+                    "no beam search can start though the engine is idle: its pages are held by "
+                    "another search; end that one first"
+                )
+    finally:
+        searcher.close()
+    return [found[i] for i in range(len(prompts))]
+
+
+def _allowed(fn: PrefixAllowedTokens | None, idx: int, prompt: list[int]) -> Any:
+    return None if fn is None else lambda tokens: fn(idx, [*prompt, *tokens])
+
+
+def _output(
+    texts: Sequence[Finished],
+    prompt_token_ids: Sequence[int],
+    params: BeamSearchParams,
+    tokenizer: Any | None,
+) -> BeamSearchOutput:
+    """Turns what was found, best first, into what the user gets."""
+
+    def decode(token_ids: list[int]) -> str | None:
+        if tokenizer is None:
+            return None
+        return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+
+    def entry(token: Token) -> dict[int, Logprob]:
+        return {token.token: Logprob(token.logprob, None, decode([token.token]))}
+
+    def sequence(text: Finished) -> BeamSearchSequence:
+        path = text.last.path()
+        found = [node.token for node in path]
+        is_hidden = text.is_stopped and not params.include_stop_str_in_output
+        shown = found[:-1] if is_hidden else found
+        return BeamSearchSequence(
+            tokens=[*prompt_token_ids, *found],
+            logprobs=[entry(node) for node in path],
+            cum_logprob=text.total,
+            score=text.score,
+            num_prompt_tokens=len(prompt_token_ids),
+            text=decode([*prompt_token_ids, *shown]),
+            output_text=decode(shown),
+            finish_reason="stop" if text.is_stopped else "length",
+            stop_reason=found[-1] if found[-1] in params.stop_token_ids else None,
+        )
+
+    return BeamSearchOutput(sequences=[sequence(text) for text in texts[: params.num_returned]])

@@ -1,0 +1,330 @@
+"""Beam search on the engine's device and page pool, beside its requests; knows nothing of text.
+
+Each search borrows the pages of its prompt's longest cached prefix and as many more as its beams
+can ever need, so that it always runs to its end and gives all back at once. One jitted step serves
+all searches under way; the host sees the few best continuations of each, never the vocabulary.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jinfer import sampling, steps
+from jinfer.batch import StepBatch
+from jinfer.beam_params import BeamSearchParams
+from jinfer.engine import buckets
+from jinfer.engine.core import Engine
+from jinfer.engine.hypotheses import Candidate, Finished, Search, num_pages
+from jinfer.engine.request import Request
+from jinfer.sampling_params import SamplingParams
+
+AllowedTokens = Callable[[list[int]], Sequence[int]]
+"""From the tokens that a beam has found to the ids that may come next."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """A prompt; once it is under way, `request` holds all pages that `search` deals out.
+
+    Number n of the search's own pool is page `request.pages[n]` of the engine's.
+    """
+
+    idx: int
+    request: Request
+    num_pages: int
+    allowed: AllowedTokens | None
+    search: Search | None = None
+
+
+class BeamSearcher:
+    """Searches for the best continuations of prompts, several prompts at a time.
+
+    Args:
+      engine: whose model, pool and cache are used. Its requests may go on between the steps.
+      params: of all searches.
+      concurrency_limit: most prompts at a time; None = as many as `max_num_seqs` beams are.
+
+    Raises:
+      ValueError: the engine cannot hold so many beams, or a token id is foreign.
+    """
+
+    def __init__(
+        self, engine: Engine, params: BeamSearchParams, *, concurrency_limit: int | None = None
+    ) -> None:
+        config, vocab_size = engine.config, engine.runner.vocab_size
+        width = params.beam_width
+        if width > config.max_num_seqs:
+            raise ValueError(
+                f"beam_width={width} is more than max_num_seqs={config.max_num_seqs}: raise "
+                "max_num_seqs when the engine is made"
+            )
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token in getattr(params, name) or ():
+                if token >= vocab_size:
+                    raise ValueError(f"{name} holds {token}: expected ids in 0..{vocab_size - 1}")
+        if concurrency_limit is not None and concurrency_limit < 1:
+            raise ValueError(f"concurrency_limit must be positive, got {concurrency_limit}")
+        self.engine = engine
+        self.params = params
+        most = config.max_num_seqs // width
+        most = most if concurrency_limit is None else min(most, concurrency_limit)
+        self._sizes = buckets.ladder(1, most, 2)
+        ends = () if params.ignore_eos else engine.eos_token_ids
+        self.end_token_ids = tuple(dict.fromkeys((*ends, *params.stop_token_ids)))
+        # Enough that beam_width of them end no text, whatever the others do.
+        self._num_candidates = min(max(2, 1 + len(self.end_token_ids)) * width, width * vocab_size)
+        self._waiting: collections.deque[_Job] = collections.deque()
+        self._active: list[_Job] = []
+        self._num_added = 0
+        self._has_failed = False
+        self.is_stuck = False  # whether the last step could start no search and none was under way
+
+    def add(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        cache_salt: str | None = None,
+        allowed: AllowedTokens | None = None,
+    ) -> int:
+        """Queues a prompt and returns its number.
+
+        Args:
+          prompt_token_ids: as for `Engine.add`.
+          cache_salt: as for `Engine.add`.
+          allowed: restricts each beam by what it has found; beside `params.allowed_token_ids`.
+
+        Raises:
+          ValueError: the prompt is empty, too long or has foreign ids, or the pool is too small.
+        """
+        config, runner, params = self.engine.config, self.engine.runner, self.params
+        self.engine.check(prompt_token_ids, SamplingParams())
+        request = Request(
+            request_id=f"beam-{self._num_added}",
+            prompt_token_ids=list(prompt_token_ids),
+            params=SamplingParams(max_tokens=params.max_tokens, detokenize=False),
+            seed=0,
+            arrival=0,
+            max_model_len=config.max_model_len,
+            cache_salt=cache_salt,
+        )
+        page_size, max_tokens = runner.cache.page_size, request.max_output_tokens
+        needed = num_pages(
+            params, request.num_prompt_tokens, max_tokens=max_tokens, page_size=page_size
+        )
+        if needed > runner.cache.num_pages:
+            raise ValueError(
+                f"{params.beam_width} beams of {request.num_prompt_tokens} + {max_tokens} tokens "
+                f"may need {needed} pages of {page_size} tokens, the KV cache has "
+                f"{runner.cache.num_pages}: lower beam_width or max_tokens, or give it more memory"
+            )
+        self._waiting.append(_Job(self._num_added, request, needed, allowed))
+        self._num_added += 1
+        return self._num_added - 1
+
+    def has_work(self) -> bool:
+        """Whether a search is not over."""
+        return bool(self._waiting or self._active)
+
+    def step(self) -> list[tuple[int, list[Finished]]]:
+        """Starts the searches for which there is room and advances all under way by a token.
+
+        Returns:
+          (number, finished texts) of the searches that are over, best first. Without room for any
+          search nothing happens: the engine's requests must end first.
+
+        Raises:
+          RuntimeError: logits are not finite. After this or any other exception call `close`.
+        """
+        self._has_failed = True  # until the end is reached
+        over = self._step()
+        self._has_failed = False
+        return over
+
+    def _step(self) -> list[tuple[int, list[Finished]]]:
+        while self._waiting and len(self._active) < self._sizes[-1]:
+            if not self._start(self._waiting[0]):
+                break
+            self._waiting.popleft()
+        self.is_stuck = bool(self._waiting) and not self._active
+        if not self._active:
+            return []
+        self._advance()
+        over = [(job, job.search) for job in self._active if job.search and job.search.is_over]
+        for job, _ in over:
+            self._give_back(job)
+        return [(job.idx, search.finished) for job, search in over]
+
+    def close(self) -> None:
+        """Ends all searches and gives their pages back; to be called after an exception, too.
+
+        A step that fails takes the pool along that was donated to it: if no request is in need of
+        it, a new one is made.
+        """
+        for job in tuple(self._active):
+            self._give_back(job)
+        self._waiting.clear()
+        if self._has_failed and not self.engine.has_work():
+            self.engine.scheduler.prefix.reset()
+            self.engine.runner.reset()
+        self._has_failed = False
+
+    # ------------------------------------------------------------------ pages
+
+    def _start(self, job: _Job) -> bool:
+        """Borrows pages and computes the prompt but for its last token; False if pages are few.
+
+        As when a request is admitted, a page is left for each running one.
+        """
+        scheduler, request = self.engine.scheduler, job.request
+        num_more = job.num_pages - scheduler.holdings.num_pages(request.num_tokens)
+        spare = num_more + scheduler.num_running
+        if not scheduler.holdings.take(request, num_spare=spare):
+            return False
+        request.pages += scheduler.prefix.alloc(num_more)
+        scheduler.lent.append(request)
+        self._active.append(job)
+        self._prefill(request)
+        scheduler.holdings.fill(request)
+        job.search = Search(
+            self.params,
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_tokens=request.max_output_tokens,
+            end_token_ids=self.end_token_ids,
+            page_size=scheduler.page_size,
+        )
+        return True
+
+    def _give_back(self, job: _Job) -> None:
+        self._active.remove(job)
+        self.engine.scheduler.lent.remove(job.request)
+        self.engine.scheduler.holdings.give_back(job.request)
+
+    # ------------------------------------------------------------------ the device
+
+    def _prefill(self, request: Request) -> None:
+        """Computes what is missing of the prompt's KV but for its last token, in chunks."""
+        runner, tokens = self.engine.runner, request.prompt_token_ids
+        most, size = self.engine.config.max_num_batched_tokens, runner.buckets.seqs[0]
+        end = request.num_prompt_tokens - 1
+        for begin in range(request.num_computed_tokens, end, most):
+            count = min(end - begin, most)
+            batch = self._padding(buckets.fit(runner.buckets.tokens, count), size)
+            positions = np.arange(begin, begin + count, dtype=np.int32)
+            batch.tokens[:count] = tokens[begin : begin + count]
+            batch.positions[:count] = positions
+            batch.q_starts[1:] = count
+            batch.kv_lens[0] = begin + count
+            num_prompt_pages = self.engine.scheduler.holdings.num_pages(end + 1)
+            self._place(batch, 0, request, request.pages[:num_prompt_pages])
+            batch.slots[:count] = self._slots(batch.page_table[0], positions)
+            no_samples: Any = np.zeros(size, np.bool_)
+            _, runner.kv, runner.state = steps.forward_step(
+                runner.model,
+                runner.params,
+                runner.kv,
+                runner.state,
+                batch,
+                sampling.pack_args([], size),
+                no_samples,
+                impl=self.engine.config.attention_impl,
+            )
+            request.num_computed_tokens += count
+
+    def _advance(self) -> None:
+        """Runs one step of all searches under way."""
+        runner, width = self.engine.runner, self.params.beam_width
+        size = buckets.fit(self._sizes, len(self._active)) * width
+        batch = dataclasses.replace(self._padding(size, size), max_q_len=1)
+        batch.seq_ids[:] = np.arange(size)
+        batch.q_starts[:] = np.arange(size + 1)
+        totals: Any = np.full(size, -np.inf, np.float32)
+        temperature: Any = np.full(size, self.params.temperature or 1.0, np.float32)
+        for group, job in enumerate(self._active):
+            assert job.search is not None
+            position = job.search.num_computed
+            for i, beam in enumerate(job.search.beams):
+                s = group * width + i
+                last = job.request.prompt_token_ids[-1] if beam.last is None else beam.last.token
+                batch.tokens[s], batch.positions[s], batch.kv_lens[s] = last, position, position + 1
+                self._place(batch, s, job.request, [job.request.pages[n] for n in beam.pages])
+                batch.slots[s] = self._slots(batch.page_table[s], position)
+                totals[s] = beam.total
+        (which, best, own), runner.kv = steps.beam_step(
+            runner.model,
+            runner.params,
+            runner.kv,
+            runner.state,
+            batch,
+            totals,
+            temperature,
+            self._token_mask(size),
+            num_beams=width,
+            k=self._num_candidates,
+            impl=self.engine.config.attention_impl,
+        )
+        self._take_in(np.asarray(which), np.asarray(best), np.asarray(own), size)
+
+    def _take_in(self, which: Any, best: Any, own: Any, size: int) -> None:
+        """Gives each search its continuations, and copies the pages that are shared no longer."""
+        runner = self.engine.runner
+        src, dst = [], []
+        for group, job in enumerate(self._active):
+            assert job.search is not None
+            if np.isnan(best[group]).any():
+                raise RuntimeError(
+                    f"beam search over prompt {job.idx} met logits that are not finite; look for "
+                    "NaN or infinity in the weights, or try dtype='float32'"
+                )
+            beams, tokens = np.divmod(which[group], runner.vocab_size)
+            rows = zip(beams.tolist(), tokens.tolist(), own[group].tolist(), best[group].tolist())
+            copies = job.search.advance([Candidate(*row) for row in rows if row[-1] > -np.inf])
+            src += [job.request.pages[a] for a, _ in copies]
+            dst += [job.request.pages[b] for _, b in copies]
+        if src:
+            padding = size - len(src)
+            sources: Any = np.asarray(src + [0] * padding, np.int32)
+            targets: Any = np.asarray(dst + [runner.cache.num_pages] * padding, np.int32)
+            runner.kv = steps.copy_pages(runner.kv, sources, targets)
+
+    def _token_mask(self, size: int) -> Any:
+        """Returns the beams' masks, or None where nothing is banned."""
+        constant = self.params.allowed_token_ids
+        if constant is None and all(job.allowed is None for job in self._active):
+            return None
+        vocab_size, width = self.engine.runner.vocab_size, self.params.beam_width
+        everything = np.arange(vocab_size) if constant is None else np.asarray(constant)
+        always = sampling.pack_bits(everything, vocab_size)
+        mask = np.tile(always, (size, 1))
+        for group, job in enumerate(self._active):
+            assert job.search is not None
+            if job.allowed is None:
+                continue
+            for i, beam in enumerate(job.search.beams):
+                found = [] if beam.last is None else [x.token for x in beam.last.path()]
+                mask[group * width + i] &= sampling.pack_bits(job.allowed(found), vocab_size)
+        return mask
+
+    # ------------------------------------------------------------------ packing
+
+    def _padding(self, num_tokens: int, num_seqs: int) -> StepBatch:
+        runner = self.engine.runner
+        return StepBatch.padding(
+            num_tokens,
+            num_seqs,
+            max_pages=runner.max_pages,
+            num_slots=runner.cache.num_slots,
+            num_rows=self.engine.config.max_num_seqs,
+        )
+
+    def _place(self, batch: Any, s: int, request: Request, pages: Sequence[int]) -> None:
+        batch.page_table[s, : len(pages)] = pages
+        batch.prompt_lens[s] = request.num_prompt_tokens
+
+    def _slots(self, page_row: Any, positions: Any) -> Any:
+        page_size = self.engine.runner.cache.page_size
+        return page_row[positions // page_size] * page_size + positions % page_size
