@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jinfer.config import CacheConfig, ModelConfig
+from jinfer import kv_quant
+from jinfer.config import CacheConfig, ModelConfig, require
 from pallas_kernels.paged_attention import PagedKV
 
 if TYPE_CHECKING:
@@ -28,14 +29,18 @@ class KVCache:
 
     Attributes:
       k, v: [L * P, K, B, H] pages of B tokens, heads before tokens, so that one page of one head is
-        one contiguous box. On CPUs 16-bit floats lie there as integers of the same bits: XLA would
-        widen the whole pool to f32 to write or gather a few places of it.
+        one contiguous box. On CPUs small floats lie there as integers of the same bits: XLA would
+        widen the whole pool to f32 to write or gather a few places of it. int4 lies everywhere as
+        bytes of two, [L * P, K, B, H / 2].
+      k_scale, v_scale: [L * P, K, B] f32 of quantized pools, see `kv_quant`; else None.
       num_layers, page_size: static.
       dtype: static, of the numbers that the pool holds, whatever they are stored as.
     """
 
     k: Shaped[Array, "LP K B H"]
     v: Shaped[Array, "LP K B H"]
+    k_scale: Float[Array, "LP K B"] | None
+    v_scale: Float[Array, "LP K B"] | None
     num_layers: int = dataclasses.field(metadata={"static": True})
     page_size: int = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
@@ -52,19 +57,30 @@ class KVCache:
 
 
 def init(model: ModelConfig, cache: CacheConfig) -> KVCache:
-    """Returns a zeroed pool for `model`."""
-    shape = (
-        model.num_layers * cache.num_pages,
-        model.num_kv_heads,
-        cache.page_size,
-        model.head_dim,
-    )
-    storage = jnp.dtype(cache.dtype)
-    if storage.itemsize < 4 and jax.default_backend() == "cpu":
-        storage = jnp.dtype(f"uint{8 * storage.itemsize}")
+    """Returns a zeroed pool for `model`.
+
+    Raises:
+      ValueError: int4 lies two a byte, and the model's heads are of odd width.
+    """
+    places = (model.num_layers * cache.num_pages, model.num_kv_heads, cache.page_size)
+    width = model.head_dim
+    if cache.dtype == "int4":
+        require(width % 2 == 0, f"an int4 KV cache needs an even head_dim, got {width}")
+        storage, width = jnp.dtype(jnp.uint8), width // 2
+    else:
+        storage = jnp.dtype(cache.dtype)
+        is_small_float = jnp.issubdtype(storage, jnp.floating) and storage.itemsize < 4
+        if is_small_float and jax.default_backend() == "cpu":
+            storage = jnp.dtype(f"uint{8 * storage.itemsize}")
+
+    def scales() -> Array | None:
+        return jnp.zeros(places, jnp.float32) if cache.is_quantized else None
+
     return KVCache(
-        k=jnp.zeros(shape, storage),
-        v=jnp.zeros(shape, storage),
+        k=jnp.zeros((*places, width), storage),
+        v=jnp.zeros((*places, width), storage),
+        k_scale=scales(),
+        v_scale=scales(),
         num_layers=model.num_layers,
         page_size=cache.page_size,
         dtype=cache.dtype,
@@ -73,7 +89,9 @@ def init(model: ModelConfig, cache: CacheConfig) -> KVCache:
 
 def paged(kv: KVCache) -> PagedKV:
     """Returns the pool as the attention kernels take it."""
-    return PagedKV(_bitcast(kv.k, kv.dtype), _bitcast(kv.v, kv.dtype), None, None)
+    if kv.dtype == "int4":
+        return PagedKV(kv.k, kv.v, kv.k_scale, kv.v_scale)
+    return PagedKV(_bitcast(kv.k, kv.dtype), _bitcast(kv.v, kv.dtype), kv.k_scale, kv.v_scale)
 
 
 def layer_pages(kv: KVCache, layer: ArrayLike, page_table: Int[Array, "S M"]) -> Array:
@@ -88,7 +106,10 @@ def write(
     v: Float[Array, "T K H"],
     slots: Int[Array, "T"],
 ) -> KVCache:
-    """Stores this step's K and V; tokens whose slot is out of range (padding) are dropped."""
+    """Stores this step's K and V, quantized if the pool is.
+
+    Tokens whose slot is out of range (padding) are dropped, and their scales with them.
+    """
     pages = slots // kv.page_size
     # Folding the layer in must not push a padding slot into the next layer's pages.
     pages = jnp.where(
@@ -97,33 +118,38 @@ def write(
     offsets = slots % kv.page_size
 
     def store(pool: Array, new: Array) -> Array:
-        bits = _bitcast(new.astype(kv.dtype), pool.dtype)
-        return pool.at[pages, :, offsets].set(bits, mode="drop")
+        return pool.at[pages, :, offsets].set(_bitcast(new, pool.dtype), mode="drop")
 
-    return dataclasses.replace(kv, k=store(kv.k, k), v=store(kv.v, v))
+    if kv.k_scale is None or kv.v_scale is None:
+        return dataclasses.replace(
+            kv, k=store(kv.k, k.astype(kv.dtype)), v=store(kv.v, v.astype(kv.dtype))
+        )
+    (k_codes, k_scale), (v_codes, v_scale) = (kv_quant.quantize(x, kv.dtype) for x in (k, v))
+    return dataclasses.replace(
+        kv,
+        k=store(kv.k, k_codes),
+        v=store(kv.v, v_codes),
+        k_scale=store(kv.k_scale, k_scale),
+        v_scale=store(kv.v_scale, v_scale),
+    )
 
 
 def move_slots(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCache:
     """Copies tokens between slots in every layer; pairs with dst out of range are dropped."""
-    layers = jnp.arange(kv.num_layers)[:, None] * kv.num_pages  # [L, 1]
-    src_pages, src_offsets = layers + src // kv.page_size, src % kv.page_size
-    dst_pages = jnp.where(
-        (dst >= 0) & (dst < kv.num_slots), layers + dst // kv.page_size, kv.k.shape[0]
-    )
-    dst_offsets = dst % kv.page_size
+    src_pages, src_offsets = _in_all_layers(kv, src // kv.page_size), src % kv.page_size
+    dst_pages, dst_offsets = _in_all_layers(kv, dst // kv.page_size), dst % kv.page_size
 
     def move(pool: Array) -> Array:
-        moved = pool[src_pages, :, src_offsets]
-        return pool.at[dst_pages, :, dst_offsets].set(moved, mode="drop")
+        moved = pool[src_pages, :, src_offsets[None]]  # [L, N, K, ...]
+        return pool.at[dst_pages, :, dst_offsets[None]].set(moved, mode="drop")
 
-    return dataclasses.replace(kv, k=move(kv.k), v=move(kv.v))
+    return jax.tree.map(move, kv)
 
 
 def copy_pages(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCache:
     """Copies whole pages in every layer, all reads before any write; for copy-on-write.
 
-    Pairs with dst out of range are dropped. Whatever a pool holds beside K and V (scales) must have
-    the same leading axis [L * P, ...], and goes along.
+    Pairs with dst out of range are dropped. Scales go along.
     """
     src_pages, dst_pages = _in_all_layers(kv, src), _in_all_layers(kv, dst)
     return jax.tree.map(lambda pool: pool.at[dst_pages].set(pool[src_pages], mode="drop"), kv)

@@ -33,13 +33,14 @@ class LLM:
       chat_template: Jinja template to use instead of the tokenizer's.
       dtype: of weights and activations: "auto" (the checkpoint's on accelerators, float32 on
         CPUs), "float32", "bfloat16" or "float16".
-      kv_cache_dtype: of K and V: "auto" (that of the weights) or one of the above.
+      kv_cache_dtype: of K and V: "auto" (that of the weights), one of the above, or quantized with
+        a scale for each token and head: "fp8" (e4m3), "int8", "int4".
       revision: branch, tag or commit of a hub name.
       max_model_len: longest sequence in tokens, prompt included; default: what the model was made
         for, or what the KV pool holds if that is less.
       max_num_seqs: most sequences in one step; default 32 on CPUs, 128 elsewhere.
       max_num_batched_tokens: most tokens in one step; default 512 on CPUs, 2048 elsewhere.
-      block_size: tokens a page; default 64.
+      block_size: tokens a page; default 64, on TPUs 128 for quantized K and V.
       enable_chunked_prefill: split prompts over steps; False needs a token budget that holds the
         longest prompt.
       enable_prefix_caching: keep the KV of past prompts and outputs while there is room, for

@@ -13,12 +13,10 @@ from typing import Any
 import jax
 
 from jinfer import memory
-from jinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jinfer.config import KV_BITS, CacheConfig, EngineConfig, ModelConfig, kv_format
 from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
-
-_KV_DTYPES = ("float32", "bfloat16", "float16")
 
 # Arguments of other engines' LLM, and why they are not taken.
 REFUSED = {
@@ -64,16 +62,14 @@ def resolve(
     """
     on_cpu = jax.default_backend() == "cpu"
     max_num_seqs = (32 if on_cpu else 128) if max_num_seqs is None else max_num_seqs
-    block_size = 64 if block_size is None else block_size
     budget = max_num_batched_tokens
     if budget is None:
         budget = max(512 if on_cpu else 2048, max_num_seqs)
     if kv_cache_dtype == "auto":
         kv_cache_dtype = str(params["embed"]["w"].dtype)
-    if kv_cache_dtype not in _KV_DTYPES:
-        raise ValueError(
-            f"kv_cache_dtype must be auto or one of {', '.join(_KV_DTYPES)}, got {kv_cache_dtype}"
-        )
+    kv_cache_dtype = kv_format(kv_cache_dtype)
+    if block_size is None:
+        block_size = _default_block_size(kv_cache_dtype)
     # Checks the fields before memory is counted in them; the length comes later.
     EngineConfig(
         max_model_len=1,
@@ -178,6 +174,11 @@ def per_prompt(name: str, values: Any, count: int) -> list[Any]:
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
     return list(values)
+
+
+def _default_block_size(kv_dtype: str) -> int:
+    """Pages of 64 tokens; where a TPU's kernel reads scales, 128 to fill a register's lanes."""
+    return 128 if jax.default_backend() == "tpu" and KV_BITS[kv_dtype] < 16 else 64
 
 
 def _num_pages(

@@ -1,6 +1,6 @@
 """Bytes that a model needs: weights, KV cache, one step's temporaries. Arithmetic only, no jax.
 
-KV bytes = 2 (K and V) * layers * kv_heads * head_dim * bytes a value * tokens
+KV bytes = 2 (K and V) * layers * kv_heads * (head_dim * bytes a value + bytes a scale) * tokens
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from jinfer.config import ModelConfig
+from jinfer.config import KV_BITS, ModelConfig, kv_format
 
 Part = Literal["embedding", "attention", "mlp", "norms", "head"]
 
@@ -26,6 +26,7 @@ DTYPE_BYTES: Mapping[str, float] = {
     "int4": 0.5,
 }
 SCALE_BYTES = 2  # scales of quantized weights are kept in 16 bits
+KV_SCALE_BYTES = 4  # a scale a token and head, of formats below 16 bits
 CPU_KV_BYTES = 2**30  # what the pool takes on a CPU, unless the weights are larger
 
 # The formats of `jinfer.qtensor.QFormat` that the planner knows.
@@ -195,9 +196,14 @@ def weight_bytes(config: ModelConfig, dtype: str, quantization: str | None = Non
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str) -> int:
-    """Bytes of K and V of `num_tokens` tokens in every layer; windows do not shrink the pool."""
-    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_tokens
-    return math.ceil(values * dtype_bytes(dtype))
+    """Bytes of K and V of `num_tokens` tokens in every layer; windows do not shrink the pool.
+
+    Raises:
+      ValueError: K and V cannot be kept as `dtype`.
+    """
+    bits = KV_BITS[kv_format(dtype)]
+    head_bytes = config.head_dim * bits / 8 + (KV_SCALE_BYTES if bits < 16 else 0)
+    return math.ceil(2 * config.num_layers * config.num_kv_heads * head_bytes * num_tokens)
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: str) -> int:
@@ -218,7 +224,7 @@ def num_pages(
     Args:
       config: the model.
       page_size: tokens a page.
-      dtype: storage dtype of K and V.
+      dtype: format of K and V.
       budget_bytes: memory for the pool; see `kv_budget_bytes`.
       max_tokens: tokens that can ever be live (max_num_seqs * max_model_len); no more pages than
         they need. A sequence's last page may be part empty: round its length up first.
@@ -292,7 +298,7 @@ def plan(
       context: tokens of each sequence, prompt and output together.
       batch: sequences at once.
       dtype: dtype of the weights, and of KV unless `kv_dtype` names another.
-      kv_dtype: storage dtype of K and V.
+      kv_dtype: format of K and V, such as "fp8"; see `config.KV_BITS`.
       quantization: format of the linears inside the blocks, such as "int4-g128".
     """
     for name, value in (("context", context), ("batch", batch)):

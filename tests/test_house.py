@@ -26,6 +26,7 @@ FLOORS = {
     "jinfer.typing": 0,
     "jinfer.batch": 1,
     "jinfer.kv_cache": 1,
+    "jinfer.kv_quant": 1,
     "jinfer.ops": 1,
     "jinfer.parallel": 1,
     "jinfer.qlinear": 1,

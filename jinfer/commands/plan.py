@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=4096, help="tokens a sequence (4096)")
     parser.add_argument("--batch", type=int, default=1, help="sequences at once (1)")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights (bfloat16)")
-    parser.add_argument("--kv-dtype", help="of the KV cache (as --dtype)")
+    parser.add_argument("--kv-dtype", help="of the KV cache, such as fp8 (as --dtype)")
     parser.add_argument("--quantization", help="of the linears, such as int4-g128")
     parser.add_argument("--page-size", type=int, default=16, help="tokens a KV page (16)")
     parser.add_argument("--memory", type=size, metavar="SIZE", help="such as 80GiB")

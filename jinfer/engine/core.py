@@ -88,6 +88,7 @@ class Engine:
             arrival=next(self._arrivals),
             priority=priority,
             cache_salt=cache_salt,
+            kv_format=self.runner.cache.dtype,
             eos_token_ids=self.eos_token_ids,
             tokenizer=self.tokenizer,
             bad_words_token_ids=bad_words,

@@ -44,6 +44,7 @@ class Request:
       arrival: place in the order of arrival.
       priority: smaller is served first; equal ones by arrival.
       cache_salt: KV is shared only with requests of the same salt; None is one, too.
+      kv_format: of the pool that it will be computed into.
       bad_words_token_ids: the token sequences of `params.bad_words`, for the sampler.
       tokenizer: (argument only) makes the detokenizer, if `params.detokenize`.
       detokenizer: makes text of the output; None for token ids only.
@@ -74,6 +75,7 @@ class Request:
     max_model_len: int
     priority: int = 0
     cache_salt: str | None = None
+    kv_format: str | None = None
     eos_token_ids: Sequence[int] = ()
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     tokenizer: dataclasses.InitVar[Any] = None
@@ -146,10 +148,9 @@ class Request:
     def cache_namespace(self) -> tuple[str | None, ...]:
         """What the KV depends on beside tokens and weights, or must not be shared beyond.
 
-        The salt alone today. An adapter's name belongs here, and the KV format, if a pool ever
-        holds more than one.
+        The format of K and V, and the caller's salt. An adapter's name belongs here, too.
         """
-        return (self.cache_salt,)
+        return (self.kv_format, self.cache_salt)
 
     @property
     def reads_prefix_cache(self) -> bool:

@@ -15,6 +15,8 @@ from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.paged_attention.base import AttentionSpec as AttentionSpec
 from pallas_kernels.paged_attention.base import PagedKV as PagedKV
 from pallas_kernels.paged_attention.base import check_arguments
+from pallas_kernels.paged_attention.base import pack_int4 as pack_int4
+from pallas_kernels.paged_attention.base import unpack_int4 as unpack_int4
 from pallas_kernels.paged_attention.cases import compile_cases as compile_cases
 from pallas_kernels.paged_attention.mosaic_gpu import MosaicGpuTiles as MosaicGpuTiles
 from pallas_kernels.paged_attention.mosaic_tpu import MosaicTpuTiles as MosaicTpuTiles
@@ -95,7 +97,7 @@ def ragged_paged_attention(
     )
     check_arguments(q, kv, kv_lens, page_table, q_starts, tree_mask, spec)
     head_dim = q.shape[2]
-    if wider := kv.k_pages.shape[3] - head_dim:
+    if wider := kv.head_dim - head_dim:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, wider)))
     args = (q, kv, kv_lens, page_table, q_starts, tree_mask, spec)
     with jax.named_scope("paged_attention"):

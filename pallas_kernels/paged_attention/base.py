@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-QUANTIZED_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
+PACKED_DTYPE = jnp.dtype(jnp.uint8)  # two int4 in each
+QUANTIZED_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8), PACKED_DTYPE)
 FLOAT_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
@@ -18,12 +20,13 @@ class PagedKV:
     """Keys and values in pages of B tokens, heads before tokens: one page of one head is one box.
 
     The stored number stands for `k_pages * k_scale[..., None]`, likewise for V. Quantized pages
-    (e4m3, int8) carry one scale per token and head; the scale of K is applied to the logits and
-    that of V to the probabilities, never to a dequantized page.
+    (e4m3, int8, int4) carry one scale per token and head; the scale of K is applied to the logits
+    and that of V to the probabilities, never to a dequantized page.
 
     Attributes:
-      k_pages, v_pages: [P, K, B, H] f32, bf16, f16, e4m3 or int8.
-      k_scale, v_scale: [P, K, B] f32, both or neither; int8 pages must have them.
+      k_pages, v_pages: [P, K, B, H] f32, bf16, f16, e4m3 or int8; or u8 [P, K, B, H / 2], int4 two
+        a byte as `pack_int4` lays them.
+      k_scale, v_scale: [P, K, B] f32, both or neither; int8 and int4 pages must have them.
     """
 
     k_pages: jax.Array
@@ -40,8 +43,33 @@ class PagedKV:
         return self.k_pages.shape[2]
 
     @property
+    def head_dim(self) -> int:
+        return self.k_pages.shape[3] * (2 if self.is_packed else 1)
+
+    @property
     def is_quantized(self) -> bool:
         return jnp.dtype(self.k_pages.dtype) in QUANTIZED_DTYPES
+
+    @property
+    def is_packed(self) -> bool:
+        return jnp.dtype(self.k_pages.dtype) == PACKED_DTYPE
+
+
+def pack_int4(x: jax.Array) -> jax.Array:
+    """Packs int8 [..., H] of values in -8..7 into u8 [..., H / 2].
+
+    Byte i holds value i in its low half and value i + H / 2 in its high half, so that unpacking
+    joins two halves instead of weaving them: H = 4, [a b c d] -> [c:a d:b].
+    """
+    low, high = jnp.split(lax.bitcast_convert_type(x, jnp.uint8), 2, axis=-1)
+    return (low & 15) | (high << 4)
+
+
+def unpack_int4(x: jax.Array) -> jax.Array:
+    """Returns int8 [..., H] of u8 [..., H / 2]; undoes `pack_int4`."""
+    signed = lax.bitcast_convert_type(x, jnp.int8)
+    low = jnp.right_shift(jnp.left_shift(signed, 4), 4)  # arithmetic: the sign comes along
+    return jnp.concatenate([low, jnp.right_shift(signed, 4)], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,10 +97,10 @@ def check_arguments(
     if q.ndim != 3 or jnp.dtype(q.dtype) not in FLOAT_DTYPES:
         raise ValueError(f"q must be f32, bf16 or f16 [T, N, H], got {_type(q)}")
     _, num_heads, head_dim = q.shape
-    if kv.k_pages.ndim != 4 or kv.k_pages.shape[3] < head_dim:
+    if kv.k_pages.ndim != 4 or kv.head_dim < head_dim:
         raise ValueError(
-            f"kv.k_pages must be [P, K, B, H] with H at least the {head_dim} of q, "
-            f"got {_type(kv.k_pages)}"
+            f"kv.k_pages must be [P, K, B, H] with H at least the {head_dim} of q (uint8, two "
+            f"values a byte: half of it), got {_type(kv.k_pages)}"
         )
     if kv.v_pages.shape != kv.k_pages.shape or kv.v_pages.dtype != kv.k_pages.dtype:
         raise ValueError(
@@ -80,7 +108,8 @@ def check_arguments(
         )
     if jnp.dtype(kv.k_pages.dtype) not in FLOAT_DTYPES + QUANTIZED_DTYPES:
         raise ValueError(
-            f"kv pages must be f32, bf16, f16, float8_e4m3fn or int8, got {kv.k_pages.dtype}"
+            "kv pages must be f32, bf16, f16, float8_e4m3fn, int8, or uint8 of two int4 a byte, "
+            f"got {kv.k_pages.dtype}"
         )
     if num_heads % kv.num_kv_heads:
         raise ValueError(
@@ -114,14 +143,16 @@ def _check_scales(kv: PagedKV) -> None:
     if (kv.k_scale is None) != (kv.v_scale is None):
         raise ValueError("kv.k_scale and kv.v_scale must be both given or both None")
     if kv.k_scale is None or kv.v_scale is None:
-        if jnp.dtype(kv.k_pages.dtype) == jnp.int8:
+        if kv.k_pages.dtype in (jnp.int8, jnp.uint8):
             raise ValueError(
-                f"int8 kv pages need k_scale and v_scale, f32{list(kv.k_pages.shape[:3])}; got None"
+                f"{kv.k_pages.dtype} kv pages need k_scale and v_scale, "
+                f"f32{list(kv.k_pages.shape[:3])}; got None"
             )
         return
     if not kv.is_quantized:
         raise ValueError(
-            f"scales go with float8_e4m3fn or int8 pages, got {kv.k_pages.dtype} pages with scales"
+            "scales go with float8_e4m3fn, int8 or uint8 pages, got "
+            f"{kv.k_pages.dtype} pages with scales"
         )
     for name, x in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
         if x.shape != kv.k_pages.shape[:3] or x.dtype != jnp.float32:

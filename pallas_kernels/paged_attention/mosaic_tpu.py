@@ -62,6 +62,8 @@ def _why_not(target: Target, *args: Any) -> str | None:
         return f"needs a TPU, the target is {target.name}"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q must be bf16 or f32, got {q.dtype}"
+    if kv.is_packed:
+        return "int4 kv pages are read by the xla backend alone"
     if not kv.is_quantized and kv.k_pages.dtype != q.dtype:
         return (
             f"kv pages must be {q.dtype} as q is, or float8_e4m3fn or int8, got {kv.k_pages.dtype}"

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Impl
-from pallas_kernels.paged_attention.base import AttentionSpec, PagedKV
+from pallas_kernels.paged_attention.base import (
+    PACKED_DTYPE,
+    AttentionSpec,
+    PagedKV,
+    unpack_int4,
+)
 from pallas_kernels.target import Target
 
 # A floor under the running maximum: finite, so that a row without keys never computes inf - inf.
@@ -349,8 +354,12 @@ def _attend_pages(
 
 
 def _take(pages: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns pages[ids] in f32. Small floats travel as integers: XLA on CPUs widens a whole pool
-    of them before it gathers a few."""
+    """Returns pages[ids] in f32, int4 unpacked.
+
+    Small floats travel as integers: XLA on CPUs widens a whole pool of them before it gathers some.
+    """
+    if pages.dtype == PACKED_DTYPE:
+        return unpack_int4(pages[ids]).astype(jnp.float32)
     if pages.dtype.itemsize < 4 and not jnp.issubdtype(pages.dtype, jnp.integer):
         bits = lax.bitcast_convert_type(pages, jnp.dtype(f"uint{8 * pages.dtype.itemsize}"))
         return lax.bitcast_convert_type(bits[ids], pages.dtype).astype(jnp.float32)

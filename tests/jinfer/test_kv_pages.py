@@ -39,7 +39,7 @@ def int32(*values):
     return np.array(values, np.int32)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8", "int4"])
 def test_pages_are_copied_in_every_layer_and_padding_is_dropped(dtype):
     before = leaves(make_pool(dtype))
     # 1 -> 4 and 4 -> 0 at once: reads come before writes.
@@ -57,4 +57,16 @@ def test_pages_are_cleared_in_every_layer():
     ):
         expected = old.copy()
         expected[:, 3] = 0
+        np.testing.assert_array_equal(new, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_tokens_move_with_their_scales_in_every_layer(dtype):
+    before = leaves(make_pool(dtype))
+    # Slot 3 is the second place of page 1; slot 10 is past the end.
+    after = leaves(kv_cache.move_slots(make_pool(dtype), int32(3, 0), int32(8, 10)))
+    assert len(after) == (2 if dtype == "float32" else 4)
+    for old, new in zip(before, after):
+        expected = old.copy()
+        expected[:, 4, :, 0] = old[:, 1, :, 1]
         np.testing.assert_array_equal(new, expected)

@@ -177,7 +177,7 @@ def test_a_plan_adds_up():
     assert plan.kv_bytes_per_token == 131072
     assert plan.total_bytes == plan.weight_bytes + plan.kv_bytes + plan.temp_bytes
     half = memory.plan(config, context=4096, batch=8, kv_dtype="int8")
-    assert 2 * half.kv_bytes == plan.kv_bytes
+    assert half.kv_bytes / plan.kv_bytes == (128 + 4) / 256  # a scale beside 128 codes
 
 
 def test_dense_layers_of_a_mixture_count_as_dense():

@@ -43,7 +43,7 @@ INT8, SCALE = s((9, 2, 8, 16), jnp.int8), s((9, 2, 8), f32)
         ({"q": s((5, 3, 16), f32)}, "q has 3 heads, which is no multiple of the 2 heads"),
         ({"pages": INT8}, r"int8 kv pages need k_scale and v_scale, f32\[9, 2, 8\]"),
         ({"pages": INT8, "k_scale": SCALE}, "both given or both None"),
-        ({"k_scale": SCALE, "v_scale": SCALE}, "scales go with float8_e4m3fn or int8 pages"),
+        ({"k_scale": SCALE, "v_scale": SCALE}, "scales go with float8_e4m3fn, int8 or uint8"),
         (
             {"pages": INT8, "k_scale": SCALE, "v_scale": s((9, 2), f32)},
             r"v_scale must be float32\[",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import ragged_paged_attention
+from pallas_kernels.paged_attention import pack_int4, ragged_paged_attention, unpack_int4
 from pallas_kernels.paged_attention.xla import XlaTiles
 
 attend = jax.jit(
@@ -104,3 +104,24 @@ def test_a_long_table_costs_nothing_in_temporaries(make_case):
         temps.append(compiled.memory_analysis().temp_size_in_bytes)
     gathered = 2 * 4 * 4096 * 2 * case.head_dim * 4
     assert temps[1] < gathered / 8, temps
+
+
+def test_int4_is_packed_two_a_byte_and_comes_back():
+    values = np.arange(-8, 8, dtype=np.int8).reshape(2, 8)
+    packed = pack_int4(jnp.asarray(values))
+    assert (packed.shape, packed.dtype) == ((2, 4), jnp.uint8)
+    np.testing.assert_array_equal(unpack_int4(packed), values)
+    assert int(packed[0, 0]) == 0xC8  # -8 below, -4 above
+
+
+@pytest.mark.parametrize("seqs", [((1, 30), (1, 9), (0, 0)), ((20, 33), (1, 9))])
+def test_int4_pages_are_read_as_the_int8_pages_of_the_same_values(make_case, seqs):
+    inputs = make_case(name="", seqs=seqs, kv_dtype="int8").build()
+    few = [x // 16 for x in (inputs.kv.k_pages, inputs.kv.v_pages)]  # -8..7
+    wide = dataclasses.replace(inputs.kv, k_pages=few[0], v_pages=few[1])
+    packed = dataclasses.replace(inputs.kv, k_pages=pack_int4(few[0]), v_pages=pack_int4(few[1]))
+    outs = [
+        attend(*dataclasses.replace(inputs, kv=kv).args, **inputs.kwargs, impl="xla")
+        for kv in (wide, packed)
+    ]
+    np.testing.assert_allclose(outs[1], outs[0], rtol=1e-6, atol=1e-6)
