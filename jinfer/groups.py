@@ -118,4 +118,5 @@ class RequestGroup:
             logprobs=logprobs,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            error=request.error,
         )

@@ -175,7 +175,7 @@ class LLM:
 
     def check_integrity(self) -> None:
         """Raises if pages, rows and requests do not agree with each other."""
-        self._engine.scheduler.check()
+        self._engine.check_integrity()
 
     def update_weights(self, params: Params) -> None:
         """Serves `params` from the next step on: no copy, no compilation; cached KV is forgotten.

@@ -72,6 +72,7 @@ class CompletionOutput:
       logprobs: for each token a dict from token id to `Logprob`; None unless asked for.
       finish_reason: "stop", "length", "abort" or "error"; None while generation goes on.
       stop_reason: the stop string or stop token id that ended it; None for end of sequence.
+      error: what went wrong, with finish reason "error".
     """
 
     index: int
@@ -81,6 +82,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    error: str | None = None
 
     def finished(self) -> bool:
         """Whether generation of this completion has ended."""

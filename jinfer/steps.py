@@ -23,6 +23,8 @@ from jinfer.sampling import SampleArgs, SamplerState
 from jinfer.typing import Params
 from pallas_kernels.paged_attention import ragged_paged_attention
 
+NOT_FINITE = -1  # stands for a token whose logits, or the hidden states behind them, are not finite
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,8 @@ class StepOutput:
     """What a step leaves on the device for the host to fetch, or not.
 
     Attributes:
-      tokens: [n, S] sampled ids, one row a decode step (n = 1 for `forward_step`).
+      tokens: [n, S] sampled ids, one row a decode step (n = 1 for `forward_step`); NOT_FINITE
+        where a sequence's logits, or a hidden state of its tokens, are NaN or infinite.
       logits: [S, V] f32 raw logits behind the last row of `tokens`.
       hidden: [T, D] hidden states after the final norm (`forward_step` only).
     """
@@ -67,6 +70,11 @@ def _forward(
     tokens = jnp.where(batch.tokens < 0, last_tokens[batch.seq_ids], batch.tokens)
     context_lens = jnp.maximum(batch.prompt_lens[batch.seq_ids], batch.positions + 1)
     return model.apply(params, tokens, batch.positions, attend, kv, context_lens=context_lens)
+
+
+def _is_finite(x: Array) -> Array:
+    """Returns whether all of each row [..., N] is finite; a sum, which CPUs vectorise."""
+    return jnp.sum(x.astype(jnp.float32) * 0.0, axis=-1) == 0.0
 
 
 def _sample(
@@ -115,6 +123,10 @@ def forward_step(
     hidden, kv = _forward(model, params, kv, state, batch, impl)
     logits = model.unembed(params, hidden[jnp.maximum(batch.q_starts[1:] - 1, 0)])  # [S, V]
     tokens, state = _sample(logits, args, state, batch, sampled, token_mask)
+    # Every token of a sequence counts: K and V of all of them stay.
+    bad = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), ~_is_finite(hidden)]), dtype=jnp.int32)
+    is_sound = (bad[batch.q_starts[1:]] == bad[batch.q_starts[:-1]]) & _is_finite(logits)
+    tokens = jnp.where(is_sound, tokens, NOT_FINITE)
     return StepOutput(tokens[None], logits, hidden), kv, state
 
 
@@ -175,6 +187,7 @@ def decode_loop(
         hidden, kv = _forward(model, params, kv, state, here, impl)
         logits = model.unembed(params, hidden)
         tokens, state = _sample(logits, args, state, here, active, None)
+        tokens = jnp.where(_is_finite(hidden) & _is_finite(logits), tokens, NOT_FINITE)
         return i + 1, kv, state, out_tokens.at[i].set(tokens), logits
 
     first = jnp.zeros((), jnp.int32)

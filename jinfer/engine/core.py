@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import collections
 import itertools
+import logging
 import random
 from collections.abc import Sequence
 from typing import Any
 
 from jinfer.config import EngineConfig, ModelConfig
-from jinfer.engine.plan import Progress
+from jinfer.engine import recovery
+from jinfer.engine.plan import Plan, Progress
 from jinfer.engine.request import Request
 from jinfer.engine.runner import Launched, Runner
 from jinfer.engine.scheduler import Scheduler
+from jinfer.engine.watchdog import Watchdog
 from jinfer.models.rope import needs_context_lens
 from jinfer.sampling import check_request
 from jinfer.sampling_params import SamplingParams, child_seed
 
+logger = logging.getLogger(__name__)
+
 MAX_STEPS_IN_FLIGHT = 2
+MAX_IDLE_STEPS = 100  # in a row, with requests that wait
 
 
 class Engine:
@@ -50,6 +56,9 @@ class Engine:
             runner.cache.page_size,
             max_cached_tokens=_max_cached_tokens(runner.model.config),
         )
+        self.watchdog = Watchdog(self.scheduler)
+        self.num_failed_steps = 0
+        self._num_idle_steps = 0
         self._in_flight: collections.deque[Launched] = collections.deque()
         self._arrivals = itertools.count()
         self._seeds = random.Random(config.seed)
@@ -165,6 +174,8 @@ class Engine:
         return {
             **vars(stats),
             "prefix_cache_hit_rate": stats.num_cached_tokens / max(1, stats.num_looked_up_tokens),
+            "num_failed_steps": self.num_failed_steps,
+            "num_stuck": len(self.watchdog.stuck),
             "num_cached_pages": scheduler.prefix.num_cached,
             "num_evicted_pages": scheduler.prefix.num_evicted,
             "num_running": scheduler.num_running,
@@ -177,25 +188,77 @@ class Engine:
         """Whether any request is unfinished or any step is under way."""
         return self.scheduler.has_work() or bool(self._in_flight)
 
+    def check_integrity(self) -> None:
+        """Raises PageError if pages, rows and requests do not agree with each other."""
+        self.scheduler.check()
+
     def step(self) -> list[Progress]:
         """Dispatches what can be dispatched, then waits for the oldest step under way.
 
+        A step that fails is survived: see `recovery`.
+
         Returns:
-          What each of that step's requests gained.
+          What each of that step's requests gained, and which requests ended with an error.
         """
+        self.watchdog.observe()
         while len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
             plan = self.scheduler.plan()
             if plan is None:
                 break
-            self._in_flight.append(self.runner.launch(plan))
+            try:
+                launched = self.runner.launch(plan)
+            except BaseException as error:
+                return self._finish_in_flight(plan, error)
+            self._in_flight.append(launched)
         if not self._in_flight:
-            return []
+            return self._end_deadlock() if self.scheduler.has_work() else []
+        self._num_idle_steps = 0
+        return self._finish_oldest()
+
+    def _finish_in_flight(self, plan: Plan, error: BaseException) -> list[Progress]:
+        """Brings in the steps that were dispatched before `plan`, which could not be."""
+        progress, num_failed = [], self.num_failed_steps
+        while self._in_flight:
+            progress += self._finish_oldest()
+        if self.num_failed_steps > num_failed and isinstance(error, Exception):
+            return progress  # an earlier step was the one that failed
+        return progress + self._recover(plan, error)
+
+    def _finish_oldest(self) -> list[Progress]:
         launched = self._in_flight.popleft()
-        result = self.runner.fetch(launched)
+        try:
+            result = self.runner.fetch(launched)
+        except BaseException as error:
+            return self._recover(launched.plan, error)
         for seq, entries in zip(launched.plan.seqs, result.prompt_logprobs, strict=True):
             for position, entry in entries:
                 seq.request.set_prompt_logprob(position, entry)
-        return self.scheduler.commit(launched.plan, result.samples, result.logprobs)
+        return self.scheduler.commit(
+            launched.plan, result.samples, result.logprobs, result.is_sound
+        )
+
+    def _recover(self, plan: Plan, error: BaseException) -> list[Progress]:
+        """Makes pool and books anew after a step that failed, or was interrupted (raised again)."""
+        is_failure = isinstance(error, Exception)
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        logger.warning("step %d failed and is repeated: %s", plan.step_id, reason, exc_info=error)
+        self._in_flight.clear()
+        self.num_failed_steps += 1
+        ended = recovery.lose_steps(self.scheduler, plan if is_failure else None, reason)
+        self.runner.reset()
+        if not is_failure:
+            raise error
+        return ended
+
+    def _end_deadlock(self) -> list[Progress]:
+        """Ends the first request of a line that nobody leaves: a defect, better named than met with
+        silence."""
+        self._num_idle_steps += 1
+        if self._num_idle_steps < MAX_IDLE_STEPS:
+            return []
+        self._num_idle_steps = 0
+        request = next(iter(self.scheduler.requests()))
+        return [self.scheduler.fail(request, f"{request} cannot go on: no step can be planned")]
 
 
 def _max_cached_tokens(config: ModelConfig) -> int | None:

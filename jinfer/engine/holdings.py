@@ -43,6 +43,7 @@ class Holdings:
         self.is_caching = is_caching
         self.max_cached_tokens = max_cached_tokens
         self.stats = stats
+        self._spoilt: set[int] = set()  # pages to clear before anyone computes with them
 
     def num_pages(self, num_tokens: int) -> int:
         """Returns how many pages `num_tokens` tokens fill, the last one perhaps in part."""
@@ -93,6 +94,37 @@ class Holdings:
             self.prefix.free(request.pages)
         request.pages = []
         request.num_computed_tokens = request.num_prefill_tokens = 0
+
+    # ------------------------------------------------------------------ after errors
+
+    def discard(self, request: Request, start: int, running: list[Request]) -> list[Request]:
+        """Forgets what `request` computed from position `start` on, and all that builds on it.
+
+        What lies before was computed by others, or by steps of its own that are known to be sound.
+
+        Returns:
+          Those of the other running requests that hold such pages, and must give them back.
+        """
+        first = start // self.page_size
+        spoilt = {*request.pages[first:]}
+        spoilt.update(
+            self.prefix.forget(request.cache_namespace, request.known_token_ids, first, spoilt)
+        )
+        self._spoilt |= spoilt
+        self.spoil(request)
+        return [r for r in running if r is not request and not spoilt.isdisjoint(r.pages)]
+
+    def spoil(self, request: Request) -> None:
+        """Sees to it that nobody else ever reads what `request` has computed alone."""
+        request.cache_epoch = -1
+        pool = self.prefix.pool
+        alone = (p for p in request.pages if pool.count(p) == 1 and not self.prefix.is_cached(p))
+        self._spoilt.update(alone)
+
+    def take_spoilt_pages(self) -> tuple[int, ...]:
+        """Returns the pages to clear before the next step, once."""
+        spoilt, self._spoilt = self._spoilt, set()
+        return tuple(sorted(spoilt))
 
     # ------------------------------------------------------------------ inside
 

@@ -50,12 +50,14 @@ class Plan:
         pages for each sequence's `num_samples` tokens are then in its `pages`.
       is_decode: every sequence is one token wide.
       step_id: counts the plans.
+      cleared_pages: pages to zero before the step: they may hold NaN of a request that failed.
     """
 
     seqs: tuple[ScheduledSeq, ...]
     num_steps: int
     is_decode: bool
     step_id: int
+    cleared_pages: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -78,10 +80,12 @@ class SchedulerStats:
     """Counts since the scheduler was made."""
 
     num_plans: int = 0
+    num_admissions: int = 0
     num_preemptions: int = 0
     num_scheduled_tokens: int = 0  # computed by all plans, again and again included
     num_output_tokens: int = 0  # accepted by commit
     num_discarded_tokens: int = 0  # sampled beyond the end of a request
     num_finished: int = 0  # however they ended
+    num_errors: int = 0  # of those, with an error
     num_looked_up_tokens: int = 0  # of prompts, when first admitted, if they may read the cache
     num_cached_tokens: int = 0  # of those, found in the prefix cache

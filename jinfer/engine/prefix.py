@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import array
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 from jinfer.engine.pages import OutOfPages, PageError, PagePool
 
@@ -210,7 +210,60 @@ class PrefixCache:
         self._num_cached = self._num_evictable = 0
         self._heap.clear()
 
+    def forget(
+        self, namespace: Hashable, tokens: Sequence[int], num_kept: int, spoilt: Collection[int]
+    ) -> list[int]:
+        """Forgets the pages of a text from page number `num_kept` on, and all that follow them.
+
+        Args:
+          namespace: as for `find`.
+          tokens: the text.
+          num_kept: whole pages of the text that stay.
+          spoilt: pages that must not stay, wherever they are in the tree.
+
+        Returns:
+          The pages forgotten; who holds them holds them still.
+        """
+        node = self._roots.get(namespace)
+        edges = self._edges(tokens, num_kept + 1)
+        for _, edge in zip(range(num_kept), edges):
+            node = None if node is None else node.children.get(edge)
+        top = None if node is None else node.children.get(next(edges, b""))
+        pages = [] if top is None else self._cut(top)
+        for page in spoilt:
+            other = self._nodes[page]
+            if other is not None:
+                pages += self._cut(other)
+        return pages
+
     # ------------------------------------------------------------------ inside
+
+    def _cut(self, top: _Node) -> list[int]:
+        """Takes a node and everything below it out of the tree; returns the pages."""
+        pages, stack = [], [top]
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            node.children = {}
+            pages.append(node.page)
+            self._num_evictable -= self.pool.count(node.page) == 1
+            self._nodes[node.page] = None
+        self._num_cached -= len(pages)
+        self.version += 1
+        self.pool.free(pages)
+        self._unlink(top)
+        return pages
+
+    def _unlink(self, node: _Node) -> None:
+        """Takes a leaf from its parent, which may then be evicted, too, or is a root to drop."""
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.edge]  # pyright: ignore[reportArgumentType]
+        if parent.page < 0:
+            if not parent.children:
+                del self._roots[parent.edge]
+        elif self.pool.count(parent.page) == 1:
+            self._offer(parent)
 
     def _edges(self, tokens: Sequence[int], max_pages: int) -> Iterator[bytes]:
         """Yields the whole pages of `tokens` as bytes: small, quick to hash, equal if and only if.
@@ -232,25 +285,18 @@ class PrefixCache:
         while True:
             last_used, page, node = heapq.heappop(self._heap)
             node.is_queued = False
-            if node.children or self.pool.count(page) != 1:
+            if node.children or self._nodes[page] is not node or self.pool.count(page) != 1:
                 continue
             if last_used == node.last_used:
                 break
             self._offer(node)
-        parent = node.parent
-        assert parent is not None
-        del parent.children[node.edge]  # pyright: ignore[reportArgumentType]
         self._nodes[page] = None
         self._num_cached -= 1
         self._num_evictable -= 1
         self.num_evicted += 1
         self.version += 1
         self.pool.free([page])
-        if parent.page < 0:
-            if not parent.children:
-                del self._roots[parent.edge]
-        elif self.pool.count(parent.page) == 1:
-            self._offer(parent)
+        self._unlink(node)
 
     # ------------------------------------------------------------------ invariants
 

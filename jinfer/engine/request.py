@@ -55,7 +55,7 @@ class Request:
       num_computed_tokens: tokens whose KV is written, or will be by steps in flight.
       num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
       num_overtaken: equals of priority that came later and were admitted before it.
-      cache_epoch: that of the prefix cache at the last admission.
+      cache_epoch: that of the prefix cache at the last admission; -1: its pages are not to be kept.
       num_prefill_tokens: tokens to compute before this stay on the device can sample: the known
         ones at admission.
       pages: page numbers in order of position; page i holds positions i * B .. i * B + B - 1.
@@ -63,7 +63,9 @@ class Request:
       has_used_row: whether a step of this stay has been planned, which initialises the row.
       logprobs: what `commit` was given for each output token; None unless asked for.
       prompt_logprobs: one entry a prompt token, None for the first; None unless asked for.
-      finish_reason, stop_reason: as in `CompletionOutput`.
+      num_failed_steps: failed steps that it is blamed for; see `recovery`.
+      is_suspect: whether it may be the reason of the last one.
+      finish_reason, stop_reason, error: as in `CompletionOutput`.
       metrics: times, of the scheduler's clock.
     """
 
@@ -94,6 +96,9 @@ class Request:
     status: RequestStatus = dataclasses.field(default=RequestStatus.WAITING, init=False)
     finish_reason: FinishReason | None = dataclasses.field(default=None, init=False)
     stop_reason: str | int | None = dataclasses.field(default=None, init=False)
+    error: str | None = dataclasses.field(default=None, init=False)
+    num_failed_steps: int = dataclasses.field(default=0, init=False)
+    is_suspect: bool = dataclasses.field(default=False, init=False)
     logprobs: list[Any] | None = dataclasses.field(default=None, init=False)
     prompt_logprobs: list[Any] | None = dataclasses.field(default=None, init=False)
     metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics, init=False)

@@ -28,6 +28,8 @@ from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
 
+PAGE_BATCH = 16  # pages that one program clears or copies; fewer are padded
+
 
 class CompileCounter:
     """Counts every program that XLA compiles (or loads from its cache) in this process."""
@@ -78,11 +80,14 @@ class StepResult:
 
     Attributes:
       samples: token ids sampled for each sequence.
+      is_sound: for each sequence, whether all its logits and hidden states were finite; if not,
+        some of its samples are no tokens.
       logprobs: for each sequence one `TokenLogprobs` a sample, or None.
       prompt_logprobs: for each sequence `(position, TokenLogprobs)` of prompt tokens.
     """
 
     samples: list[list[int]]
+    is_sound: list[bool]
     logprobs: list[list[TokenLogprobs] | None]
     prompt_logprobs: list[list[tuple[int, TokenLogprobs]]]
 
@@ -113,7 +118,9 @@ class Runner:
         self.reset()
 
     def reset(self) -> None:
-        """Makes an empty pool and an empty sampler state."""
+        """Makes an empty pool and an empty sampler state; the old ones go first."""
+        self.__dict__.pop("kv", None)
+        self.__dict__.pop("state", None)
         self.kv = kv_cache.init(self.model.config, self.cache)
         self.state = sampling.init_state(self._num_rows, self.vocab_size)
 
@@ -121,12 +128,20 @@ class Runner:
 
     def launch(self, plan: Plan) -> Launched:
         """Dispatches a plan and returns at once."""
+        self._prepare_pages(plan)
         for seq in plan.seqs:
             if seq.is_new_row:
                 self._reset_row(seq.request)
         if plan.is_decode and all(seq.num_samples > 0 for seq in plan.seqs):
             return self._launch_decode(plan)
         return self._launch_ragged(plan)
+
+    def _prepare_pages(self, plan: Plan) -> None:
+        for begin in range(0, len(plan.cleared_pages), PAGE_BATCH):
+            pages = np.full(PAGE_BATCH, self.cache.num_pages, np.int32)
+            part = plan.cleared_pages[begin : begin + PAGE_BATCH]
+            pages[: len(part)] = part
+            self.kv = steps.clear_pages(self.kv, _int32(pages))
 
     def _reset_row(self, request: Request) -> None:
         setup = sampling.pack_row(
@@ -263,8 +278,13 @@ class Runner:
         plan = launched.plan
         tokens = np.asarray(launched.tokens)
         samples = [tokens[: seq.num_samples, s].tolist() for s, seq in enumerate(plan.seqs)]
+        is_sound = [
+            bool((tokens[: max(1, seq.num_samples), s] != steps.NOT_FINITE).all())
+            for s, seq in enumerate(plan.seqs)
+        ]
         return StepResult(
             samples,
+            is_sound,
             self._fetch_logprobs(launched, samples),
             self._fetch_prompt_logprobs(launched),
         )
@@ -323,6 +343,8 @@ class Runner:
                 assert out.hidden is not None
                 steps.prompt_logprobs(self.model, self.params, out.hidden, targets, k=self.top_k)
                 steps.prompt_log_softmax(self.model, self.params, out.hidden)
+        no_pages = _int32(np.full(PAGE_BATCH, self.cache.num_pages))
+        self.kv = steps.clear_pages(self.kv, no_pages)
         setup = sampling.pack_row(SamplingParams(), [0], [], vocab_size=self.vocab_size)
         self.state = steps.reset_row(self.state, _int32(self._num_rows), setup)
         jax.block_until_ready((self.kv, self.state))
@@ -354,7 +376,7 @@ class Runner:
 
 
 def _int32(value: Any) -> Any:
-    return np.int32(value)
+    return np.asarray(value, np.int32)
 
 
 def _known_tokens(request: Request, start: int, count: int) -> list[int]:

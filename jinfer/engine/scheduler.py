@@ -18,12 +18,13 @@ from __future__ import annotations
 import bisect
 import collections
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jinfer.config import EngineConfig
-from jinfer.engine import integrity
+from jinfer.engine import integrity, recovery
 from jinfer.engine.holdings import Holdings
 from jinfer.engine.pages import PagePool
 from jinfer.engine.plan import Plan, Progress, ScheduledSeq, SchedulerStats
@@ -31,6 +32,8 @@ from jinfer.engine.prefix import PrefixCache
 from jinfer.engine.queue import WaitingQueue, arrival_key
 from jinfer.engine.request import Request, RequestStatus
 from jinfer.outputs import FinishReason
+
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -140,6 +143,34 @@ class Scheduler:
             self._retire(request)
         return request
 
+    def fail(self, request: Request, message: str, start: int = 0) -> Progress:
+        """Ends a live request with an error; nothing is kept of what it computed from `start` on.
+
+        Requests that share some of that go back into the queue and are computed without it.
+        """
+        self._discard(request, start)
+        request.error = message
+        request.end("error")
+        self._retire(request)
+        self.stats.num_errors += 1
+        logger.warning("%s", message)
+        return Progress(request, [], request.take_text(), True)
+
+    def _discard(self, request: Request, start: int) -> None:
+        for other in self.holdings.discard(request, start, self.running):
+            self.send_back(other)
+
+    def send_back(self, request: Request) -> None:
+        """Puts a running request back into the queue and keeps nothing that it has computed."""
+        self.holdings.spoil(request)
+        self._preempt(request)
+
+    def forget_plans(self) -> None:
+        """Gives up all plans in flight: what they sample never comes."""
+        self._in_flight.clear()
+        for request in self._requests.values():
+            request.num_in_flight = 0
+
     def _retire(self, request: Request) -> None:
         """Takes an ended request out of every list and frees what it holds."""
         if request.status is RequestStatus.RUNNING:
@@ -170,7 +201,7 @@ class Scheduler:
             is_whole = request.num_tokens <= budget
             if budget <= 0 or not (is_whole or self.config.enable_chunked_prefill):
                 break
-            if not self._admit(request):
+            if not recovery.may_join(request, self.running) or not self._admit(request):
                 break
             chunks.append(self._schedule_chunk(request, budget))
             budget -= chunks[-1].num_tokens
@@ -179,7 +210,8 @@ class Scheduler:
         num_steps = 1 if chunks else self._extend_decodes(decodes)
         seqs = [self._schedule_decode(request, num_steps) for request in decodes] + chunks
         is_decode = all(seq.num_tokens == 1 for seq in seqs)
-        plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids))
+        cleared = self.holdings.take_spoilt_pages()
+        plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids), cleared)
         self._in_flight.append(plan)
         self.stats.num_plans += 1
         self.stats.num_scheduled_tokens += plan.num_tokens
@@ -264,6 +296,7 @@ class Scheduler:
         if not self.holdings.take(request, num_spare=len(self.running)):
             return False
         self.waiting.admit(request)
+        self.stats.num_admissions += 1
         request.row = self.free_rows.pop()
         request.has_used_row = False
         request.num_prefill_tokens = request.num_tokens
@@ -296,16 +329,19 @@ class Scheduler:
         plan: Plan,
         samples: Sequence[Sequence[int]],
         logprobs: Sequence[Sequence[Any] | None] | None = None,
+        is_sound: Sequence[bool] | None = None,
     ) -> list[Progress]:
         """Takes in what the oldest plan in flight sampled, and ends the requests that stop.
 
         Args:
           plan: the oldest plan not committed.
           samples: for each of `plan.seqs` its `num_samples` tokens.
+          is_sound: for each of `plan.seqs` whether all that it computed is finite; if not, its
+            samples are dropped and it ends with an error. None: all are.
           logprobs: likewise one object a token, kept in `Request.logprobs`; None for none.
 
         Returns:
-          One entry for each request that got tokens. Those that had ended before get none.
+          One entry for each request that got tokens or ended. Those that had ended before get none.
 
         Raises:
           ValueError: the plan is not the oldest one, or the samples do not fit it.
@@ -321,9 +357,17 @@ class Scheduler:
         self._in_flight.popleft()
         progress = []
         for i, (seq, tokens) in enumerate(zip(plan.seqs, samples)):
+            is_bad = is_sound is not None and not is_sound[i]
             if seq.request.is_finished:
                 self.stats.num_discarded_tokens += len(tokens)
+                if is_bad:
+                    self._discard(seq.request, seq.start)
                 continue
+            if is_bad:
+                message = f"request {seq.request.request_id}: the model computed NaN or infinity"
+                progress.append(self.fail(seq.request, message, seq.start))
+                continue
+            seq.request.is_suspect = False
             if tokens:
                 objects = logprobs[i] if logprobs is not None else None
                 progress.append(self._accept(seq, tokens, objects))

@@ -333,13 +333,20 @@ def _attend_pages(
         p = jnp.exp(s - new_top[seq][..., None])
         alpha = jnp.exp(top - new_top)
         one_hot = of_seq.astype(jnp.float32)
-        total = total * alpha + dot(one_hot, p.sum(axis=-1), (((0,), (0,)), ((), ())))
+        weight = p.sum(axis=-1)  # [C, K, G]
         if kv.v_scale is not None:
             # A masked place must not bring its scale's NaN back.
             p = p * jnp.where(visible[:, None], kv.v_scale[ids], 0.0)[:, :, None, :]
         pv = dot(p, v, (((3,), (2,)), ((0, 1), (0, 1))))  # [C, K, G, H]
-        pv = dot(one_hot, pv, (((0,), (0,)), ((), ())))  # [S, K, G, H]
-        return acc * alpha[..., None] + pv, new_top, total
+        # A sequence's NaN or infinity is its own: the sums over items must not carry it to others.
+        is_bad = weight * 0.0 + jnp.sum(pv * 0.0, axis=-1) != 0.0  # [C, K, G]
+        spoilt = jnp.any(of_seq[:, :, None, None] & is_bad[:, None], axis=0)  # [S, K, G]
+        weight = jnp.where(is_bad, 0.0, weight)
+        pv = jnp.where(is_bad[..., None], 0.0, pv)
+        total = total * alpha + dot(one_hot, weight, (((0,), (0,)), ((), ())))
+        acc = acc * alpha[..., None] + dot(one_hot, pv, (((0,), (0,)), ((), ())))
+        acc = jnp.where(spoilt[..., None], jnp.nan, acc)
+        return acc, new_top, total
 
     shape = (num_seqs, num_kv_heads, group)
     carry = (

@@ -1,0 +1,59 @@
+"""After a failed step: every request goes back into the queue or ends by name. No device here.
+
+A step can fail for want of memory, for a device or for a defect of this program, and the pool that
+was donated to it is gone. So the KV of all requests is: they are computed again from their tokens,
+which are all on the host. Whose fault it was is found by trial. After a failure all requests of the
+failed step are suspects, and of suspects only one runs at a time (beside others that are none),
+until a step with it has come through. If a step with a suspect in it fails, the suspect is blamed
+and nobody else, so that a request that breaks every step it is in does not take its company along.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jinfer.engine.plan import Plan, Progress
+from jinfer.engine.request import Request
+
+if TYPE_CHECKING:
+    from jinfer.engine.scheduler import Scheduler
+
+MAX_FAILED_STEPS = 3  # a request that is blamed for so many ends with an error
+
+
+def lose_steps(scheduler: Scheduler, failed: Plan | None, reason: str) -> list[Progress]:
+    """Forgets all steps in flight and all KV; afterwards nothing runs.
+
+    Args:
+      scheduler: its plans in flight will never be committed.
+      failed: the plan that failed; None blames nobody.
+      reason: what happened, for those that end now.
+
+    Returns:
+      One entry for each request that ended.
+    """
+    scheduler.forget_plans()
+    scheduler.prefix.reset()
+    for request in tuple(scheduler.running):
+        scheduler.send_back(request)
+    scheduler.holdings.take_spoilt_pages()  # the pool will be a new one
+    live = [] if failed is None else [s.request for s in failed.seqs if not s.request.is_finished]
+    suspects = [request for request in live if request.is_suspect]
+    ended = []
+    for request in suspects or live:
+        request.is_suspect = True
+        request.num_failed_steps += 1
+        if request.num_failed_steps >= MAX_FAILED_STEPS:
+            ended.append(
+                scheduler.fail(
+                    request,
+                    f"request {request.request_id} was part of {request.num_failed_steps} steps "
+                    f"that failed, the last with {reason}",
+                )
+            )
+    return ended
+
+
+def may_join(request: Request, running: list[Request]) -> bool:
+    """Whether a request may run beside those that do: of suspects only one."""
+    return not request.is_suspect or not any(other.is_suspect for other in running)

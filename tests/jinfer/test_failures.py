@@ -1,0 +1,262 @@
+"""What goes wrong in one request or one step does not reach the others; pages are whole again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jinfer import LLM, SamplingParams
+from jinfer.config import ModelConfig
+from jinfer.engine import core, recovery, watchdog
+from jinfer.engine.runner import Runner
+from jinfer.engine.watchdog import Watchdog
+from jinfer.models.model import Model
+
+POISON = 13  # the token whose embedding is NaN
+MODEL = Model(
+    ModelConfig(
+        family="llama",
+        vocab_size=199,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+    )
+)
+LIMITS = {
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "block_size": 8,
+    "num_gpu_blocks_override": 40,
+    "skip_tokenizer_init": True,
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = MODEL.init(jax.random.key(0))
+    embed = params["embed"]["w"].at[POISON].set(jnp.nan)
+    head = params.get("lm_head") or {"w": params["embed"]["w"].T}
+    return {**params, "embed": {**params["embed"], "w": embed}, "lm_head": head}
+
+
+@pytest.fixture(scope="module")
+def make_llm(params):
+    return lambda **options: LLM(MODEL, params=params, **{**LIMITS, **options})
+
+
+def make_prompt(seed, length):
+    return np.random.default_rng(seed).integers(20, 199, length).tolist()
+
+
+PROMPTS = [make_prompt(i, n) for i, n in enumerate((3, 9, 21, 30, 17))]
+
+
+@pytest.fixture(scope="module")
+def alone(make_llm):
+    llm = make_llm(enable_prefix_caching=False)
+    return [llm.generate([p], GREEDY, use_tqdm=False)[0].outputs[0].token_ids for p in PROMPTS]
+
+
+def run(llm, prompts, params=GREEDY):
+    return [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def check_whole(llm):
+    while llm._engine.has_work():
+        llm.step()
+    llm.check_integrity()
+    metrics = llm.get_metrics()
+    assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
+    assert not metrics["num_running"] and not metrics["num_waiting"]
+
+
+def check_no_nan_is_left(llm):
+    run(llm, [make_prompt(99, 2)])  # its first step clears what was spoilt
+    for pool in jax.tree.leaves(llm._runner.kv):
+        assert np.isfinite(np.asarray(pool)).all()
+
+
+# ---------------------------------------------------------------------- NaN
+
+
+@pytest.mark.parametrize("num_decode_steps", [1, 4])
+@pytest.mark.parametrize("place", [0, 5, 20, 29])
+def test_nan_in_a_prompt_ends_that_request_alone(make_llm, alone, place, num_decode_steps):
+    llm = make_llm(num_decode_steps=num_decode_steps)
+    bad = make_prompt(50, 30)
+    bad[place] = POISON
+    for _ in range(2):
+        *good, error = run(llm, [*PROMPTS, bad])
+        assert [output.token_ids for output in good] == alone
+        assert error.finish_reason == "error" and not error.token_ids
+        assert "NaN" in error.error and "/0" in error.error
+        check_whole(llm)
+        # Whole pages before the chunk that failed are sound, and stay; none of the others does.
+        found = llm._engine.scheduler.prefix.find((None,), bad, 99)
+        assert len(found) <= place // 8
+    assert llm.get_metrics()["num_errors"] == 2
+    check_no_nan_is_left(llm)
+
+
+@pytest.mark.parametrize("num_decode_steps", [1, 4])
+def test_nan_while_decoding_ends_that_request_alone(make_llm, alone, num_decode_steps):
+    llm = make_llm(num_decode_steps=num_decode_steps)
+    to_poison = SamplingParams(temperature=0, max_tokens=9, logit_bias={POISON: 1e6})
+    bad = make_prompt(51, 12)
+    outputs = run(llm, [*PROMPTS[:2], bad, *PROMPTS[2:]], [GREEDY] * 2 + [to_poison] + [GREEDY] * 3)
+    error = outputs.pop(2)
+    assert [output.token_ids for output in outputs] == alone
+    assert error.finish_reason == "error" and set(error.token_ids) <= {POISON}
+    check_whole(llm)
+    assert len(llm._engine.scheduler.prefix.find((None,), [*bad, POISON, 0, 0, 0], 99)) == 1
+    check_no_nan_is_left(llm)
+
+
+def test_an_aborted_request_leaves_no_nan_behind(make_llm):
+    llm = make_llm()
+    bad = make_prompt(52, 24)
+    bad[2] = POISON
+    llm.add_request("bad", bad, GREEDY)
+    llm._engine.scheduler.has_work()
+    plan = llm._engine.scheduler.plan()
+    launched = llm._runner.launch(plan)
+    llm._engine._in_flight.append(launched)
+    llm.abort("bad")
+    assert llm._engine.scheduler.prefix.find((None,), bad, 99)
+    check_whole(llm)
+    assert not llm._engine.scheduler.prefix.find((None,), bad, 99)
+
+
+def test_nan_weights_end_every_request_and_the_engine_goes_on(make_llm, params, alone):
+    llm = make_llm()
+    nan = jax.tree.map(lambda x: x * jnp.nan, params)
+    llm.update_weights(nan)
+    assert {output.finish_reason for output in run(llm, PROMPTS)} == {"error"}
+    check_whole(llm)
+    assert llm.get_metrics()["num_cached_pages"] == 0
+    llm.update_weights(params)
+    assert [output.token_ids for output in run(llm, PROMPTS)] == alone
+
+
+# ---------------------------------------------------------------------- failed steps
+
+
+class Fault:
+    """Makes the n-th call of a method of the runner fail, or every call that `applies`."""
+
+    def __init__(self, monkeypatch, name, nth=None, applies=None, error=RuntimeError):
+        method = getattr(Runner, name)
+        self.num_calls = self.num_faults = 0
+
+        def call(runner, arg):
+            self.num_calls += 1
+            plan = arg if name == "launch" else arg.plan
+            if self.num_calls == nth or (applies is not None and applies(plan)):
+                self.num_faults += 1
+                for leaf in jax.tree.leaves((runner.kv, runner.state)):
+                    leaf.delete()  # as a failed call leaves what was donated to it
+                raise error("RESOURCE_EXHAUSTED: out of memory\nand more lines")
+            return method(runner, arg)
+
+        monkeypatch.setattr(Runner, name, call)
+
+
+@pytest.mark.parametrize("name", ["launch", "fetch"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 5, 9])
+def test_after_a_failed_step_every_request_goes_on(make_llm, alone, monkeypatch, name, nth):
+    llm = make_llm(num_gpu_blocks_override=14)
+    fault = Fault(monkeypatch, name, nth)
+    assert [output.token_ids for output in run(llm, PROMPTS)] == alone
+    assert fault.num_faults == llm.get_metrics()["num_failed_steps"] == 1
+    check_whole(llm)
+
+
+@pytest.mark.parametrize("name", ["launch", "fetch"])
+def test_a_request_that_breaks_its_steps_fails_alone(make_llm, alone, monkeypatch, name):
+    llm = make_llm()
+    bad = make_prompt(53, 11)
+    fault = Fault(
+        monkeypatch,
+        name,
+        applies=lambda plan: any(seq.request.prompt_token_ids == bad for seq in plan.seqs),
+    )
+    outputs = run(llm, [*PROMPTS[:2], bad, *PROMPTS[2:]])
+    error = outputs.pop(2)
+    assert [output.token_ids for output in outputs] == alone
+    assert error.finish_reason == "error"
+    assert "3 steps that failed, the last with RuntimeError: RESOURCE_EXHAUSTED" in error.error
+    assert fault.num_faults == recovery.MAX_FAILED_STEPS
+    check_whole(llm)
+
+
+def test_when_every_step_fails_every_request_ends_by_name(make_llm, monkeypatch):
+    llm = make_llm()
+    fault = Fault(monkeypatch, "launch", applies=lambda plan: True)
+    outputs = run(llm, PROMPTS)
+    assert {output.finish_reason for output in outputs} == {"error"}
+    assert len({output.error.split()[1] for output in outputs}) == len(PROMPTS)
+    assert fault.num_faults <= recovery.MAX_FAILED_STEPS * len(PROMPTS)
+    check_whole(llm)
+
+
+@pytest.mark.parametrize("name", ["launch", "fetch"])
+def test_an_interrupt_is_raised_and_blames_nobody(make_llm, alone, monkeypatch, name):
+    llm = make_llm()
+    Fault(monkeypatch, name, 3, error=KeyboardInterrupt)
+    for i, prompt in enumerate(PROMPTS):
+        llm.add_request(str(i), prompt, GREEDY)
+    done = {}
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            done |= {o.request_id: o for o in llm.step() if o.finished}
+    assert not any(r.num_failed_steps for r in llm._engine.scheduler.requests())
+    while llm.has_unfinished_requests():
+        done |= {o.request_id: o for o in llm.step() if o.finished}
+    assert [done[str(i)].outputs[0].token_ids for i in range(len(PROMPTS))] == alone
+    check_whole(llm)
+
+
+# ---------------------------------------------------------------------- requests that are stuck
+
+
+def test_the_watchdog_names_who_makes_no_progress(make_llm, caplog):
+    llm = make_llm()
+    scheduler = llm._engine.scheduler
+    clock = [0.0]
+    dog = Watchdog(scheduler, now=lambda: clock[0])
+
+    def observe(seconds):
+        for _ in range(watchdog.STUCK_AFTER_STEPS):
+            clock[0] += seconds / watchdog.STUCK_AFTER_STEPS
+            dog.observe()
+
+    llm.add_request("slow", PROMPTS[0], GREEDY)
+    llm.add_request("last", PROMPTS[1], GREEDY)
+    llm.step()
+    observe(watchdog.STUCK_AFTER_S / 2)
+    assert not dog.stuck
+    for _ in range(2):
+        observe(watchdog.STUCK_AFTER_S)
+    assert set(dog.stuck) == {"slow/0", "last/0"}
+    assert "'slow/0', running" in dog.stuck["slow/0"] and "pages" in dog.stuck["slow/0"]
+    assert caplog.text.count("'slow/0'") == 1
+    llm.step()
+    observe(watchdog.STUCK_AFTER_S / 4)
+    assert not dog.stuck
+    check_whole(llm)
+
+
+def test_a_line_that_nobody_can_leave_ends_with_an_error(make_llm, monkeypatch):
+    llm = make_llm()
+    pages = llm._engine.scheduler.prefix.alloc(38)  # somebody else's
+    [error] = run(llm, [make_prompt(54, 30)])
+    assert error.finish_reason == "error" and "no step can be planned" in error.error
+    assert core.MAX_IDLE_STEPS > 1
+    llm._engine.scheduler.prefix.free(pages)
+    check_whole(llm)
