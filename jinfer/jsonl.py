@@ -54,6 +54,12 @@ class Summary:
     num_output_tokens: int = 0
     failed_lines: list[int] = dataclasses.field(default_factory=list)
 
+    def note_failure(self, number: int) -> None:
+        """Counts a line that has no result."""
+        self.num_failed += 1
+        if len(self.failed_lines) < MAX_REPORTED_LINES:
+            self.failed_lines.append(number)
+
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, raw line) of every line that is not blank."""
@@ -337,7 +343,8 @@ def run(
       make_request: turns a line into (prompt, sampling params); a ValueError or TypeError from it
         or from `add_request` fails this line alone.
       max_in_flight: requests that the engine holds, running and waiting.
-      on_error: called with line number and message of each line that fails.
+      on_error: called with line number and message of each line that fails, at the door or with an
+        error later; it has no result, so that another run of the job tries it again.
       on_progress: called after each step that finished lines, and for failed lines.
 
     Raises:
@@ -358,9 +365,7 @@ def run(
                 prompt, params = make_request(line)
                 engine.add_request(str(number), prompt, params)
             except (ValueError, TypeError) as error:
-                summary.num_failed += 1
-                if len(summary.failed_lines) < MAX_REPORTED_LINES:
-                    summary.failed_lines.append(number)
+                summary.note_failure(number)
                 on_error(number, str(error))
                 on_progress(summary)
             else:
@@ -371,6 +376,12 @@ def run(
         for output in engine.step():
             if output.finished:
                 number, line_id, key = in_flight.pop(output.request_id)
+                error = next((c.error for c in output.outputs if c.finish_reason == "error"), None)
+                if error is not None:
+                    summary.note_failure(number)
+                    on_error(number, error)
+                    on_progress(summary)
+                    continue
                 records.append(make_record(output, number=number, line_id=line_id, key=key))
                 summary.num_output_tokens += sum(len(c.token_ids) for c in output.outputs)
         if records:

@@ -167,6 +167,29 @@ def test_bad_lines_are_named_and_the_rest_is_done(tmp_path):
     assert sorted(by_line(target)) == list(range(2, len(lines) + 1, 2))
 
 
+def test_a_line_that_ends_with_an_error_is_named_and_tried_again(tmp_path, monkeypatch):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_prompts(source, 5)
+    make_output = fake_llm.FakeLLM._output
+
+    def fail_the_third(self, request, start):
+        output = make_output(self, request, start)
+        if output.finished and request.request_id == "3":
+            output.outputs[0].finish_reason = "error"
+            output.outputs[0].error = "request 3/0: the model computed NaN or infinity"
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_llm.FakeLLM, "_output", fail_the_third)
+        summary, errors, _ = run(source, target)
+    assert (summary.num_done, summary.num_failed, summary.failed_lines) == (4, 1, [3])
+    assert list(errors) == [3] and "NaN" in errors[3]
+    assert sorted(by_line(target)) == [1, 2, 4, 5]
+    summary, errors, _ = run(source, target)
+    assert (summary.num_done, summary.num_failed, errors) == (1, 0, {})
+    assert sorted(by_line(target)) == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
