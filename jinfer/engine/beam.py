@@ -81,6 +81,7 @@ class BeamSearcher:
         self._waiting: collections.deque[_Job] = collections.deque()
         self._active: list[_Job] = []
         self._num_added = 0
+        self._num_failed_steps = engine.num_failed_steps
         self._has_failed = False
         self.is_stuck = False  # whether the last step could start no search and none was under way
 
@@ -146,6 +147,9 @@ class BeamSearcher:
         return over
 
     def _step(self) -> list[tuple[int, list[Finished]]]:
+        if self._active and self.engine.num_failed_steps != self._num_failed_steps:
+            raise RuntimeError("a step of the engine failed and took the beams' KV along")
+        self._num_failed_steps = self.engine.num_failed_steps
         while self._waiting and len(self._active) < self._sizes[-1]:
             if not self._start(self._waiting[0]):
                 break
@@ -162,15 +166,14 @@ class BeamSearcher:
     def close(self) -> None:
         """Ends all searches and gives their pages back; to be called after an exception, too.
 
-        A step that fails takes the pool along that was donated to it: if no request is in need of
-        it, a new one is made.
+        A step that fails takes the pool along that was donated to it: a new one is made, and the
+        engine's requests are computed again.
         """
         for job in tuple(self._active):
             self._give_back(job)
         self._waiting.clear()
-        if self._has_failed and not self.engine.has_work():
-            self.engine.scheduler.prefix.reset()
-            self.engine.runner.reset()
+        if self._has_failed:
+            self.engine.lose_steps()
         self._has_failed = False
 
     # ------------------------------------------------------------------ pages

@@ -242,12 +242,25 @@ class Engine:
         is_failure = isinstance(error, Exception)
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         logger.warning("step %d failed and is repeated: %s", plan.step_id, reason, exc_info=error)
-        self._in_flight.clear()
-        self.num_failed_steps += 1
-        ended = recovery.lose_steps(self.scheduler, plan if is_failure else None, reason)
-        self.runner.reset()
+        ended = self.lose_steps(plan if is_failure else None, reason)
         if not is_failure:
             raise error
+        return ended
+
+    def lose_steps(self, failed: Plan | None = None, reason: str = "") -> list[Progress]:
+        """Makes the pool and the sampler state anew, and queues again all that were being computed.
+
+        Args:
+          failed: the step whose requests are suspects; None blames nobody.
+          reason: what happened.
+
+        Returns:
+          One entry for each request that ended with an error.
+        """
+        self._in_flight.clear()
+        self.num_failed_steps += 1
+        ended = recovery.lose_steps(self.scheduler, failed, reason)
+        self.runner.reset()
         return ended
 
     def _end_deadlock(self) -> list[Progress]:

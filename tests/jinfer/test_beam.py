@@ -327,13 +327,34 @@ def test_a_failed_step_leaves_an_engine_that_works(oracle_path, alone, monkeypat
         jax.tree.map(lambda x: x.delete(), kv)
         raise RuntimeError("out of memory")
 
+    greedy = SamplingParams(temperature=0, max_tokens=8)
+    [prompt] = draw_prompts(1, (9,))
+    llm.add_request("beside", prompt, greedy)
+    llm.step()
     monkeypatch.setattr(steps, "beam_step", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         llm.beam_search(PROMPTS, PARAMS)
     monkeypatch.setattr(steps, "beam_step", whole)
+    while llm.has_unfinished_requests():
+        outputs = llm.step()
+    [again] = llm.generate([prompt], greedy, use_tqdm=False)
+    assert outputs[0].outputs[0].token_ids == again.outputs[0].token_ids
     check_idle(llm)
     outputs = llm.beam_search(PROMPTS, PARAMS)
     assert [[t.output_token_ids for t in out.sequences] for out in outputs] == alone
+
+
+def test_a_failed_step_of_the_engine_ends_the_search(oracle_path):
+    llm = LLM(oracle_path, dtype="float32", **LIMITS)
+    searcher = BeamSearcher(llm._engine, PARAMS)
+    searcher.add(PROMPTS[0])
+    searcher.step()
+    llm._engine.lose_steps()
+    llm.check_integrity()
+    with pytest.raises(RuntimeError, match="took the beams' KV along"):
+        searcher.step()
+    searcher.close()
+    check_idle(llm)
 
 
 def test_logits_that_are_not_finite_are_an_error(oracle_path):
