@@ -16,6 +16,8 @@ different padded size, as is any change of company.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jinfer.engine.plan import SchedulerStats
 from jinfer.engine.prefix import PrefixCache
 from jinfer.engine.request import Request
@@ -48,6 +50,10 @@ class Holdings:
     def num_pages(self, num_tokens: int) -> int:
         """Returns how many pages `num_tokens` tokens fill, the last one perhaps in part."""
         return -(-num_tokens // self.page_size)
+
+    def written_pages(self, request: Request, start: int, num_tokens: int) -> tuple[int, ...]:
+        """Returns the pages of `num_tokens` positions from `start` on."""
+        return tuple(request.pages[start // self.page_size : self.num_pages(start + num_tokens)])
 
     def num_cached_pages(self, request: Request) -> int:
         """Returns how many pages `take` would find now."""
@@ -97,10 +103,19 @@ class Holdings:
 
     # ------------------------------------------------------------------ after errors
 
-    def discard(self, request: Request, start: int, running: list[Request]) -> list[Request]:
+    def discard(
+        self, request: Request, start: int, written: Sequence[int], running: list[Request]
+    ) -> list[Request]:
         """Forgets what `request` computed from position `start` on, and all that builds on it.
 
         What lies before was computed by others, or by steps of its own that are known to be sound.
+
+        Args:
+          request: its pages are gone already if it has ended or was preempted.
+          start: first position that is not to be trusted.
+          written: pages that its step wrote to. Those that are free now are cleared; who has been
+            given one since writes each place before reading it.
+          running: all running requests.
 
         Returns:
           Those of the other running requests that hold such pages, and must give them back.
@@ -111,6 +126,7 @@ class Holdings:
             self.prefix.forget(request.cache_namespace, request.known_token_ids, first, spoilt)
         )
         self._spoilt |= spoilt
+        self._spoilt.update(page for page in written if self.prefix.pool.count(page) == 0)
         self.spoil(request)
         return [r for r in running if r is not request and not spoilt.isdisjoint(r.pages)]
 

@@ -21,6 +21,7 @@ class ScheduledSeq:
         and output tokens, all of which are known.
       is_prefill: the input tokens are all known to the host. Otherwise the input is the newest
         sampled token, which the device has in any case and the host perhaps not yet.
+      pages: those that the step writes to, which may be someone else's by the time of its commit.
     """
 
     request: Request
@@ -29,6 +30,7 @@ class ScheduledSeq:
     num_samples: int
     is_new_row: bool
     is_prefill: bool
+    pages: tuple[int, ...] = ()
 
     @property
     def wants_prompt_logprobs(self) -> bool:

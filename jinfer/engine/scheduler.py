@@ -143,12 +143,15 @@ class Scheduler:
             self._retire(request)
         return request
 
-    def fail(self, request: Request, message: str, start: int = 0) -> Progress:
+    def fail(
+        self, request: Request, message: str, start: int = 0, written: Sequence[int] = ()
+    ) -> Progress:
         """Ends a live request with an error; nothing is kept of what it computed from `start` on.
 
         Requests that share some of that go back into the queue and are computed without it.
+        `written` are the pages of the step that went wrong.
         """
-        self._discard(request, start)
+        self._discard(request, start, written)
         request.error = message
         request.end("error")
         self._retire(request)
@@ -156,8 +159,8 @@ class Scheduler:
         logger.warning("%s", message)
         return Progress(request, [], request.take_text(), True)
 
-    def _discard(self, request: Request, start: int) -> None:
-        for other in self.holdings.discard(request, start, self.running):
+    def _discard(self, request: Request, start: int, written: Sequence[int]) -> None:
+        for other in self.holdings.discard(request, start, written, self.running):
             self.send_back(other)
 
     def send_back(self, request: Request) -> None:
@@ -261,9 +264,9 @@ class Scheduler:
 
     def _schedule_decode(self, request: Request, num_steps: int) -> ScheduledSeq:
         num_samples = min(num_steps, request.num_unplanned_outputs)
-        seq = ScheduledSeq(
-            request, request.num_computed_tokens, 1, num_samples, is_new_row=False, is_prefill=False
-        )
+        start = request.num_computed_tokens
+        written = self.holdings.written_pages(request, start, num_samples)
+        seq = ScheduledSeq(request, start, 1, num_samples, False, is_prefill=False, pages=written)
         request.num_computed_tokens += num_samples
         request.num_in_flight += num_samples
         return seq
@@ -273,7 +276,8 @@ class Scheduler:
         n = min(request.num_prefill_tokens - start, budget)
         is_last = start + n == request.num_prefill_tokens
         is_new_row = not request.has_used_row
-        seq = ScheduledSeq(request, start, n, int(is_last), is_new_row, is_prefill=True)
+        written = self.holdings.written_pages(request, start, n)
+        seq = ScheduledSeq(request, start, n, int(is_last), is_new_row, True, written)
         request.has_used_row = True
         request.num_computed_tokens += n
         request.num_in_flight += seq.num_samples
@@ -361,11 +365,11 @@ class Scheduler:
             if seq.request.is_finished:
                 self.stats.num_discarded_tokens += len(tokens)
                 if is_bad:
-                    self._discard(seq.request, seq.start)
+                    self._discard(seq.request, seq.start, seq.pages)
                 continue
             if is_bad:
                 message = f"request {seq.request.request_id}: the model computed NaN or infinity"
-                progress.append(self.fail(seq.request, message, seq.start))
+                progress.append(self.fail(seq.request, message, seq.start, seq.pages))
                 continue
             seq.request.is_suspect = False
             if tokens:

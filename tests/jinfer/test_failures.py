@@ -13,6 +13,7 @@ from jinfer.engine.watchdog import Watchdog
 from jinfer.models.model import Model
 
 POISON = 13  # the token whose embedding is NaN
+NAMESPACE = ("float32", None)
 MODEL = Model(
     ModelConfig(
         family="llama",
@@ -98,7 +99,7 @@ def test_nan_in_a_prompt_ends_that_request_alone(make_llm, alone, place, num_dec
         assert "NaN" in error.error and "/0" in error.error
         check_whole(llm)
         # Whole pages before the chunk that failed are sound, and stay; none of the others does.
-        found = llm._engine.scheduler.prefix.find((None,), bad, 99)
+        found = llm._engine.scheduler.prefix.find(NAMESPACE, bad, 99)
         assert len(found) <= place // 8
     assert llm.get_metrics()["num_errors"] == 2
     check_no_nan_is_left(llm)
@@ -114,23 +115,45 @@ def test_nan_while_decoding_ends_that_request_alone(make_llm, alone, num_decode_
     assert [output.token_ids for output in outputs] == alone
     assert error.finish_reason == "error" and set(error.token_ids) <= {POISON}
     check_whole(llm)
-    assert len(llm._engine.scheduler.prefix.find((None,), [*bad, POISON, 0, 0, 0], 99)) == 1
+    assert len(llm._engine.scheduler.prefix.find(NAMESPACE, [*bad, POISON, 0, 0, 0], 99)) == 1
     check_no_nan_is_left(llm)
 
 
-def test_an_aborted_request_leaves_no_nan_behind(make_llm):
+@pytest.mark.parametrize("length", [5, 12, 24])
+def test_a_request_aborted_during_its_step_leaves_no_nan_behind(make_llm, length):
     llm = make_llm()
-    bad = make_prompt(52, 24)
+    bad = make_prompt(52, length)
     bad[2] = POISON
     llm.add_request("bad", bad, GREEDY)
-    llm._engine.scheduler.has_work()
-    plan = llm._engine.scheduler.plan()
-    launched = llm._runner.launch(plan)
-    llm._engine._in_flight.append(launched)
+    engine = llm._engine
+    engine._in_flight.append(llm._runner.launch(engine.scheduler.plan()))
     llm.abort("bad")
-    assert llm._engine.scheduler.prefix.find((None,), bad, 99)
+    assert len(engine.scheduler.prefix.find(NAMESPACE, bad, 99)) == min(length, 16) // 8
     check_whole(llm)
-    assert not llm._engine.scheduler.prefix.find((None,), bad, 99)
+    assert not engine.scheduler.prefix.find(NAMESPACE, bad, 99)
+    check_no_nan_is_left(llm)
+
+
+def test_pages_that_changed_hands_are_left_to_their_new_holder(make_llm, alone):
+    """The step of a request that is aborted, and its pages another one's, when it turns out bad."""
+    llm = make_llm()
+    bad = make_prompt(52, 16)
+    bad[7] = POISON
+    llm.add_request("bad", bad, GREEDY)
+    engine = llm._engine
+    engine._in_flight.append(llm._runner.launch(engine.scheduler.plan()))
+    [request] = engine.scheduler.running
+    pages = set(request.pages)
+    llm.abort("bad")
+    llm.reset_prefix_cache()
+    llm.add_request("good", PROMPTS[0], GREEDY)
+    engine._in_flight.append(llm._runner.launch(engine.scheduler.plan()))
+    [request] = engine.scheduler.running
+    assert set(request.pages) < pages
+    while llm.has_unfinished_requests():
+        outputs = llm.step()
+    assert outputs[0].outputs[0].token_ids == alone[0]
+    check_whole(llm)
 
 
 def test_nan_weights_end_every_request_and_the_engine_goes_on(make_llm, params, alone):
