@@ -495,7 +495,7 @@ def test_tokens_beyond_the_end_of_a_request_never_enter_the_cache():
     driver.commit()
     assert request.is_finished and request.output_token_ids == [7]
     assert driver.scheduler.prefix.num_cached == 1
-    assert driver.scheduler.prefix.find((None,), [1, 2, 7, 7], 9) == [0]
+    assert driver.scheduler.prefix.find((None, None), [1, 2, 7, 7], 9) == [0]
 
 
 def test_samples_of_one_prompt_share_it_within_one_plan():
@@ -596,7 +596,7 @@ def test_the_check_names_what_is_wrong_with_the_cache():
     driver = Driver()
     driver.run(range(8))
     cache = driver.scheduler.prefix
-    page = cache.find((None,), range(4), 1)[0]
+    page = cache.find((None, None), range(4), 1)[0]
     driver.scheduler.pool._counts[page] = 2
     with pytest.raises(PageError, match=r"counts 2 pages, 2 to be evicted, and has 2 and 1"):
         driver.scheduler.check()
