@@ -11,6 +11,7 @@ _KV_NAMES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 LayerType = Literal["full", "sliding"]
+BACKENDS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")  # of attention and quantized linears
 
 
 def require(condition: bool, message: str) -> None:
@@ -212,8 +213,15 @@ class EngineConfig:
     max_logprobs: int = 20
     seed: int = 0
     attention_impl: str = "auto"
+    linear_impl: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("attention_impl", "linear_impl"):
+            value = getattr(self, name)
+            require(
+                value in BACKENDS,
+                f"{name} must be one of {', '.join(BACKENDS)}, got {value!r}",
+            )
         for name in (
             "max_model_len",
             "max_num_seqs",

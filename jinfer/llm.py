@@ -12,6 +12,7 @@ from jinfer import beam_search as beams
 from jinfer import llm_options as options
 from jinfer.beam_params import BeamSearchParams
 from jinfer.engine.core import Engine
+from jinfer.engine.explain import explain
 from jinfer.engine.runner import Runner, compile_counter
 from jinfer.groups import LogprobFormatter, RequestGroup
 from jinfer.models.model import Model
@@ -19,6 +20,7 @@ from jinfer.outputs import BeamSearchOutput, RequestOutput
 from jinfer.prompts import apply_chat_template, read_prompt
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
 from jinfer.typing import Params
+from pallas_kernels.dispatch import Decisions
 
 
 class LLM:
@@ -52,6 +54,8 @@ class LLM:
       max_logprobs: most logprobs a position that a request may ask for (besides -1, all).
       seed: of requests that bring none.
       attention_impl: "auto", or a backend by name: "xla", "mosaic_gpu", "mosaic_tpu".
+      linear_impl: the same for products with quantized weights; "auto" leaves to XLA what it does
+        best and what no kernel reads. A named backend runs all of them, or is refused.
       generation_config: "auto": defaults of sampling come from the model's generation_config.json;
         "none": those of `SamplingParams`.
 
@@ -84,22 +88,16 @@ class LLM:
         max_logprobs: int = 20,
         seed: int = 0,
         attention_impl: str = "auto",
+        linear_impl: str = "auto",
         generation_config: str = "auto",
         **refused: Any,
     ) -> None:
         options.refuse(refused, known=LLM.__init__.__annotations__)
         options.enable_compilation_cache()
-        if isinstance(model, Model):
-            if params is None:
-                raise ValueError("a Model needs its weights: pass params=")
-            self._source = None
-        else:
-            if params is not None:
-                raise ValueError("params go with a Model; a path or name brings its own")
-            from jinfer.weights.load import load
-
-            self._source = model
-            model, params = load(model, dtype=None if dtype == "auto" else dtype, revision=revision)
+        self._source = None if isinstance(model, Model) else model
+        model, params = options.take_model(
+            model, params, dtype=dtype, revision=revision, linear_impl=linear_impl
+        )
         self.model = model
         self.chat_template = chat_template
         self._tokenizer = None
@@ -124,6 +122,7 @@ class LLM:
             max_logprobs=max_logprobs,
             seed=seed,
             attention_impl=attention_impl,
+            linear_impl=linear_impl,
         )
         self._runner = Runner(model, params, cache, self.config)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
@@ -168,6 +167,10 @@ class LLM:
     def num_compilations(self) -> int:
         """Programs compiled in this process so far."""
         return compile_counter.count
+
+    def explain_kernels(self) -> Decisions:
+        """Returns which backend runs each op of a step, and why not the others; print it."""
+        return explain(self._runner)
 
     def get_metrics(self) -> dict[str, float]:
         """Returns the engine's counts since it was made."""

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
-from jinfer import memory
+from jinfer import memory, qkernels
 from jinfer.config import KV_BITS, CacheConfig, EngineConfig, ModelConfig, kv_format
+from jinfer.models.model import Model
 from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def resolve(
     max_logprobs: int,
     seed: int,
     attention_impl: str,
+    linear_impl: str,
 ) -> tuple[EngineConfig, CacheConfig]:
     """Resolves the arguments of `LLM`; None stands for the platform's default.
 
@@ -76,6 +78,8 @@ def resolve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         block_size=block_size,
+        attention_impl=attention_impl,
+        linear_impl=linear_impl,
     )
     num_pages = _num_pages(
         model,
@@ -105,8 +109,34 @@ def resolve(
         max_logprobs=min(max_logprobs, model.vocab_size),
         seed=seed,
         attention_impl=attention_impl,
+        linear_impl=linear_impl,
     )
     return config, CacheConfig(num_pages=num_pages, page_size=block_size, dtype=kv_cache_dtype)
+
+
+def take_model(
+    model: str | os.PathLike[str] | Model,
+    params: Params | None,
+    *,
+    dtype: str,
+    revision: str | None,
+    linear_impl: str,
+) -> tuple[Model, Params]:
+    """Returns the model and weights that `LLM` was given, or loads them.
+
+    Raises:
+      ValueError: a Model came without weights, or weights with a path.
+    """
+    if isinstance(model, Model):
+        if params is None:
+            raise ValueError("a Model needs its weights: pass params=")
+        return model, params
+    if params is not None:
+        raise ValueError("params go with a Model; a path or name brings its own")
+    from jinfer.weights.load import load
+
+    loaded, own = load(model, dtype=None if dtype == "auto" else dtype, revision=revision)
+    return loaded, qkernels.prepare_params(own, impl=linear_impl, is_owner=True)
 
 
 def enable_compilation_cache() -> None:

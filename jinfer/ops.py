@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jinfer.qkernels import PreparedWeight
 from jinfer.qlinear import qmatmul
 from jinfer.qtensor import QTensor
 
 
 def linear(
     x: Float[Array, "*B I"],
-    w: Float[Array, "I O"] | QTensor,
+    w: Float[Array, "I O"] | QTensor | PreparedWeight,
     b: Float[Array, "O"] | None = None,
 ) -> Float[Array, "*B O"]:
     """Returns x @ w + b in x.dtype, accumulated in float32."""
@@ -24,18 +25,21 @@ def linear(
 
 
 def head(
-    x: Float[Array, "*B D"], w: Float[Array, "..."] | QTensor, *, is_tied: bool
+    x: Float[Array, "*B D"],
+    w: Float[Array, "..."] | QTensor | PreparedWeight,
+    *,
+    is_tied: bool,
 ) -> Float[Array, "*B V"]:
     """Returns float32 logits x @ w, or x @ w^T for the [V, D] table of a tied embedding."""
     with jax.named_scope("head"):
-        if isinstance(w, QTensor) or not is_tied:
+        if isinstance(w, (QTensor, PreparedWeight)) or not is_tied:
             return _matmul(x, w, None)
         return _product("...d,vd->...v", x, w)
 
 
-def _matmul(x: Array, w: Array | QTensor, b: Array | None) -> Array:
+def _matmul(x: Array, w: Array | QTensor | PreparedWeight, b: Array | None) -> Array:
     """float32 x @ w + b: the one place where the type of a weight picks the maths."""
-    if isinstance(w, QTensor):
+    if isinstance(w, (QTensor, PreparedWeight)):
         y = qmatmul(x, w, out_dtype=jnp.float32)
     else:
         y = _product("...i,io->...o", x, w)

@@ -1,7 +1,9 @@
 """x @ w for a quantized weight, knowing nothing of models: the weight's type picks the maths.
 
-Per-channel scales multiply after the dot (XLA fuses the conversion into it); group scales need the
-partial sums of each group, or the dense weight. Measured lessons: docs of `QFormat.act`.
+Inputs are quantized here, for every backend alike. A PreparedWeight goes to the kernels' ops, a
+QTensor through XLA: per-channel scales multiply after the dot (XLA fuses the conversion into it);
+group scales need the partial sums of each group, or the dense weight. Measured lessons: docs of
+`QFormat.act`.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jinfer import qkernels
 from jinfer.config import require
 from jinfer.qformat import CODEBOOKS, FP8_DTYPES, FP8_MAX, divide, expand_groups, split_groups
+from jinfer.qkernels import PreparedWeight
 from jinfer.qtensor import QTensor, dequantize
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(): Dettmers et al. 2022, section 3.2
 MAX_PARTIAL_ROWS = 16  # up to here partial sums of groups beat writing the dense weight
 
 
-def qmatmul(x: Array, w: QTensor, *, out_dtype: Any = None) -> Array:
+def qmatmul(x: Array, w: QTensor | PreparedWeight, *, out_dtype: Any = None) -> Array:
     """`x @ w` with the maths of `w.fmt`; sums in f32 (int32 for int8 x int8), cast once at the end.
 
     Args:
@@ -77,8 +81,11 @@ def _stored_order(w: QTensor) -> QTensor:
     return QTensor(w.q, w.scale, w.zero, w.act_scale, None, w.fmt, w.pad)
 
 
-def _weight_only(x: Array, w: QTensor) -> Array:
+def _weight_only(x: Array, w: QTensor | PreparedWeight) -> Array:
     """Float inputs. Codes are exact in bf16 (8 bits), so only scales and sums need f32."""
+    if isinstance(w, PreparedWeight):
+        return qkernels.weight_only(x, w)
+    qkernels.note_own_maths(x, w, op="quant_matmul")
     num_rows = x.size // x.shape[-1]
     num_groups = w.fmt.num_groups(w.shape[-2])
     if num_groups == 1 and w.fmt.kind not in CODEBOOKS and w.fmt.block == 1:
@@ -141,7 +148,7 @@ def _cast(ratio: Array, kind: str) -> Array:
     return jnp.clip(ratio, -FP8_MAX[kind], FP8_MAX[kind]).astype(FP8_DTYPES[kind])
 
 
-def _quantize_inputs(x: Array, w: QTensor) -> tuple[Array, Array]:
+def _quantize_inputs(x: Array, w: QTensor | PreparedWeight) -> tuple[Array, Array]:
     if w.fmt.act == "static":
         assert w.act_scale is not None
         scale = w.act_scale.astype(jnp.float32)
@@ -152,9 +159,12 @@ def _quantize_inputs(x: Array, w: QTensor) -> tuple[Array, Array]:
     return quantize_tokens(x, w.fmt.kind, steps=127.5 if w.fmt.act == "dyn-full" else None)
 
 
-def _integer(x: Array, w: QTensor) -> Array:
+def _integer(x: Array, w: QTensor | PreparedWeight) -> Array:
     """int8 inputs, one scale a token, sums in int32 (Xiao et al. 2023, W8A8)."""
     q, token_scale = _quantize_inputs(x, w)
+    if isinstance(w, PreparedWeight):
+        return qkernels.integer(q, token_scale, w)
+    qkernels.note_own_maths(x, w, op="int8_matmul")
     codes = w.codes()
     num_groups = w.fmt.num_groups(w.shape[-2])
     if num_groups == 1:
@@ -172,18 +182,29 @@ def _integer(x: Array, w: QTensor) -> Array:
     return out.reshape(*x.shape[:-1], w.shape[-1]) * token_scale
 
 
-def _float8(x: Array, w: QTensor) -> Array:
+def _float8(x: Array, w: QTensor | PreparedWeight) -> Array:
     """fp8 inputs; products of fp8 numbers are exact in f32."""
     num_inputs, num_outputs = w.shape[-2:]
-    if w.fmt.num_groups(num_inputs) == 1 and w.fmt.block == 1:
+    is_grouped = w.fmt.num_groups(num_inputs) > 1 or w.fmt.block > 1
+    if not is_grouped:
         q, token_scale = _quantize_inputs(x, w)
+    else:
+        require(
+            w.ndim == 2 and w.fmt.act == "dyn", f"{w.fmt}: blocks take dynamic inputs, [I, O] only"
+        )
+        # One scale a token and group of inputs (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
+        xs = _split_features(x.reshape(-1, num_inputs), w.fmt.group)
+        q, token_scale = quantize_tokens(xs, w.fmt.kind)  # [M, G, g], [M, G, 1]
+    if isinstance(w, PreparedWeight):
+        if is_grouped:
+            q = q.reshape(q.shape[0], -1)[:, :num_inputs].reshape(x.shape)
+            token_scale = token_scale.reshape(*x.shape[:-1], -1)
+        return qkernels.float8(q, token_scale, w)
+    qkernels.note_own_maths(x, w, op="fp8_matmul")
+    if not is_grouped:
         acc = _dot(q.astype(jnp.float32), w.q.astype(jnp.float32))
         return acc * token_scale * _scale_rows(w.scales(), x)
-    require(w.ndim == 2 and w.fmt.act == "dyn", f"{w.fmt}: blocks take dynamic inputs, [I, O] only")
-    # One scale a token and group of inputs (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
-    xs = _split_features(x.reshape(-1, num_inputs), w.fmt.group)
-    q, token_scale = quantize_tokens(xs, w.fmt.kind)  # [M, G, g], [M, G, 1]
-    values = (q.astype(jnp.float32) * token_scale).reshape(xs.shape[0], -1)[:, :num_inputs]
+    values = (q.astype(jnp.float32) * token_scale).reshape(q.shape[0], -1)[:, :num_inputs]
     scale = expand_groups(w.scales(), w.fmt, num_inputs, num_outputs)
     out = _dot(values, w.q.astype(jnp.float32) * scale)
     return out.reshape(*x.shape[:-1], num_outputs)

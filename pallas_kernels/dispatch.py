@@ -17,7 +17,7 @@ from pallas_kernels import target as target_lib
 
 AUTO = "auto"
 
-OPS = ("paged_attention", "quant_matmul", "fp8_matmul")
+OPS = ("paged_attention", "quant_matmul", "fp8_matmul", "int8_matmul")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ FLOORS = {
     "jinfer.kv_quant": 1,
     "jinfer.ops": 1,
     "jinfer.parallel": 1,
+    "jinfer.qkernels": 1,
     "jinfer.qlinear": 1,
     "jinfer.models": 2,
     "jinfer.quant": 3,

@@ -79,6 +79,7 @@ ENGINE_FLAGS: Flags = (
     ("num-decode-steps", {"type": int, "help": "decode steps that stay on the device"}),
     ("max-logprobs", {"type": int, "help": "most logprobs that a request may ask for"}),
     ("attention-impl", {"help": "name one kernel instead of the automatic choice"}),
+    ("linear-impl", {"help": "the same for quantized weights"}),
     ("enable-chunked-prefill", {"action": BOOL, "help": "spread prompts over steps"}),
     ("enable-prefix-caching", {"action": BOOL, "help": "keep the KV of past prompts"}),
 )

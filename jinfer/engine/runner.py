@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer import kv_cache, sampling, steps
+from jinfer import kv_cache, qkernels, sampling, steps
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.config import CacheConfig, EngineConfig
 from jinfer.engine import buckets
@@ -97,7 +97,8 @@ class Runner:
 
     Args:
       model: the model.
-      params: its weights; used as they are, no copy.
+      params: its weights; used as they are, no copy, but for quantized ones where kernels want
+        them laid out anew.
       cache: size of the KV pool.
       config: engine limits.
     """
@@ -106,7 +107,7 @@ class Runner:
         self, model: Model, params: Params, cache: CacheConfig, config: EngineConfig
     ) -> None:
         self.model = model
-        self.params = params
+        self.params = qkernels.prepare_params(params, impl=config.linear_impl)
         self.cache = cache
         self.config = config
         self.buckets = buckets.Buckets.of(config)
@@ -175,7 +176,7 @@ class Runner:
 
     def _launch_decode(self, plan: Plan) -> Launched:
         size = buckets.fit(self.buckets.decode, len(plan.seqs))
-        batch = self._decode_padding(size)
+        batch = self.decode_padding(size)
         self._fill_rows(plan, batch)
         for s, seq in enumerate(plan.seqs):
             batch.positions[s] = seq.start
@@ -188,7 +189,7 @@ class Runner:
         num_tokens = buckets.fit(self.buckets.tokens, plan.num_tokens)
         size = buckets.fit(self.buckets.seqs, len(plan.seqs))
         page_size = self.cache.page_size
-        batch = self._ragged_padding(num_tokens, size)
+        batch = self.ragged_padding(num_tokens, size)
         self._fill_rows(plan, batch)
         sampled = np.zeros(size, np.bool_)
         targets = np.zeros(num_tokens, np.int32)
@@ -211,7 +212,8 @@ class Runner:
         out = self._forward(batch, self._args(plan, size), sampled)
         return self._launched(plan, out, prompt_targets=targets)
 
-    def _ragged_padding(self, num_tokens: int, size: int) -> StepBatch:
+    def ragged_padding(self, num_tokens: int, size: int) -> StepBatch:
+        """Returns the batch of a bucket with nothing in it."""
         return StepBatch.padding(
             num_tokens,
             size,
@@ -220,7 +222,8 @@ class Runner:
             num_rows=self._num_rows,
         )
 
-    def _decode_padding(self, size: int) -> DecodeBatch:
+    def decode_padding(self, size: int) -> DecodeBatch:
+        """Returns the batch of a bucket with nothing in it."""
         return DecodeBatch.padding(size, max_pages=self.max_pages, num_rows=self._num_rows)
 
     def _forward(self, batch: StepBatch, args: SampleArgs, sampled: Any) -> steps.StepOutput:
@@ -331,11 +334,11 @@ class Runner:
         """
         begin = time.perf_counter()
         for size in self.buckets.decode:
-            out = self._decode(self._decode_padding(size), sampling.pack_args([], size), 1)
+            out = self._decode(self.decode_padding(size), sampling.pack_args([], size), 1)
             self._warm_logprobs(out)
         for num_tokens in self.buckets.tokens:
             for size in self.buckets.seqs:
-                batch = self._ragged_padding(num_tokens, size)
+                batch = self.ragged_padding(num_tokens, size)
                 sampled = np.zeros(size, np.bool_)
                 out = self._forward(batch, sampling.pack_args([], size), sampled)
                 self._warm_logprobs(out)
@@ -355,11 +358,12 @@ class Runner:
         steps.log_softmax(out.logits)
 
     def update_weights(self, params: Params) -> None:
-        """Serves `params` from the next step on, without copying them.
+        """Serves `params` from the next step on; copies only what `__init__` would.
 
         Raises:
           ValueError: their tree, shapes or dtypes differ from the present weights'.
         """
+        params = qkernels.prepare_params(params, impl=self.config.linear_impl)
         old, new = (jax.tree_util.tree_flatten_with_path(p) for p in (self.params, params))
         if old[1] != new[1]:
             raise ValueError(

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.int8_matmul.xla import int8_dot
+from pallas_kernels import dispatch
+from pallas_kernels.int8_matmul import xla
 
+IMPLS = (xla.IMPL,)
 FLOAT_DTYPES = tuple(jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16))
 
 
@@ -46,6 +48,7 @@ def int8_matmul(
     zero: jax.Array | None = None,
     layout: str = "kn",
     out_dtype: Any = jnp.float32,
+    impl: str = dispatch.AUTO,
 ) -> jax.Array:
     """Computes (x * x_scale) @ ((w - zero) * w_scale), sums exact in int32, scaled in f32.
 
@@ -57,6 +60,7 @@ def int8_matmul(
       zero: zero points of w of w_scale's shape, or None.
       layout: of w.
       out_dtype: of the result.
+      impl: "auto" or "xla": there is no kernel that could do it better.
 
     Returns:
       [..., N].
@@ -79,12 +83,15 @@ def int8_matmul(
         if a is not None and a.shape not in ((), (num_outputs,), (1, num_outputs)):
             raise ValueError(f"{name} must be [], [{num_outputs}] or [1, {num_outputs}], "
                              f"got {list(a.shape)}")  # fmt: skip
+    args = (
+        x.reshape(-1, num_inputs),
+        w,
+        x_scale.reshape(-1, 1),
+        w_scale.reshape(1, -1),
+        None if zero is None else zero.reshape(1, -1),
+        layout,
+        out_dtype,
+    )
     with jax.named_scope("int8_matmul"):
-        flat = x.reshape(-1, num_inputs)
-        y = int8_dot(flat, w, layout).astype(jnp.float32)
-        if zero is not None:
-            sums = flat.astype(jnp.int32).sum(axis=1, keepdims=True).astype(jnp.float32)
-            y = y - sums * zero.astype(jnp.float32).reshape(1, -1)
-        y = y * w_scale.astype(jnp.float32).reshape(1, -1)
-        y = y * x_scale.astype(jnp.float32).reshape(-1, 1)
-        return y.reshape(*lead, num_outputs).astype(out_dtype)
+        y = dispatch.pick("int8_matmul", IMPLS, impl, *args).run(*args)
+    return y.reshape(*lead, num_outputs)

@@ -1,0 +1,39 @@
+"""Which backend runs each op of the engine's steps, and why not the others; nothing is computed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jinfer import sampling, steps
+from jinfer.engine.runner import Runner
+from pallas_kernels import dispatch
+
+
+def explain(runner: Runner) -> dispatch.Decisions:
+    """Returns the decisions of the largest decode step and of the largest ragged step."""
+    config, buckets = runner.config, runner.buckets
+    size, num_tokens, num_seqs = buckets.decode[-1], buckets.tokens[-1], buckets.seqs[-1]
+    decode = dispatch.explain(
+        steps.decode_loop,
+        runner.model,
+        runner.params,
+        runner.kv,
+        runner.state,
+        runner.decode_padding(size),
+        sampling.pack_args([], size),
+        np.int32(1),
+        max_steps=config.num_decode_steps,
+        impl=config.attention_impl,
+    )
+    ragged = dispatch.explain(
+        steps.forward_step,
+        runner.model,
+        runner.params,
+        runner.kv,
+        runner.state,
+        runner.ragged_padding(num_tokens, num_seqs),
+        sampling.pack_args([], num_seqs),
+        np.zeros(num_seqs, np.bool_),
+        impl=config.attention_impl,
+    )
+    return dispatch.Decisions(dict.fromkeys((*decode, *ragged)))

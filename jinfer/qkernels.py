@@ -1,0 +1,248 @@
+"""Quantized weights as the kernels of a target read them; knows no model, and no maths of its own.
+
+`prepare` lays weights out once, when an engine takes them; the products here hand them to the ops
+of `pallas_kernels`, which choose a backend. What no kernel reads stays a QTensor, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jinfer.config import BACKENDS, require
+from jinfer.qformat import CODEBOOKS, TENSOR, QFormat
+from jinfer.qtensor import DoubleScale, QTensor, array_bytes
+from jinfer.typing import Params
+from pallas_kernels import dispatch
+from pallas_kernels import target as target_lib
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.int8_matmul import int8_matmul
+from pallas_kernels.quant_matmul import preferred_layout, quant_matmul
+from pallas_kernels.quant_matmul.base import Layout
+
+F32 = jnp.float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PreparedWeight:
+    """A QTensor [I, O] in the layout of a target's kernels; a pytree of plain arrays.
+
+    Attributes:
+      q: int4, int8 or fp8 codes, [I, O] (layout "kn") or [O, I] ("nk").
+      scale: [G, O] f32 or bf16, a row of O for each group of inputs, whatever the format shares.
+      zero: None, or floats of scale's shape in the codes' signed units.
+      act_scale, perm: as in QTensor.
+      fmt: the format (static).
+      layout: of q (static).
+      impl: "auto", or the backend that multiplies (static).
+    """
+
+    q: Array
+    scale: Array
+    zero: Array | None
+    act_scale: Array | None
+    perm: Array | None
+    fmt: QFormat = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    impl: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape [I, O]."""
+        return self.q.shape if self.layout == "kn" else self.q.shape[::-1]
+
+    @property
+    def ndim(self) -> int:
+        """Logical rank."""
+        return self.q.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes on an accelerator, where int4 takes half a byte; scales and all."""
+        return sum(array_bytes(leaf) for leaf in jax.tree.leaves(self))
+
+
+def why_not(w: QTensor) -> str | None:
+    """Returns why no kernel reads `w`, so that it stays a QTensor for XLA, or None."""
+    fmt = w.fmt
+    if w.ndim != 2:
+        return f"weights of experts {list(w.shape)} are multiplied by XLA, block by block"
+    if fmt.is_packed:
+        return f"{fmt}: codes of {fmt.bits} bits are a bit stream, which no kernel reads"
+    if fmt.kind in CODEBOOKS:
+        return f"{fmt}: the codes of {fmt.kind} stand in a table, which no kernel reads"
+    if fmt.act is not None and fmt.kind == "int":
+        if fmt.bits != 8:
+            return f"{fmt}: int8 inputs are multiplied by int8 weights only"
+        if fmt.num_groups(w.shape[0]) > 1:
+            return f"{fmt}: int8 inputs take scales per channel, groups are left to XLA"
+    return None
+
+
+def prepare(
+    w: QTensor, *, impl: str = dispatch.AUTO, target: target_lib.Target | None = None
+) -> PreparedWeight | QTensor:
+    """Lays a weight out as `target` (default: the current one) reads it. Values do not change.
+
+    On a CPU weights stay as they are, unless a Mosaic backend is named (to be simulated).
+
+    Args:
+      w: the weight.
+      impl: "auto", or the backend that is to multiply it.
+      target: what it is laid out for.
+
+    Raises:
+      ValueError: there is no backend of that name.
+      NotImplementedError: a Mosaic backend is named, and no kernel reads the weight's format.
+    """
+    require(impl in BACKENDS, f"linear_impl must be one of {', '.join(BACKENDS)}, got {impl!r}")
+    target = target or target_lib.current()
+    is_named = impl not in (dispatch.AUTO, "xla")
+    if target.kind == "cpu" and not is_named:
+        return w
+    if reason := why_not(w):
+        if is_named:
+            raise NotImplementedError(f"linear_impl={impl!r}: {reason}; 'auto' leaves it to XLA")
+        return w
+    num_outputs = w.shape[1]
+    assert not isinstance(w.scale, DoubleScale)  # they go with codebooks
+    scale = w.scales() if w.scale.dtype == jnp.float16 else w.scale  # no kernel reads f16
+    layout = {"mosaic_gpu": "nk", "mosaic_tpu": "kn"}.get(impl) or preferred_layout(target)
+    return PreparedWeight(
+        q=w.q.T if layout == "nk" else w.q,
+        scale=_expand(scale, w.fmt, num_outputs),
+        zero=None if w.zero is None else _expand(_as_float(w.zero), w.fmt, num_outputs),
+        act_scale=w.act_scale,
+        perm=w.perm,
+        fmt=w.fmt,
+        layout="nk" if layout == "nk" else "kn",
+        impl=impl,
+    )
+
+
+def _expand(a: Array, fmt: QFormat, num_outputs: int) -> Array:
+    """[G, O / block], or [1, 1], to [G, O]."""
+    if fmt.group == TENSOR:
+        return jnp.broadcast_to(a, (1, num_outputs))
+    if fmt.block > 1:
+        return jnp.repeat(a, fmt.block, axis=-1)[:, :num_outputs]
+    return a
+
+
+def _as_float(zero: Array) -> Array:
+    return zero if jnp.issubdtype(zero.dtype, jnp.floating) else zero.astype(jnp.bfloat16)  # exact
+
+
+def prepare_params(
+    params: Params,
+    *,
+    impl: str = dispatch.AUTO,
+    target: target_lib.Target | None = None,
+    is_owner: bool = False,
+) -> Params:
+    """Prepares every QTensor of a params tree; all else, prepared weights too, stays as it is.
+
+    Args:
+      params: the tree; may be abstract under `jax.eval_shape`.
+      impl: as for `prepare`.
+      target: likewise.
+      is_owner: free the codes of a weight as soon as they are laid out anew, so that no more than
+        one lies there twice. Nobody else may use `params` then.
+
+    Raises:
+      NotImplementedError: as for `prepare`; the message names the weight.
+    """
+    done: dict[int, Any] = {}  # a weight that stands in two places stays one
+
+    def visit(path: Any, w: Any) -> Any:
+        if not isinstance(w, QTensor):
+            return w
+        if id(w) not in done:
+            try:
+                done[id(w)] = prepare(w, impl=impl, target=target)
+            except NotImplementedError as error:
+                raise NotImplementedError(f"{jax.tree_util.keystr(path)}: {error}") from None
+            prepared = done[id(w)]
+            if is_owner and prepared.q is not w.q:
+                jax.block_until_ready(prepared.q)
+                w.q.delete()
+        return done[id(w)]
+
+    return jax.tree_util.tree_map_with_path(
+        visit, params, is_leaf=lambda x: isinstance(x, (QTensor, PreparedWeight))
+    )
+
+
+def weight_only(x: Array, w: PreparedWeight) -> Array:
+    """x [..., I] float @ w -> f32 [..., O]."""
+    return quant_matmul(
+        x,
+        w.q,
+        w.scale,
+        w.zero,
+        group=w.fmt.group_size(w.shape[0]),
+        layout=w.layout,
+        out_dtype=F32,
+        impl=w.impl,
+    )
+
+
+def integer(q: Array, token_scale: Array, w: PreparedWeight) -> Array:
+    """(q int8 [..., I] * token_scale [..., 1]) @ w -> f32 [..., O]."""
+    return int8_matmul(q, w.q, token_scale, w.scale.astype(F32), layout=w.layout, impl=w.impl)
+
+
+def float8(q: Array, token_scale: Array, w: PreparedWeight) -> Array:
+    """(q fp8 [..., I] * token_scale) @ w -> f32 [..., O]; a scale a token, or one a group too."""
+    is_grouped = w.fmt.num_groups(w.shape[0]) > 1 or w.fmt.block > 1
+    return fp8_matmul(
+        q,
+        w.q,
+        token_scale,
+        w.scale.astype(F32),
+        block=w.fmt.group if is_grouped else None,
+        layout=w.layout,
+        out_dtype=F32,
+        impl=w.impl,
+    )
+
+
+# What a QTensor that was not prepared goes through: XLA, by the maths of `qlinear`. Its decisions
+# are recorded like those of the ops, so that `dispatch.explain` tells of every linear.
+
+
+def _why_own(target: target_lib.Target, x: Array, w: QTensor) -> str | None:
+    if reason := why_not(w):
+        return reason
+    if target.kind == "cpu":
+        return f"needs a GPU or TPU, the target is {target.name}"
+    return (
+        "the weight is not laid out for kernels: experts never are, "
+        "qkernels.prepare_params() does it for others"
+    )
+
+
+def _multiply(x: Array, w: QTensor) -> Array:
+    raise AssertionError("qlinear multiplies")
+
+
+_XLA = dispatch.Impl("xla", lambda target, x, w: None, _multiply)
+_OWN = (
+    dispatch.Impl("mosaic_gpu", _why_own, _multiply),
+    dispatch.Impl("mosaic_tpu", _why_own, _multiply),
+    _XLA,
+)
+
+
+def note_own_maths(x: Array, w: QTensor, *, op: str) -> None:
+    """Notes for `dispatch.explain` that XLA multiplies `w`, and refuses a kernel that is named.
+
+    Raises:
+      NotImplementedError: `use_impl` names a kernel for `op`.
+    """
+    dispatch.pick(op, (_XLA,) if op == "int8_matmul" else _OWN, dispatch.AUTO, x, w)
