@@ -13,10 +13,16 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jinfer.commands import bench, chat, generate, plan
+from jinfer.commands import bench, chat, generate, plan, quantize
 from jinfer.commands.terminal import PROG, one_line, say
 
-COMMANDS = {"generate": generate, "chat": chat, "plan": plan, "bench": bench}
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "plan": plan,
+    "quantize": quantize,
+    "bench": bench,
+}
 
 
 class Parser(argparse.ArgumentParser):

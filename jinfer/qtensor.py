@@ -247,6 +247,26 @@ def split_outputs(x: QTensor, widths: Sequence[int]) -> list[QTensor]:
     return pieces
 
 
+def concat_outputs(weights: Sequence[QTensor]) -> QTensor:
+    """Joins weights of one format side by side, [..., I, O1 + O2 + ..]; undoes `split_outputs`.
+
+    Raises:
+      ValueError: formats differ, or a scale is shared by outputs.
+    """
+    first = weights[0]
+    for x in weights:
+        require(
+            x.fmt == first.fmt and x.fmt.group != TENSOR and not x.fmt.double_quant,
+            f"{x.fmt} and {first.fmt} cannot be joined: one format with scales by output is needed",
+        )
+        require(x.shape[-1] % x.fmt.block == 0, f"{x.fmt}: a block would lie in two weights")
+        require(x.perm is None and x.act_scale is None, f"{x.fmt}: inputs are not the same")
+    fields = {}
+    for name in ("q", "scale") if first.zero is None else ("q", "scale", "zero"):
+        fields[name] = jnp.concatenate([getattr(x, name) for x in weights], axis=-1)
+    return dataclasses.replace(first, **fields)
+
+
 def check_finite(x: Array, what: str) -> None:
     """Raises ValueError if a concrete array holds NaN or infinity (integer casts would hide it)."""
     if not isinstance(x, Tracer):

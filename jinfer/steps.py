@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jinfer import kv_cache, sampling
+from jinfer import functional, kv_cache, sampling
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.kv_cache import KVCache
 from jinfer.models.model import Model
@@ -298,3 +298,13 @@ def prompt_log_softmax(
 ) -> Float[Array, "T V"]:
     """The whole vocabulary's logprobs after each of T positions, for `prompt_logprobs=-1`."""
     return jax.nn.log_softmax(model.unembed(params, hidden), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "length"))
+def sample_texts(
+    model: Model, params: Params, first: Int[Array, "B 1"], key: Array, length: int
+) -> Int[Array, "B length"]:
+    """What the model itself writes after `first`: text to calibrate on where there is no other."""
+    return functional.generate(
+        model, params, first, max_new_tokens=length, temperature=1.0, top_p=0.95, key=key
+    ).tokens

@@ -12,20 +12,30 @@ from jax import Array, lax
 
 LEAF = 128  # rows that are factored one by one
 CHUNK = 512  # tokens of one partial sum
+STRIPE = 384  # rows of X^T X computed at once
 # Damping is retried with these multiples; the last try also lifts the diagonal to its mean.
 DAMP_RETRIES = (1.0, 5.0, 10.0, 50.0, 100.0)
 
 
 def gram(x: Array) -> Array:
-    """f32 [I, I] X^T X of tokens [..., I], summed in chunks of 512 tokens."""
+    """f32 [I, I] X^T X of tokens [..., I], summed in chunks of 512 tokens.
+
+    Only blocks on and above the diagonal are computed: for 1536 inputs 62 % of the products.
+    """
     num_inputs = x.shape[-1]
     x = x.reshape(-1, num_inputs).astype(jnp.float32)
     x = jnp.pad(x, ((0, -x.shape[0] % CHUNK), (0, 0))).reshape(-1, CHUNK, num_inputs)
+    starts = range(0, num_inputs, STRIPE)
 
-    def add(total: Array, chunk: Array) -> tuple[Array, None]:
-        return total + _dot(chunk.T, chunk), None
+    def add(total: list[Array], chunk: Array) -> tuple[list[Array], None]:
+        new = [_dot(chunk[:, i : i + STRIPE].T, chunk[:, i:]) for i in starts]
+        return [a + b for a, b in zip(total, new)], None
 
-    return lax.scan(add, jnp.zeros((num_inputs, num_inputs), jnp.float32), x)[0]
+    empty = [jnp.zeros((min(STRIPE, num_inputs - i), num_inputs - i), jnp.float32) for i in starts]
+    stripes = lax.scan(add, empty, x)[0]
+    rows = [jnp.pad(stripe, ((0, 0), (i, 0))) for i, stripe in zip(starts, stripes)]
+    upper = jnp.triu(jnp.concatenate(rows))
+    return upper + jnp.triu(upper, 1).T
 
 
 def inverse_factor(hessian: Array, damp: float) -> tuple[Array, Array, Array, Array]:

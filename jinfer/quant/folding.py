@@ -11,8 +11,9 @@ from jax import Array
 
 
 def scale_inputs(w: Array, s: Array) -> Array:
-    """w[..., i, o] * s[i]: for a weight whose inputs come divided by s [I] (or [E, I])."""
-    return (w.astype(jnp.float32) * s[..., None]).astype(w.dtype)
+    """w[..., i, o] * s[i]: for a weight whose inputs come divided by s, [I] or [E, I]."""
+    rows = s.reshape(*([1] * (w.ndim - s.ndim - 1)), *s.shape, 1)
+    return (w.astype(jnp.float32) * rows).astype(w.dtype)
 
 
 def divide_norm(gamma: Array, s: Array, *, plus_one: bool) -> Array:

@@ -28,12 +28,14 @@ class Checkpoint(Protocol):
     Attributes:
       path: named in messages.
       config: with `tie_word_embeddings` and the bias flags as the tensors say.
+      hf: the same as a config.json, for those who write one.
       dtype: one of `DTYPES`: what the weights are meant to be computed in.
       shapes: Hugging Face name -> shape, for every tensor that is not to be skipped.
     """
 
     path: pathlib.Path
     config: ModelConfig
+    hf: dict[str, Any]
     dtype: str
     shapes: Mapping[str, tuple[int, ...]]
 

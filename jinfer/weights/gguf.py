@@ -106,7 +106,18 @@ def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
-    """Translates a file's metadata.
+    """Translates a file's metadata; raises as `hf_config`."""
+    config = config_from_hf(hf_config(file))
+    return dataclasses.replace(
+        config,
+        attention_bias=_has_bias(file, "attn_q") or _has_bias(file, "attn_qkv"),
+        attention_out_bias=_has_bias(file, "attn_output"),
+        mlp_bias=_has_bias(file, "ffn_down"),
+    )
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """Returns a file's metadata as Hugging Face's config.json would spell it.
 
     Raises:
       ValueError: the architecture is unknown, or a key is missing or not supported.
@@ -152,13 +163,10 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     }
     if family in ("gemma2", "gemma3_text"):
         hf |= _gemma(meta, family, hf)
-    config = config_from_hf(hf)
-    return dataclasses.replace(
-        config,
-        attention_bias=_has_bias(file, "attn_q") or _has_bias(file, "attn_qkv"),
-        attention_out_bias=_has_bias(file, "attn_output"),
-        mlp_bias=_has_bias(file, "ffn_down"),
-    )
+    if family == "llama":
+        hf["attention_bias"] = _has_bias(file, "attn_q")
+        hf["mlp_bias"] = _has_bias(file, "ffn_down")
+    return hf
 
 
 def _has_bias(file: GGUFFile, module: str) -> bool:
@@ -227,8 +235,9 @@ def _rope(file: GGUFFile, meta: _Metadata, family: str, head_dim: int) -> dict[s
     rope: dict[str, Any] = {
         "rope_type": "default" if kind == "none" else kind,
         "rope_theta": float(meta.get("rope.freq_base", 10000.0)),
-        "factor": factor,
     }
+    if kind != "none":
+        rope["factor"] = factor
     attention_factor = meta.get("rope.scaling.attn_factor")
     if kind == "yarn":
         rope["original_max_position_embeddings"] = original
@@ -313,6 +322,7 @@ class GGUFCheckpoint:
                 f"{path} is one of {num_parts} parts; merge them first: llama-gguf-split --merge"
             )
         self.config = gguf_config(self._file)
+        self.hf = hf_config(self._file)
         kinds = {tensor.type_name for tensor in self._file.tensors.values()}
         self.dtype = "float32" if kinds == {"F32"} else "bfloat16"
         self._stored: dict[str, str] = {}  # Hugging Face name -> ours

@@ -195,6 +195,7 @@ class HFCheckpoint:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(folder)
         config, hf = read_hf_config(self.path)
+        self.hf = hf
         files = safetensors_files(self.path)
         if not files:
             pickles = any(self.path.glob("*.bin")) or any(self.path.glob("*.pth"))

@@ -19,6 +19,7 @@ from jinfer.weights.ct_format import CTReader
 from jinfer.weights.fp8_format import FP8Reader
 from jinfer.weights.gptq_format import GPTQReader
 from jinfer.weights.interop import Dense, Reader, Weight
+from jinfer.weights.native_format import NativeReader
 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
     "gptq": GPTQReader.parse,
@@ -26,9 +27,13 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
     "compressed-tensors": CTReader.parse,
     "fp8": FP8Reader.parse,
     "bitsandbytes": BNBReader.parse,
+    "jinfer": NativeReader.parse,
 }
 # A tensor of such a name is there for every quantized module and for no other.
-_MARKS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "weight.absmax")
+_MARKS = (
+    *("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "weight.absmax"),
+    "qcodes",
+)
 # Scales of an fp8 KV cache: of the attention, or of old of its projections' outputs.
 _KV_SCALE = re.compile(
     r".*\blayers\.(?P<layer>\d+)\.self_attn\."

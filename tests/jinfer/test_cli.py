@@ -149,6 +149,11 @@ REFUSED = [
     (("plan", "--model", "llama-2-7b", "--dtype", "bf17"), "dtype must be one of"),
     (("plan", "--model", "llama-2-7b", "--batch", "0"), "batch must be at least 1"),
     (("plan", "--model", "llama-2-7b", "--memory", "lots"), "a size must read like 80GiB"),
+    (("quantize",), "the following arguments are required: --output"),
+    (("quantize", "--output", "o", "--method", "magic"), "invalid choice: 'magic'"),
+    (("quantize", "--output", "o", "--method", "fp8", "--format", "int4-g64"), "does not take"),
+    (("quantize", "--output", "o", "--format", "int9"), "int9"),
+    (("quantize", "--output", "o", "--recipe", "i"), "recipe i must be a JSON object"),
     (("frobnicate",), "invalid choice: 'frobnicate'"),
     ((), "the following arguments are required: COMMAND"),
 ]
@@ -162,6 +167,12 @@ def test_bad_input_gets_one_clear_line_and_status_2(jinfer, tmp_path, monkeypatc
     assert status == 2
     assert err.startswith("jinfer: error: ") and message in err
     assert err.count("\n") == 1 and out == ""
+
+
+def test_quantize_refuses_a_full_folder_before_any_work(jinfer, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = jinfer("quantize", "--model", "none/such", "--output", tmp_path)
+    assert status == 1 and "exists and is not empty" in err and err.count("\n") == 1
 
 
 def test_an_unexpected_failure_names_its_type_and_where_to_look(jinfer, llm, monkeypatch):

@@ -1,0 +1,190 @@
+"""`jinfer quantize`: a float model to a quantized folder, with a report of what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+from typing import Any
+
+from jinfer.commands.flags import DEFAULT_MODEL
+from jinfer.commands.terminal import say
+
+SUMMARY = "quantize a model and report what it cost"
+METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
+EXPORTS = ("native", "gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes")
+_OPTIONS = ("mse", "order", "damp", "alpha", "clip")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of `jinfer quantize`."""
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="folder, GGUF file, hub name, or smollm2 (default)"
+    )
+    parser.add_argument("--revision", help="of a hub model")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder to be made")
+    parser.add_argument("--method", default="gptq", choices=METHODS, help="(gptq)")
+    parser.add_argument("--format", help="such as int4-g64, int4-g64-asym, int8-channel:dyn")
+    parser.add_argument("--recipe", type=pathlib.Path, metavar="FILE", help="methods by pattern")
+    parser.add_argument("--export", default="native", choices=EXPORTS, help="of the files (native)")
+    options = parser.add_argument_group("method")
+    options.add_argument(
+        "--mse",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="search each group's range",
+    )
+    options.add_argument(
+        "--order",
+        choices=("none", "act", "group"),
+        default=argparse.SUPPRESS,
+        help="of GPTQ's inputs (act)",
+    )
+    options.add_argument("--damp", type=float, default=argparse.SUPPRESS, help="GPTQ's (0.01)")
+    options.add_argument(
+        "--alpha", type=float, default=argparse.SUPPRESS, help="SmoothQuant's (0.5)"
+    )
+    options.add_argument(
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="AWQ's clip search (on)",
+    )
+    options.add_argument(
+        "--sequential",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="calibrate on quantized blocks (on; off for awq, as its authors do)",
+    )
+    text = parser.add_argument_group("calibration")
+    text.add_argument(
+        "--calibration",
+        default="self",
+        metavar="FILE",
+        help="text or JSONL, plain or .gz; self (default): text that the model generates",
+    )
+    text.add_argument("--num-sequences", type=int, default=128, help="(128)")
+    text.add_argument("--length", type=int, default=512, help="tokens a sequence (512)")
+    text.add_argument("--seed", type=int, default=0, help="(0)")
+    text.add_argument(
+        "--held-out",
+        type=int,
+        default=8,
+        metavar="N",
+        help="further sequences to judge the result on (8); 0: none",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantizes a model block by block, judges it on held-out text and writes a folder.
+
+    The folder holds the weights, the tokenizer and quantization.json, .md and .svg. A killed run
+    goes on where it was when the same command is given again.
+    """
+    import jax
+
+    import jinfer
+    from jinfer.models.model import Model
+    from jinfer.quant.job import Job, run_job
+    from jinfer.quant.recipe import Recipe, make_method
+    from jinfer.weights.fill import fill, resolve_dtype
+    from jinfer.weights.load import open_checkpoint
+    from jinfer.weights.save import check_free
+
+    check_free(args.output)
+    options = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
+    method = make_method(args.method, args.format, **options)
+    recipe, label = Recipe.uniform(method), f"{args.method} {method.format}"
+    if args.recipe is not None:
+        recipe, label = Recipe.read(args.recipe, method), f"recipe {args.recipe.name}, else {label}"
+    checkpoint = open_checkpoint(args.model, revision=args.revision)
+    model = Model(checkpoint.config)
+    params = fill(checkpoint, resolve_dtype(None, checkpoint.dtype))
+    sequential = args.method != "awq" if args.sequential is None else args.sequential
+    tokens, held_out = _sequences(args, model, params, recipe.needs_calibration)
+    calibration = {}
+    if recipe.needs_calibration:
+        calibration = {"source": args.calibration, "sequences": len(tokens)}
+        calibration |= {"tokens each": args.length, "seed": args.seed}
+    job = Job(
+        output=args.output,
+        recipe=recipe,
+        label=label,
+        export=args.export,
+        tokens=tokens if recipe.needs_calibration else None,
+        calibration=calibration,
+        held_out=held_out,
+        held_out_source=f"{args.calibration}, not used for calibration",
+        is_sequential=sequential,
+        files=_tokenizer_files(args),
+        versions={"jinfer": jinfer.__version__, "jax": jax.__version__},
+    )
+    with _progress_bar(model.config.num_layers) as bar:
+        report = run_job(job, checkpoint, model, params, on_layer=lambda i, rows: bar.update())
+    for line in report.summary():
+        say(line)
+    say(f"wrote {args.output}")
+    return 0
+
+
+def _sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: bool) -> Any:
+    """Calibration and held-out sequences, i32 [n, T] and [m, T] or None."""
+    wanted = args.num_sequences if calibrates else 0
+    total = wanted + args.held_out
+    if args.num_sequences < 1 or args.held_out < 0 or args.length < 2:
+        raise ValueError("--num-sequences must be positive, --held-out not negative, --length >= 2")
+    if total == 0:
+        return None, None
+    if args.calibration == "self":
+        start = time.perf_counter()
+        tokens = _own_text(model, params, total, args.length, args.seed)
+        say(f"the model wrote {tokens.size} tokens in {time.perf_counter() - start:.0f} s")
+    else:
+        from jinfer.quant.texts import pack, read_texts
+        from jinfer.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(args.model, revision=args.revision)
+        tokens = pack(
+            read_texts(args.calibration),
+            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            num_sequences=total,
+            length=args.length,
+            seed=args.seed,
+        )
+    return tokens[:wanted] if wanted else None, tokens[wanted:] if args.held_out else None
+
+
+def _own_text(model: Any, params: Any, num: int, length: int, seed: int) -> Any:
+    """Samples sequences from the model itself, from its first token on; [num, length]."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jinfer.steps import sample_texts
+
+    config = model.config
+    ends = config.eos_token_ids
+    first = config.bos_token_id if config.bos_token_id is not None else (*ends, 0)[0]
+    batch = min(num, 32)
+    start = jnp.full((batch, 1), first, jnp.int32)
+    keys = jax.random.split(jax.random.key(seed), -(-num // batch))
+    return np.concatenate(
+        [np.asarray(sample_texts(model, params, start, key, length)) for key in keys]
+    )[:num]
+
+
+def _tokenizer_files(args: argparse.Namespace) -> dict[str, bytes]:
+    """The tokenizer as files for the new folder."""
+    import tempfile
+
+    from jinfer.tokenizer import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer(args.model, revision=args.revision).save_pretrained(folder)
+        return {f.name: f.read_bytes() for f in pathlib.Path(folder).iterdir() if f.is_file()}
+
+
+def _progress_bar(num_layers: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=num_layers, desc="quantizing", unit="layer", disable=None)

@@ -1,0 +1,194 @@
+"""What calibration sees: one block's activations, stage by stage, and statistics of its inputs.
+
+A block runs in five stages, each jitted once for all alike layers and mapped over chunks of
+sequences, so that weights can be quantized between them and nothing is computed twice:
+
+    x -> attention_inputs -> mix_values -> mlp_inputs -> hidden_inputs -> block_outputs
+         (q, k, v read it)   (o)           (gate, up)    (down)
+
+Activations are [C, S, T, D]: C chunks of S sequences of T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jinfer import ops
+from jinfer.config import require
+from jinfer.models import block
+from jinfer.models.model import Model
+from jinfer.quant.factor import gram
+from jinfer.typing import Params
+
+CHUNK_TOKENS = 2048  # the tokens of a chunk, about
+QUERY_BLOCK = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InputStats:
+    """Statistics of one linear's inputs over calibration tokens.
+
+    Attributes:
+      gram: f32 [I, I], sum of x x^T (over every `stride`-th token).
+      abs_sum: f32 [I], sum of |x|.
+      abs_max: f32 [I], largest |x|.
+      count: i32 [], tokens.
+    """
+
+    gram: Array
+    abs_sum: Array
+    abs_max: Array
+    count: Array
+
+    @property
+    def mean_abs(self) -> Array:
+        """f32 [I], mean of |x|."""
+        return self.abs_sum / self.count.astype(jnp.float32)
+
+    def divided(self, s: Array) -> InputStats:
+        """Statistics of x / s."""
+        outer = s[:, None] * s[None, :]
+        return InputStats(self.gram / outer, self.abs_sum / s, self.abs_max / s, self.count)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def measure(x: Array, stride: int = 1) -> InputStats:
+    """Statistics of [C, S, T, I]; `stride` thins the tokens of the Gram matrix, its main cost."""
+    num_inputs = x.shape[-1]
+
+    def add(total: InputStats, chunk: Array) -> tuple[InputStats, None]:
+        flat = chunk.reshape(-1, num_inputs).astype(jnp.float32)
+        size = jnp.abs(flat)
+        new = InputStats(
+            total.gram + gram(flat[::stride]),
+            total.abs_sum + jnp.sum(size, axis=0),
+            jnp.maximum(total.abs_max, jnp.max(size, axis=0)),
+            total.count + flat.shape[0],
+        )
+        return new, None
+
+    zero = jnp.zeros(num_inputs)
+    start = InputStats(jnp.zeros((num_inputs, num_inputs)), zero, zero, jnp.int32(0))
+    return lax.scan(add, start, x)[0]
+
+
+def chunks_of(tokens: Array) -> Array:
+    """[n, T] -> [C, S, T], sequences dropped that fill no chunk."""
+    num_sequences, length = tokens.shape
+    size = max(1, min(num_sequences, CHUNK_TOKENS // length))
+    num_chunks = num_sequences // size
+    require(num_chunks > 0, "calibration needs at least one sequence")
+    return tokens[: num_chunks * size].reshape(num_chunks, size, length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(model: Model, params: Params, tokens: Array) -> Array:
+    """The first block's inputs [C, S, T, D] of tokens [C, S, T]."""
+    return model.embed(params, tokens)
+
+
+def kind_of(model: Model, layer: int) -> int:
+    """The first layer that computes as `layer` does: alike layers share compiled stages."""
+    config = model.config
+
+    def kind(i: int) -> tuple[Any, ...]:
+        return config.layer_types[i], config.window(i), config.is_moe_layer(i)
+
+    return next(i for i in range(config.num_layers) if kind(i) == kind(layer))
+
+
+def _taps(model: Model, kind: int, layer_params: Params, x: Array) -> block.Taps:
+    positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
+    lens = jnp.full_like(positions, x.shape[-2])
+    attend = functools.partial(_attend, model)
+    return model.block_with_taps(kind, layer_params, x, positions, attend, None, context_lens=lens)[
+        2
+    ]
+
+
+def _attend(model: Model, layer: int, q: Array, k: Array, v: Array, cache: None):
+    """Dense causal attention by blocks of queries, each with the keys up to its end only."""
+    config, outs = model.config, []
+    for start in range(0, q.shape[-3], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q.shape[-3])
+        out = ops.dense_attention(
+            q[..., start:stop, :, :],
+            k[..., :stop, :, :],
+            v[..., :stop, :, :],
+            sm_scale=config.sm_scale,
+            window=model.window(layer),
+            cap=config.attention_soft_cap,
+        )
+        outs.append(out)
+    return jnp.concatenate(outs, axis=-3), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attention_inputs(model: Model, kind: int, layer_params: Params, x: Array) -> Array:
+    """Inputs of q, k and v; XLA drops the rest of the block."""
+    return lax.map(lambda c: _taps(model, kind, layer_params, c)["attn"]["q"], x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def mix_values(model: Model, kind: int, layer_params: Params, x: Array) -> Array:
+    """Inputs of o, [C, S, T, N * H]."""
+    return lax.map(lambda c: _taps(model, kind, layer_params, c)["attn"]["o"], x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def mlp_inputs(
+    model: Model, kind: int, layer_params: Params, x: Array, mixed: Array
+) -> tuple[Array, Array]:
+    """The residual stream after attention, and inputs of gate, up and a router."""
+    bound = block.bind(model.config, kind, layer_params)
+
+    def step(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, mixed = inputs
+        out = bound.attn.o(mixed)
+        if bound.attn_post_norm is not None:
+            out = bound.attn_post_norm(out)
+        x = x + out
+        return x, bound.mlp_norm(x)
+
+    return lax.map(step, (x, mixed))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def hidden_inputs(model: Model, kind: int, layer_params: Params, h: Array) -> Array:
+    """Inputs of down, [C, S, T, F], of a dense MLP."""
+    bound = block.bind(model.config, kind, layer_params)
+    return lax.map(lambda c: bound.mlp(c)[1]["down"], h)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def expert_hidden(model: Model, gate: Any, up: Any, h: Array) -> Array:
+    """Inputs of one expert's down, [C, S, T, F], as if every token were sent to it."""
+
+    def step(c: Array) -> Array:
+        return ops.gated(model.config.activation, ops.linear(c, gate), ops.linear(c, up))
+
+    return lax.map(step, h)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def block_outputs(
+    model: Model, kind: int, layer_params: Params, x: Array, h: Array, hidden: Array | None
+) -> Array:
+    """The block's outputs: x + MLP; `hidden` are a dense MLP's, None runs the experts on h."""
+    bound = block.bind(model.config, kind, layer_params)
+
+    def step(inputs: tuple[Array, Array, Array | None]) -> Array:
+        x, h, hidden = inputs
+        out = bound.mlp(h)[0] if hidden is None else bound.mlp.down(hidden)
+        if bound.mlp_post_norm is not None:
+            out = bound.mlp_post_norm(out)
+        return x + out
+
+    return lax.map(step, (x, h, hidden))

@@ -1,0 +1,163 @@
+"""A quantization run from an open checkpoint to a finished folder: resumable, all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jinfer.models.model import Model
+from jinfer.qtensor import QTensor, array_bytes
+from jinfer.quant.evaluate import Evaluation, evaluate
+from jinfer.quant.pipeline import quantize_model
+from jinfer.quant.recipe import Recipe
+from jinfer.quant.report import Report
+from jinfer.quant.solve import Row
+from jinfer.quant.unfinished import Unfinished
+from jinfer.typing import Params
+from jinfer.weights.fill import Checkpoint
+from jinfer.weights.save import EXPORTS, check_free, save_folder
+
+REPORT_NAMES = ("quantization.json", "quantization.md", "quantization.svg")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to do.
+
+    Attributes:
+      output: folder to be made.
+      recipe: methods by module.
+      label: the recipe in words, for the report.
+      export: format of the files.
+      tokens: calibration sequences i32 [n, T], or None.
+      calibration: where they are from, for the report.
+      held_out: sequences i32 [m, T] to judge the result on, or None.
+      held_out_source: where those are from.
+      is_sequential: see `pipeline.quantize_model`.
+      files: others to write into the folder, such as the tokenizer's.
+      versions: of the software, for the report.
+    """
+
+    output: pathlib.Path
+    recipe: Recipe
+    label: str
+    export: str = "native"
+    tokens: np.ndarray | None = None
+    calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    held_out: np.ndarray | None = None
+    held_out_source: str = "held-out text"
+    is_sequential: bool = True
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def run_job(
+    job: Job,
+    checkpoint: Checkpoint,
+    model: Model,
+    params: Params,
+    *,
+    on_layer: Callable[[int, list[Row]], None] | None = None,
+) -> Report:
+    """Quantizes, evaluates, writes the folder and its report.
+
+    Finished layers are kept in `<output>.unfinished` until the end; a second run with the same
+    model, recipe and tokens goes on from there.
+
+    Raises:
+      FileExistsError: the output is there already.
+      ValueError: see `quantize_model` and `save_folder`.
+    """
+    check_free(job.output)
+    if job.export not in EXPORTS:
+        raise ValueError(f"export must be one of {', '.join(EXPORTS)}, got {job.export!r}")
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    unfinished = Unfinished.open(job.output, checkpoint, job.recipe, job.tokens, job.is_sequential)
+    done, old_rows = unfinished.load()
+
+    def keep(index: int, layer: dict[str, Any], rows: list[Row]) -> None:
+        unfinished.add(index, layer, rows)
+        if on_layer is not None:
+            on_layer(index, rows)
+
+    tokens = None if job.tokens is None else jnp.asarray(job.tokens, jnp.int32)
+    quantized, rows = quantize_model(
+        model,
+        params,
+        job.recipe,
+        tokens,
+        is_sequential=job.is_sequential,
+        done=done,
+        on_layer=keep,
+    )
+    rows = [*old_rows, *rows]
+    seconds["quantize"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    quality: dict[str, Evaluation] = {}
+    if job.held_out is not None:
+        quality["float"] = evaluate(model, params, job.held_out)
+        quality["quantized"] = evaluate(model, quantized, job.held_out, against=(model, params))
+        seconds["evaluate"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    linears = [x for x in _leaves(quantized) if isinstance(x, QTensor)]
+    others = [x for x in _leaves(quantized) if not isinstance(x, QTensor)]
+    report = Report(
+        model=str(checkpoint.path),
+        recipe=job.label,
+        export=job.export,
+        calibration=job.calibration,
+        rows=rows,
+        quantized_params=sum(x.size for x in linears),
+        quantized_bytes=sum(x.nbytes for x in linears),
+        other_params=sum(x.size for x in others),
+        other_bytes=sum(array_bytes(x) for x in others),
+        disk_bytes=0,
+        seconds=seconds,
+        peak_bytes=peak_memory(),
+        quality=quality,
+        held_out=job.held_out_source,
+        versions=job.versions,
+    )
+    # A GGUF file's float matrices come of 8-bit blocks: f16 holds them better than bf16.
+    stored = "float16" if checkpoint.path.is_file() else checkpoint.dtype
+    texts = dict(zip(REPORT_NAMES, (report.to_json(), report.to_markdown(), report.to_svg())))
+    size = save_folder(
+        job.output,
+        model,
+        quantized,
+        checkpoint.hf,
+        export=job.export,
+        dtype=stored,
+        files={**job.files, **texts},
+    )
+    seconds["save"] = time.perf_counter() - start
+    report = dataclasses.replace(report, disk_bytes=size, seconds=seconds)
+    for name, text in zip(REPORT_NAMES, (report.to_json(), report.to_markdown())):
+        (job.output / name).write_text(text, encoding="utf-8")
+    unfinished.remove()
+    return report
+
+
+def _leaves(params: Params) -> list[Any]:
+    return jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

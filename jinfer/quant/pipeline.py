@@ -1,0 +1,99 @@
+"""Quantizes a model block by block; knows params trees and calibration tokens, no files.
+
+Each block reads what the blocks before it, already quantized, give; inside a block q, k and v are
+quantized before o is calibrated, and so on ("true sequential"). One block's activations are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jinfer.config import require
+from jinfer.models.model import Model
+from jinfer.qtensor import QTensor
+from jinfer.quant import calibrate
+from jinfer.quant.layer import GROUPS, Layer, LayerQuantizer
+from jinfer.quant.recipe import Recipe
+from jinfer.quant.solve import Row
+from jinfer.typing import Params
+
+Progress = Callable[[int, Layer, list[Row]], None]
+
+
+def linear_names(model: Model) -> list[str]:
+    """Names of the linears that may be quantized, layer by layer; routers are not among them."""
+    parts = [f"{block}.{part}" for block, parts in GROUPS for part in parts]
+    return [f"layers.{i}.{part}" for i in range(model.config.num_layers) for part in parts]
+
+
+def quantize_model(
+    model: Model,
+    params: Params,
+    recipe: Recipe,
+    tokens: Array | None = None,
+    *,
+    is_sequential: bool = True,
+    done: Mapping[int, Layer] | None = None,
+    on_layer: Progress | None = None,
+) -> tuple[dict[str, Any], list[Row]]:
+    """Returns params with QTensor leaves, and one row for each linear.
+
+    Args:
+      model: the model; experts are calibrated with every token, routed to them or not.
+      params: its float parameters, layers as a tuple; not changed.
+      recipe: what to do with each linear.
+      tokens: i32 [n, T] calibration sequences; None for recipes that need none.
+      is_sequential: whether a block's inputs come from quantized blocks. False: from float ones,
+        as AWQ's authors do; one pass less for folding methods.
+      done: layers finished in an earlier run, by index: taken as they are.
+      on_layer: called after each layer with its index, parameters and rows.
+
+    Raises:
+      ValueError: the recipe fits no linear or needs tokens, or weights or activations are not
+        finite, with the place.
+    """
+    recipe.check(linear_names(model))
+    layers = params["layers"]
+    require(isinstance(layers, tuple), "quantization takes layers as a tuple, not stacked")
+    for leaf in jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, QTensor)):
+        require(not isinstance(leaf, QTensor), "these params are quantized already")
+    require(
+        tokens is not None or not recipe.needs_calibration,
+        "this recipe needs calibration tokens: pass [n, T] of them",
+    )
+    x = None
+    if tokens is not None and recipe.needs_calibration:
+        x = calibrate.embed(model, params, calibrate.chunks_of(tokens)).astype(jnp.float32)
+    new_layers, rows = [], []
+    for i, layer in enumerate(layers):
+        worker = LayerQuantizer(model, i, recipe, is_sequential=is_sequential)
+        is_last = i == len(layers) - 1
+        if done is not None and i in done:
+            new, layer_rows = dict(done[i]), []
+            if x is not None and not is_last:
+                x = worker.forward(new if is_sequential else layer, x)
+        else:
+            new, x, layer_rows = worker.run(layer, x, needs_output=not is_last)
+            if on_layer is not None:
+                on_layer(i, new, layer_rows)
+        new_layers.append(new)
+        rows += layer_rows
+    return {**params, "layers": tuple(new_layers)}, rows
+
+
+def fold_model(model: Model, params: Params, recipe: Recipe, tokens: Array) -> dict[str, Any]:
+    """Returns float params with the recipe's AWQ and SmoothQuant scales folded in.
+
+    Logits are those of `params`, up to rounding: how folding is checked without quantization.
+    """
+    x = calibrate.embed(model, params, calibrate.chunks_of(tokens)).astype(jnp.float32)
+    layers = []
+    for i, layer in enumerate(params["layers"]):
+        folded, x = LayerQuantizer(model, i, recipe).fold(layer, x)
+        layers.append(folded)
+    return {**params, "layers": tuple(layers)}

@@ -1,0 +1,219 @@
+"""Which method each linear gets: presets by name, rules by pattern.
+
+Modules are named as the params tree names them: "layers.3.mlp.down".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jinfer.config import require
+from jinfer.qformat import QFormat
+
+FOLDS = ("none", "awq", "smoothquant")
+SOLVERS = ("rtn", "gptq", "hqq")
+ORDERS = ("none", "act", "group")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """How one linear is quantized.
+
+    Attributes:
+      name: for the report.
+      format: the target.
+      fold: what is moved between the inputs and their producer before.
+      solver: how codes are found.
+      mse: search ranges rather than take extremes (rtn, gptq).
+      grid: symmetric integer grid, see `qformat.find_scales`.
+      order, static_groups, damp: GPTQ's.
+      alpha: SmoothQuant's.
+      clip: AWQ's clip search.
+      scale_dtype: storage of scales.
+    """
+
+    name: str
+    format: QFormat
+    fold: str = "none"
+    solver: str = "rtn"
+    mse: bool = False
+    grid: str = "full"
+    order: str = "act"
+    static_groups: bool = True
+    damp: float = 0.01
+    alpha: float = 0.5
+    clip: bool = True
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("fold", FOLDS),
+            ("solver", SOLVERS),
+            ("order", ORDERS),
+            ("grid", ("full", "restricted")),
+            ("scale_dtype", ("float16", "bfloat16", "float32")),
+        ):
+            value = getattr(self, field)
+            require(value in allowed, f"{field} must be one of {allowed}, got {value!r}")
+        fmt = self.format
+        require(
+            self.solver != "hqq" or (fmt.kind == "int" and not fmt.symmetric),
+            f"hqq takes an asymmetric integer format such as int4-g64-asymf, got {fmt}",
+        )
+        has_groups = fmt.block == 1 and fmt.group != 0
+        require(
+            self.solver != "gptq" or (has_groups and not fmt.float_zero and not fmt.double_quant),
+            f"gptq takes scales by group or channel and integer zero points, got {fmt}",
+        )
+        require(
+            self.fold != "awq" or (has_groups and fmt.act is None),
+            f"awq takes weight-only formats with scales by group or channel, got {fmt}",
+        )
+        require(
+            not self.mse or not fmt.double_quant, f"mse search and double scales exclude, {fmt}"
+        )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether text must be run through the model."""
+        return self.solver == "gptq" or self.fold != "none" or self.format.act == "static"
+
+
+_PRESETS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("int4-g64", {}),
+    "gptq": ("int4-g64", {"solver": "gptq"}),
+    "awq": ("int4-g64-asym", {"fold": "awq"}),
+    "smoothquant": (
+        "int8-channel:dyn",
+        {"fold": "smoothquant", "grid": "restricted", "scale_dtype": "float32"},
+    ),
+    "fp8": ("fp8-e4m3-channel:dyn", {"scale_dtype": "float32"}),
+    "int8": ("int8-channel:outlier", {"grid": "restricted", "scale_dtype": "float32"}),
+    "nf4": ("nf4-g64", {"scale_dtype": "float32"}),
+    "hqq": ("int4-g64-asymf", {"solver": "hqq"}),
+}
+METHODS = tuple(_PRESETS)
+# Kinds that a method's name promises.
+_KINDS = {"fp8": ("fp8-e4m3", "fp8-e5m2"), "nf4": ("nf4",), "int8": ("int",)}
+
+
+def make_method(name: str, fmt: str | QFormat | None = None, **options: Any) -> Method:
+    """Returns a preset with another format or options.
+
+    Args:
+      name: one of `METHODS`.
+      fmt: such as "int4-g64"; None: the method's own.
+      **options: fields of `Method`.
+
+    Raises:
+      ValueError: an unknown method or option, or a format that the method cannot take.
+    """
+    require(name in _PRESETS, f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    default, fields = _PRESETS[name]
+    parsed = QFormat.parse(fmt) if isinstance(fmt, str) else fmt or QFormat.parse(default)
+    kinds = _KINDS.get(name)
+    bits = (8,) if name == "int8" else range(2, 9)
+    require(
+        (kinds is None or parsed.kind in kinds) and parsed.bits in bits,
+        f"method {name} does not take format {parsed}; its own is {default}",
+    )
+    known = {f.name for f in dataclasses.fields(Method)} - {"name", "format"}
+    unknown = sorted(set(options) - known)
+    require(not unknown, f"method {name} has no options {unknown}; options: {sorted(known)}")
+    return Method(name=name, format=parsed, **{**fields, **options})
+
+
+def parse_quantization(text: str) -> Method:
+    """Reads `LLM(quantization=...)`: "int4-g64:rtn", "int4-g64", "fp8", "int8", "nf4".
+
+    Only methods without data: "int8" is int8-channel:dyn here, W8A8.
+
+    Raises:
+      ValueError: not understood, or a method that needs calibration.
+    """
+    head, _, tail = text.rpartition(":")
+    if text in ("fp8", "nf4"):
+        method = make_method(text)
+    elif text == "int8":
+        fmt = "int8-channel:dyn"
+        method = make_method("rtn", fmt, grid="restricted", scale_dtype="float32")
+    elif tail in _PRESETS and head:
+        method = make_method(tail, head)
+    else:
+        method = make_method("rtn", text)
+    require(
+        not method.needs_calibration,
+        f"quantization {text!r} needs calibration: run `jinfer quantize` and load its output",
+    )
+    return method
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Rules from module patterns to methods; the first that fits decides, none leaves it in float.
+
+    Attributes:
+      rules: (pattern, method or None); a pattern is a shell one, "layers.*.mlp.*".
+    """
+
+    rules: tuple[tuple[str, Method | None], ...]
+
+    @classmethod
+    def uniform(cls, method: Method) -> Recipe:
+        """One method for every linear of the blocks."""
+        return cls((("layers.*", method),))
+
+    @classmethod
+    def read(cls, path: str | pathlib.Path, default: Method | None = None) -> Recipe:
+        """Reads {"rules": [{"match": ..., "method": ..., "format": ..., <options>}, ...]}.
+
+        `"method": null` keeps a module in float; what no rule fits gets `default`.
+
+        Raises:
+          ValueError: the file is not such an object, or a rule is refused, with its place.
+        """
+        try:
+            data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            rows = data["rules"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'recipe {path} must be a JSON object {{"rules": [...]}} ({error})'
+            ) from error
+        rules: list[tuple[str, Method | None]] = []
+        for i, row in enumerate(rows):
+            try:
+                options = dict(row)
+                pattern, name = options.pop("match"), options.pop("method")
+                fmt = options.pop("format", None)
+                rules.append((pattern, None if name is None else make_method(name, fmt, **options)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"recipe {path}, rule {i + 1}: {error}") from error
+        return cls((*rules, *((("layers.*", default),) if default is not None else ())))
+
+    def of(self, module: str) -> Method | None:
+        """The method of a module; None: stays in float."""
+        for pattern, method in self.rules:
+            if fnmatch.fnmatchcase(module, pattern):
+                return method
+        return None
+
+    def check(self, modules: Iterable[str]) -> None:
+        """Raises ValueError for a pattern that fits no module."""
+        modules = list(modules)
+        for pattern, _ in self.rules:
+            require(
+                any(fnmatch.fnmatchcase(m, pattern) for m in modules),
+                f"recipe pattern {pattern!r} fits no linear; they are named like "
+                f"{', '.join(modules[:7])}",
+            )
+        require(any(self.of(m) for m in modules), "this recipe quantizes nothing")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any method of it does."""
+        return any(method is not None and method.needs_calibration for _, method in self.rules)

@@ -1,0 +1,210 @@
+"""Params, quantized or not, -> a Hugging Face folder in one of the formats that `load` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jinfer.config import require
+from jinfer.models.families import Path, assemble, config_from_hf, placements, tensor_names
+from jinfer.models.model import Model
+from jinfer.qtensor import QTensor, concat_outputs
+from jinfer.typing import Params
+from jinfer.weights.awq_format import awq_config, write_awq
+from jinfer.weights.bnb_format import bnb_config, write_bnb
+from jinfer.weights.ct_format import ct_config, write_ct
+from jinfer.weights.fp8_format import fp8_config, write_fp8
+from jinfer.weights.gptq_format import gptq_config, write_gptq
+from jinfer.weights.hf import INDEX
+from jinfer.weights.native_format import native_config, write_native
+
+EXPORTS: Mapping[
+    str, tuple[Callable[..., dict[str, np.ndarray]], Callable[..., dict[str, Any]]]
+] = {
+    "native": (write_native, native_config),
+    "gptq": (write_gptq, gptq_config),
+    "awq": (write_awq, awq_config),
+    "compressed-tensors": (write_ct, ct_config),
+    "fp8": (write_fp8, fp8_config),
+    "bitsandbytes": (write_bnb, bnb_config),
+}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+SHARD_BYTES = 4 * 2**30
+
+
+def save_folder(
+    folder: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    hf: Mapping[str, Any],
+    *,
+    export: str = "native",
+    dtype: str = "float16",
+    files: Mapping[str, str | bytes] | None = None,
+) -> int:
+    """Writes config.json and safetensors; all or nothing.
+
+    Args:
+      folder: must not exist, or be empty.
+      model: the model.
+      params: its parameters; QTensor leaves go to `export`'s format, layers as a tuple.
+      hf: config.json of the float model (`checkpoint.hf`).
+      export: one of `EXPORTS`.
+      dtype: of float matrices; norms and biases, into which scales may be folded, stay f32.
+      files: others to write beside, such as a report or the tokenizer's: name -> content.
+
+    Returns:
+      Bytes written.
+
+    Raises:
+      FileExistsError: the folder is there and not empty.
+      ValueError: the format cannot hold one of the weights, named with it.
+    """
+    require(export in EXPORTS, f"export must be one of {', '.join(EXPORTS)}, got {export!r}")
+    config = {k: v for k, v in hf.items() if k != "quantization_config"}
+    tied = model.config.tie_word_embeddings
+    config |= {"tie_word_embeddings": tied, "dtype": dtype}
+    config.pop("torch_dtype", None)
+    config.setdefault("architectures", [ARCHITECTURES[str(hf["model_type"])]])
+    written = config_from_hf(config)
+    different = [
+        name
+        for name in ("hidden_size", "num_layers", "num_heads", "attention_bias", "rope")
+        if getattr(written, name) != getattr(model.config, name)
+    ]
+    require(not different, f"this config.json does not describe the model: {different} differ")
+    quantized = _quantized_modules(model, params)
+    if quantized:
+        config["quantization_config"] = EXPORTS[export][1](quantized)
+    with _new_folder(pathlib.Path(folder)) as partial:
+        _write_tensors(partial, _tensors(model, params, quantized, export, dtype))
+        _write_text(partial / "config.json", json.dumps(config, indent=2))
+        for name, content in (files or {}).items():
+            _write_text(partial / name, content)
+        return sum(file.stat().st_size for file in partial.iterdir())
+
+
+def check_free(folder: pathlib.Path) -> None:
+    """Raises FileExistsError unless a folder of this name can be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty: choose another output folder")
+
+
+def _quantized_modules(model: Model, params: Params) -> dict[str, QTensor]:
+    """{module: weight} in checkpoint terms: fused where the family fuses, experts one by one."""
+    get = _getter(params)
+    modules = {}
+    for name in tensor_names(model.config):
+        places = placements(model.config, name)
+        leaves = [get(place.path) for place in places]
+        if not any(isinstance(leaf, QTensor) for leaf in leaves):
+            continue
+        module = name.removesuffix(".weight")
+        weights = [leaf for leaf in leaves if isinstance(leaf, QTensor)]
+        require(
+            len(weights) == len(leaves),
+            f"{module} is one tensor in checkpoints, but only some of its parts are quantized",
+        )
+        if places[0].expert is not None:
+            expert = places[0].expert
+            weights = [jax.tree.map(lambda a, e=expert: a[e], weights[0])]
+        modules[module] = weights[0] if len(weights) == 1 else concat_outputs(weights)
+    return modules
+
+
+def _tensors(
+    model: Model,
+    params: Params,
+    quantized: Mapping[str, QTensor],
+    export: str,
+    dtype: str,
+) -> Iterator[tuple[str, np.ndarray]]:
+    get, write = _getter(params), EXPORTS[export][0]
+    for name in tensor_names(model.config):
+        module = name.removesuffix(".weight")
+        if module in quantized:
+            try:
+                leaves = write(quantized[module])
+            except ValueError as error:
+                raise ValueError(f"{module}: {error}") from error
+            yield from ((f"{module}.{leaf}", tensor) for leaf, tensor in leaves.items())
+        else:
+            tensor = assemble(model.config, name, lambda path: np.asarray(get(path)))
+            to = np.float32 if tensor.ndim == 1 else jax.numpy.dtype(dtype)
+            yield name, np.ascontiguousarray(tensor.astype(to))
+
+
+def _getter(params: Params) -> Callable[[Path], Any]:
+    def get(path: Path) -> Any:
+        node: Any = params
+        for key in path:
+            node = node[key]
+        return node
+
+    return get
+
+
+def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Shards of at most 4 GiB, one in memory at a time."""
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        if held:
+            save_file(dict(held), folder / f"shard-{len(shards)}", {"format": "pt"})
+            shards.append(list(held))
+            held.clear()
+
+    for name, tensor in tensors:
+        if sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        held[name] = tensor
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+
+
+def _write_text(path: pathlib.Path, content: str | bytes) -> None:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside, which takes the name once it is complete and vanishes if it is not."""
+    check_free(folder)
+    partial = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
