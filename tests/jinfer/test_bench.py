@@ -62,6 +62,15 @@ def test_the_prefix_bench_counts_the_prompt_tokens_that_were_computed(tmp_path, 
     assert rows["shared", "requests_per_s"]["goal"] == 3
 
 
+def test_the_beam_bench_compares_two_searches_that_find_the_same(tmp_path, tiny_model):
+    argv = ("--prompts", 1, "--num-beams", 2, "--prompt-tokens", 20, "--output-tokens", 6)
+    (row,) = bench(tmp_path, "beam", *argv, "--repeats", 1).values()
+    assert row["goal"] == 3 and row["peer"] == "one-token requests"
+    times = json.loads((tmp_path / "out.json").read_text())["times"]["prompts 1, beams 2"]
+    assert times["prompts_with_the_same_best_text"] == 1
+    assert all(len(times[name]) == 1 for name in ("beam search", "one-token requests"))
+
+
 def test_a_bench_needs_a_name(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench"])

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not in
 
 import transformers  # noqa: E402
 
-from jinfer import LLM, SamplingParams  # noqa: E402
+from jinfer import LLM, BeamSearchParams, SamplingParams  # noqa: E402
 
 NUM_NEW_TOKENS = 24
 QUESTIONS = [
@@ -101,6 +101,44 @@ def test_greedy_tokens_of_twenty_prompts_equal_those_of_transformers(llm, oracle
         )
     expected = rows[:, longest:].tolist()
     assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_beam_search_equals_that_of_transformers(llm, oracle, early_stopping):
+    tokenizer = llm.get_tokenizer()
+    for beam_width, length_penalty, question in ((2, 0.5, 0), (4, 1.0, 4), (4, 2.0, 12)):
+        params = BeamSearchParams(
+            beam_width=beam_width,
+            max_tokens=12,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
+        ids = tokenizer.encode(QUESTIONS[question])
+        (output,) = llm.beam_search([{"prompt_token_ids": ids}], params)
+        with torch.inference_mode():
+            want = oracle.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                generation_config=transformers.GenerationConfig(
+                    num_beams=beam_width,
+                    num_return_sequences=beam_width,
+                    max_new_tokens=12,
+                    length_penalty=length_penalty,
+                    early_stopping=early_stopping,
+                    do_sample=False,
+                    pad_token_id=0,
+                    eos_token_id=2,
+                    return_dict_in_generate=True,
+                    output_scores=True,
+                ),
+            )
+        found = [text.tokens for text in output.sequences]
+        assert found == [
+            row[: len(text)] for row, text in zip(want.sequences.tolist(), found, strict=True)
+        ]
+        scores = [text.score for text in output.sequences]
+        np.testing.assert_allclose(scores, want.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
 def test_it_answers_in_a_chat(llm):
