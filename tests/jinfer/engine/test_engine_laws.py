@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 )
 
 from jinfer.config import EngineConfig
+from jinfer.engine import recovery
 from jinfer.engine.holdings import Holdings
 from jinfer.engine.pages import PagePool
 from jinfer.engine.plan import ScheduledSeq
@@ -39,6 +40,8 @@ from jinfer.sampling_params import SamplingParams
 
 EOS = 0
 VOCAB_SIZE = 23  # an end of sequence every 23 tokens or so
+NAN_TOKEN = 5000  # whatever follows it in a text is NaN
+NAN = "nan"
 
 
 def next_token(context, seed, num_prompt_tokens, row_outputs):
@@ -49,6 +52,8 @@ def next_token(context, seed, num_prompt_tokens, row_outputs):
 
 def write_place(before, token, num_prompt_tokens, position, max_cached_tokens):
     """What a place holds: KV depends on all tokens before, and with some ropes on the length."""
+    if token == NAN_TOKEN or before == NAN:
+        return NAN
     length = max(num_prompt_tokens, position + 1)
     regime = length if max_cached_tokens is not None and length > max_cached_tokens else 0
     return token, zlib.crc32(repr((before, token, regime)).encode())
@@ -84,13 +89,25 @@ class SimulatedDevice:
         self.last_tokens = [None] * num_rows
 
     def launch(self, plan):
-        """Returns the samples of each sequence; nothing of them is shown to the host yet."""
+        """Returns samples and soundness of each sequence; the host is not shown them yet."""
+        for page in plan.cleared_pages:
+            begin = page * self.page_size
+            self.places[begin : begin + self.page_size] = [None] * self.page_size
         for seq in plan.seqs:
             if seq.is_new_row:
                 assert seq.request.num_in_flight == seq.num_samples, "outputs must be known"
                 self.rows[seq.request.row] = list(seq.request.output_token_ids)
                 self.last_tokens[seq.request.row] = None
-        return [self._run(seq) for seq in plan.seqs]
+        samples = [self._run(seq) for seq in plan.seqs]
+        return samples, [self._is_sound(seq) for seq in plan.seqs]
+
+    def lose_everything(self):
+        self.places = [None] * len(self.places)
+        self.rows = [None] * len(self.rows)
+
+    def _is_sound(self, seq):
+        last = seq.start + max(seq.num_tokens, seq.num_samples) - 1
+        return self.places[self._place(seq.request.pages, last)] != NAN
 
     def _run(self, seq):
         request, row, pages = seq.request, seq.request.row, seq.request.pages
@@ -139,10 +156,21 @@ class Harness:
         self.deltas = collections.defaultdict(list)
         self.widest = 0
 
-    def add(self, num_prompt_tokens, max_tokens, seed, priority=0, like=None, salt=None, **params):
+    def add(
+        self,
+        num_prompt_tokens,
+        max_tokens,
+        seed,
+        priority=0,
+        like=None,
+        salt=None,
+        nan_at=None,
+        **params,
+    ):
         """Queues a request whose prompt begins with as much as fits of the text of number `like`.
 
-        That is its prompt and the output that it has so far.
+        That is its prompt and the output that it has so far. What it computes from position
+        `nan_at` on is NaN.
         """
         rng = random.Random(seed)
         prompt = [rng.randrange(1000) for _ in range(num_prompt_tokens)]
@@ -150,6 +178,8 @@ class Harness:
             before = self.requests[like % len(self.requests)]
             shared = before.known_token_ids[: rng.randint(0, num_prompt_tokens)]
             prompt[: len(shared)] = shared
+        if nan_at is not None:
+            prompt[nan_at % num_prompt_tokens] = NAN_TOKEN
         request = Request(
             request_id=f"r{len(self.requests)}",
             prompt_token_ids=prompt,
@@ -171,14 +201,24 @@ class Harness:
             return False
         self.check_plan(plan)
         self.check_writes(plan)
-        self.in_flight.append((plan, self.device.launch(plan)))
+        self.in_flight.append((plan, *self.device.launch(plan)))
         return True
 
     def commit(self):
-        plan, samples = self.in_flight.popleft()
-        for progress in self.scheduler.commit(plan, samples):
-            assert progress.new_token_ids and progress.finished == progress.request.is_finished
+        plan, samples, is_sound = self.in_flight.popleft()
+        for progress in self.scheduler.commit(plan, samples, is_sound=is_sound):
+            is_error = progress.request.finish_reason == "error"
+            assert progress.finished == progress.request.is_finished
+            assert bool(progress.new_token_ids) != is_error
             self.deltas[progress.request].extend(progress.new_token_ids)
+
+    def lose_steps(self, is_blamed):
+        """The oldest step in flight fails, and takes all that the device holds along."""
+        failed = self.in_flight[0][0] if is_blamed and self.in_flight else None
+        self.in_flight.clear()
+        recovery.lose_steps(self.scheduler, failed, "a test")
+        self.device.lose_everything()
+        assert self.scheduler.pool.num_free == self.scheduler.pool.num_pages
 
     def step(self):
         launched = self.launch()
@@ -195,6 +235,9 @@ class Harness:
         assert not self.in_flight
         assert self.scheduler.prefix.num_available == self.scheduler.pool.num_pages
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        size = self.scheduler.page_size
+        for place, value in enumerate(self.device.places):
+            assert value != NAN or not self.scheduler.prefix.is_cached(place // size)
 
     def check_plan(self, plan):
         config = self.config
@@ -229,6 +272,7 @@ class Harness:
                 assert place not in places
                 places.add(place)
                 assert seq.is_prefill or self.scheduler.pool.count(page) == 1
+                assert page in seq.pages
 
     def check(self):
         """Invariants, from the requests' own books rather than by `Scheduler.check`."""
@@ -275,7 +319,12 @@ class Harness:
             room = min(self.config.max_model_len, capacity + 1) - request.num_prompt_tokens
             limit = min(room, request.params.max_tokens or room)
             alone = run_alone(request, limit, self.device.max_cached_tokens)
-            if request.finish_reason == "abort":
+            if NAN_TOKEN in request.prompt_token_ids:
+                assert request.finish_reason in ("abort", "error") and not request.output_token_ids
+            elif request.num_failed_steps >= recovery.MAX_FAILED_STEPS:
+                assert request.finish_reason == "error"
+                assert alone[: len(request.output_token_ids)] == request.output_token_ids
+            elif request.finish_reason == "abort":
                 assert alone[: len(request.output_token_ids)] == request.output_token_ids
             else:
                 assert request.output_token_ids == alone
@@ -314,7 +363,10 @@ def random_load(seed, lag, **config):
             like=rng.choice([None, *[rng.randrange(12)] * 3]),
             salt=rng.choice([None, None, None, "x"]),
             skip_reading_prefix_cache=rng.random() < 0.1,
+            nan_at=rng.randrange(20) if rng.random() < 0.07 else None,
         )
+        if rng.random() < 0.03:
+            harness.lose_steps(is_blamed=True)
         if rng.random() < 0.05:
             harness.scheduler.prefix.reset()
         for _ in range(rng.randrange(6)):
@@ -424,6 +476,7 @@ class EngineMachine(RuleBasedStateMachine):
         logprobs=st.sampled_from([None, None, 1]),
         like=st.sampled_from([None, *range(8)]),
         salt=st.sampled_from([None, None, "x"]),
+        nan_at=st.sampled_from([*[None] * 6, 0, 3, 8]),
     )
     def add(self, sizes, **fields):
         for num_prompt_tokens in sizes:
@@ -473,6 +526,10 @@ class EngineMachine(RuleBasedStateMachine):
     def reset(self):
         self.harness.scheduler.prefix.reset()
 
+    @rule(is_blamed=st.booleans())
+    def lose_steps(self, is_blamed):
+        self.harness.lose_steps(is_blamed)
+
     @invariant()
     def books_are_whole(self):
         if hasattr(self, "harness"):
@@ -501,9 +558,11 @@ def run_machine(max_examples, **fields):
     )
 
 
-def test_any_order_of_events_keeps_the_books_whole():
+@pytest.mark.parametrize("max_examples", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_any_order_of_events_keeps_the_books_whole(max_examples):
     EngineMachine.counts.clear()
-    run_machine(max_examples=100)
+    run_machine(max_examples)
+    assert EngineMachine.counts["num_errors"] > 20
     assert EngineMachine.counts["num_preemptions"] > 50
     assert EngineMachine.counts["num_discarded_tokens"] > 50
     assert EngineMachine.counts["num_cached_tokens"] > 50
@@ -633,7 +692,17 @@ def lengths_that_change_the_kv_ignored(monkeypatch):
     )
 
 
+def nan_kept_in_the_cache(monkeypatch):
+    monkeypatch.setattr(PrefixCache, "forget", lambda self, *args: [])
+
+
+def requests_in_flight_not_told_of_lost_steps(monkeypatch):
+    monkeypatch.setattr(Scheduler, "forget_plans", lambda self: self._in_flight.clear())
+
+
 MUTATIONS = [
+    nan_kept_in_the_cache,
+    requests_in_flight_not_told_of_lost_steps,
     cached_pages_freed_twice,
     hits_not_counted,
     evicted_pages_still_found,
