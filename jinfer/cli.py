@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jinfer.commands import bench, chat, generate, plan, quantize
+from jinfer.commands import bench, chat, generate, plan, quantize, train_medusa
 from jinfer.commands.terminal import PROG, one_line, say
 
 COMMANDS = {
@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": plan,
     "quantize": quantize,
     "bench": bench,
+    "train-medusa": train_medusa,
 }
 
 

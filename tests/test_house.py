@@ -76,9 +76,11 @@ WITHOUT_JAX = (
     "jinfer.models.hf_config",
     "jinfer.outputs",
     "jinfer.sampling_params",
+    "jinfer.spec.medusa_tree",
 )
-# One jit boundary; calibration compiles its own solvers, one program a weight shape.
-MAY_JIT = ("jinfer/steps.py", "jinfer/quant/")
+# One jit boundary; calibration compiles its own solvers, one program a weight shape, and training
+# its own step.
+MAY_JIT = ("jinfer/steps.py", "jinfer/quant/", "jinfer/spec/medusa_training.py")
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "ml_dtypes", "jaxtyping", "pallas_kernels"}
 TOP_LEVEL = {
     *(".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"),

@@ -1,0 +1,80 @@
+"""`jinfer train-medusa` from end to end on a tiny random model."""
+
+import json
+import types
+
+import jax
+import pytest
+
+import jinfer
+from jinfer import cli, tokenizer
+from jinfer.config import ModelConfig
+from jinfer.models.model import Model
+from jinfer.spec import medusa, medusa_training
+
+VOCAB = 61
+MODEL = Model(
+    ModelConfig(
+        family="llama",
+        vocab_size=VOCAB,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        eos_token_ids=(7,),
+    )
+)
+SMALL = ("--window", 24, "--batch-size", 2, "--steps", 4, "--num-heads", 2, "--tree-nodes", 5)
+SMALL += ("--checkpoint-every", 2, "--max-texts", 4, "--max-tokens", 60)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return MODEL, MODEL.init(jax.random.key(0))
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(loaded, monkeypatch):
+    """Puts a tiny model, and a token a letter, in the place of whatever would be loaded."""
+    letters = types.SimpleNamespace(
+        bos_token_id=1, eos_token_id=7, encode=lambda text: [ord(c) % VOCAB for c in text]
+    )
+    monkeypatch.setattr(jinfer, "load", lambda *args, **options: loaded)
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda *args, **options: letters)
+
+
+def train(*argv):
+    return cli.main(["train-medusa", "--model", "tiny", *map(str, argv)])
+
+
+def test_heads_from_texts_that_the_model_writes_and_a_second_run_does_nothing(
+    tmp_path, capsys, monkeypatch
+):
+    assert train("--output", tmp_path, *SMALL) == 0
+    report = capsys.readouterr().out
+    config, heads, tree = medusa.load(tmp_path, MODEL.config)
+    assert config.num_heads == heads["w"].shape[0] == 2 and 1 <= len(tree) <= 5
+    assert "top-1" in report and f"tree of {len(tree)} guesses" in report
+
+    def refuse(*args, **options):
+        raise AssertionError("nothing is left to do")
+
+    monkeypatch.setattr(medusa_training, "train_step", refuse)
+    monkeypatch.setattr(jinfer.LLM, "generate", refuse)
+    assert train("--output", tmp_path, *SMALL) == 0
+    assert capsys.readouterr().out == report
+    assert train("--output", tmp_path, *SMALL, "--seed", 3) == 2
+    error = capsys.readouterr().err
+    assert "{'seed': '0'}" in error and "{'seed': '3'}" in error
+
+
+def test_texts_are_learnt_as_they_are_and_other_lines_are_refused(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": "abcdefgh" * 6}) + "\n" for _ in range(8)))
+    assert train("--output", tmp_path / "a", "--data", data, *SMALL) == 0
+    data.write_text(json.dumps({"question": "why?"}) + "\n")
+    assert train("--output", tmp_path / "b", "--data", data, *SMALL) == 2
+    assert "line 1 must have" in capsys.readouterr().err
