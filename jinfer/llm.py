@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from jinfer.engine.runner import Runner, compile_counter
 from jinfer.groups import LogprobFormatter, RequestGroup
 from jinfer.models.model import Model
 from jinfer.outputs import BeamSearchOutput, RequestOutput
-from jinfer.prompts import apply_chat_template, read_prompt
+from jinfer.prompts import chat_prompts, read_prompt
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
 from jinfer.typing import Params
 from pallas_kernels.dispatch import Decisions
@@ -29,12 +30,14 @@ class LLM:
     Args:
       model: a Hugging Face folder or hub name, a GGUF file, "smollm2" (the embedded default), or a
         `Model` together with `params`.
-      params: weights of a `Model`; served as they are, with no copy.
+      params: weights of a `Model`; floats are served as they are, with no copy.
       tokenizer: a tokenizer, or where to load one from; default: the model's own.
       skip_tokenizer_init: serve token ids only.
       chat_template: Jinja template to use instead of the tokenizer's.
       dtype: of weights and activations: "auto" (the checkpoint's on accelerators, float32 on
         CPUs), "float32", "bfloat16" or "float16".
+      quantization: quantize the linears of the blocks as they are loaded, without data: "fp8",
+        "int8" (W8A8), "nf4", "int4-g64:rtn", ...; quantized checkpoints are loaded as they are.
       kv_cache_dtype: of K and V: "auto" (that of the weights), one of the above, or quantized with
         a scale for each token and head: "fp8" (e4m3), "int8", "int4".
       revision: branch, tag or commit of a hub name.
@@ -55,7 +58,8 @@ class LLM:
       seed: of requests that bring none.
       attention_impl: "auto", or a backend by name: "xla", "mosaic_gpu", "mosaic_tpu".
       linear_impl: the same for products with quantized weights; "auto" leaves to XLA what it does
-        best and what no kernel reads. A named backend runs all of them, or is refused.
+        best and what no kernel reads, and makes floats of weights once on a CPU that has the
+        memory. A named backend runs all of them, or is refused.
       generation_config: "auto": defaults of sampling come from the model's generation_config.json;
         "none": those of `SamplingParams`.
 
@@ -73,6 +77,7 @@ class LLM:
         skip_tokenizer_init: bool = False,
         chat_template: str | None = None,
         dtype: str = "auto",
+        quantization: str | None = None,
         kv_cache_dtype: str = "auto",
         revision: str | None = None,
         max_model_len: int | None = None,
@@ -96,9 +101,10 @@ class LLM:
         options.enable_compilation_cache()
         self._source = None if isinstance(model, Model) else model
         model, params = options.take_model(
-            model, params, dtype=dtype, revision=revision, linear_impl=linear_impl
+            model, params, dtype, revision, quantization=quantization, linear_impl=linear_impl
         )
         self.model = model
+        self._prepare = functools.partial(options.prepare, how=quantization, impl=linear_impl)
         self.chat_template = chat_template
         self._tokenizer = None
         if not skip_tokenizer_init:
@@ -181,12 +187,14 @@ class LLM:
         self._engine.check_integrity()
 
     def update_weights(self, params: Params) -> None:
-        """Serves `params` from the next step on: no copy, no compilation; cached KV is forgotten.
+        """Serves `params` from the next step on, quantized first if `quantization` says so.
+
+        Floats are not copied, nothing compiles; cached KV is forgotten.
 
         Raises:
           ValueError: tree, shapes or dtypes differ from the present weights'.
         """
-        self._runner.update_weights(params)
+        self._runner.update_weights(self._prepare(params))
         self.reset_prefix_cache()
 
     def reset_prefix_cache(self) -> None:
@@ -344,21 +352,15 @@ class LLM:
         Raises:
           ValueError: no chat template, or it refuses the messages.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            {
-                "prompt_token_ids": apply_chat_template(
-                    self._tokenizer,
-                    conversation,
-                    chat_template=chat_template or self.chat_template,
-                    add_generation_prompt=add_generation_prompt and not continue_final_message,
-                    continue_final_message=continue_final_message,
-                    tools=list(tools) if tools else None,
-                    **(chat_template_kwargs or {}),
-                )
-            }
-            for conversation in conversations
-        ]
+        prompts = chat_prompts(
+            self._tokenizer,
+            messages,
+            chat_template=chat_template or self.chat_template,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            tools=list(tools) if tools else None,
+            **(chat_template_kwargs or {}),
+        )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def beam_search(

@@ -15,13 +15,14 @@ import jax
 from jinfer import memory, qkernels
 from jinfer.config import KV_BITS, CacheConfig, EngineConfig, ModelConfig, kv_format
 from jinfer.models.model import Model
+from jinfer.qlayout import lay_out
+from jinfer.qtensor import array_bytes
 from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
 
 # Arguments of other engines' LLM, and why they are not taken.
 REFUSED = {
-    "quantization": "give a checkpoint that is quantized already, once such can be loaded",
     "speculative_config": "speculative decoding is not built yet",
     "enable_lora": "LoRA adapters are not built yet",
     "structured_outputs_config": "structured output is not built yet",
@@ -117,9 +118,10 @@ def resolve(
 def take_model(
     model: str | os.PathLike[str] | Model,
     params: Params | None,
-    *,
     dtype: str,
     revision: str | None,
+    *,
+    quantization: str | None,
     linear_impl: str,
 ) -> tuple[Model, Params]:
     """Returns the model and weights that `LLM` was given, or loads them.
@@ -130,13 +132,28 @@ def take_model(
     if isinstance(model, Model):
         if params is None:
             raise ValueError("a Model needs its weights: pass params=")
-        return model, params
+        return model, prepare(params, quantization, linear_impl)
     if params is not None:
         raise ValueError("params go with a Model; a path or name brings its own")
     from jinfer.weights.load import load
 
-    loaded, own = load(model, dtype=None if dtype == "auto" else dtype, revision=revision)
+    loaded, own = load(
+        model,
+        dtype=None if dtype == "auto" else dtype,
+        revision=revision,
+        quantization=quantization,
+    )
+    own = prepare(own, None, linear_impl)
     return loaded, qkernels.prepare_params(own, impl=linear_impl, is_owner=True)
+
+
+def prepare(params: Params, how: str | None, impl: str) -> Params:
+    """Returns params quantized if `how` says so, and laid out for a CPU unless `impl` is named."""
+    if how is not None:
+        from jinfer.quant.on_load import quantize_params
+
+        params = quantize_params(params, how)
+    return lay_out(params) if impl == "auto" else params
 
 
 def enable_compilation_cache() -> None:
@@ -235,7 +252,7 @@ def _num_pages(
         stats = jax.local_devices()[0].memory_stats() or {}
         kv_cache_memory_bytes = memory.kv_budget_bytes(
             device_bytes=stats.get("bytes_limit"),
-            used_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+            used_bytes=sum(array_bytes(leaf) for leaf in jax.tree.leaves(params)),
             gpu_memory_utilization=gpu_memory_utilization,
             reserved_bytes=memory.temp_bytes(config, num_tokens=num_tokens, num_seqs=num_seqs),
         )

@@ -25,7 +25,14 @@ DTYPE_BYTES: Mapping[str, float] = {
     "int8": 1,
     "int4": 0.5,
 }
-SCALE_BYTES = 2  # scales of quantized weights are kept in 16 bits
+SCALE_BYTES = 2  # scales of quantized weights are kept in 16 bits, unless
+# one of the names that `LLM(quantization=...)` takes besides formats says otherwise: those of
+# formats whose scales are f32.
+FLOAT32_SCALES: Mapping[str, str] = {
+    "fp8": "fp8-e4m3-channel:dyn",
+    "int8": "int8-channel:dyn",
+    "nf4": "nf4-g64",
+}
 KV_SCALE_BYTES = 4  # a scale a token and head, of formats below 16 bits
 CPU_KV_BYTES = 2**30  # what the pool takes on a CPU, unless the weights are larger
 
@@ -33,7 +40,7 @@ CPU_KV_BYTES = 2**30  # what the pool takes on a CPU, unless the weights are lar
 _FORMAT = re.compile(
     r"(?:int(?P<bits>[2-8])|(?P<fp8>fp8-e4m3|fp8-e5m2)|nf4|fp4)"
     r"-(?:g(?P<group>[1-9]\d*)|(?P<whole>channel|tensor)|block(?P<block>[1-9]\d*))"
-    r"(?P<asym>-asym)?(?::[a-z-]+)?"
+    r"(?P<asym>-asymf?)?(?P<dq>-dq)?(?::[a-z-]+)*"
 )
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -147,16 +154,19 @@ def quantized_bytes(shape: tuple[int, ...], quantization: str) -> int:
 
     Args:
       shape: logical shape; groups run along I, and a short last group counts as one.
-      quantization: such as "int4-g128", "int4-g64-asym", "int8-channel", "fp8-e4m3-channel:dyn".
+      quantization: such as "int4-g128", "int4-g64-asym", "int8-channel", "fp8-e4m3-channel:dyn",
+        or one of the names "fp8", "int8" (W8A8) and "nf4"; a method after it ("int4-g64:rtn")
+        makes no difference.
 
     Raises:
       ValueError: `quantization` is no format.
     """
-    match = _FORMAT.fullmatch(quantization)
+    scale_bytes = 4.0 if quantization in FLOAT32_SCALES else SCALE_BYTES
+    match = _FORMAT.fullmatch(FLOAT32_SCALES.get(quantization, quantization))
     if not match:
         raise ValueError(
-            f"quantization must read like int4-g128, int4-g64-asym, int8-channel or "
-            f"fp8-e4m3-channel, got {quantization!r}"
+            f"quantization must be fp8, int8, nf4, or read like int4-g128, int4-g64-asym, "
+            f"int8-channel or fp8-e4m3-channel, got {quantization!r}"
         )
     bits = int(match["bits"] or (8 if match["fp8"] else 4))
     *lead, num_in, num_out = shape
@@ -169,8 +179,10 @@ def quantized_bytes(shape: tuple[int, ...], quantization: str) -> int:
     else:
         num_scales = math.ceil(num_in / int(match["group"])) * num_out
     code_bytes = math.ceil(num_in * bits / 8) * num_out if bits != 4 else num_in * num_out / 2
-    zero_bytes = (0.5 if bits == 4 else 1) if match["asym"] else 0
-    return math.ceil(math.prod(lead) * (code_bytes + num_scales * (SCALE_BYTES + zero_bytes)))
+    zero_bytes = {None: 0, "-asym": 0.5 if bits == 4 else 1, "-asymf": 4}[match["asym"]]
+    if match["dq"]:
+        scale_bytes = 1 + 4 / 256
+    return math.ceil(math.prod(lead) * (code_bytes + num_scales * (scale_bytes + zero_bytes)))
 
 
 def part_bytes(config: ModelConfig, dtype: str, quantization: str | None = None) -> dict[Part, int]:

@@ -65,3 +65,13 @@ def apply_chat_template(tokenizer: Any | None, conversation: Any, **options: Any
     except TemplateError as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from None
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def chat_prompts(
+    tokenizer: Any | None, messages: Any, **options: Any
+) -> list[Mapping[str, list[int]]]:
+    """Returns a prompt for one conversation, or for each of several; raises as above."""
+    conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+    return [
+        {"prompt_token_ids": apply_chat_template(tokenizer, c, **options)} for c in conversations
+    ]

@@ -18,6 +18,7 @@ from jinfer.config import require
 from jinfer.qformat import CODEBOOKS, FP8_DTYPES, FP8_MAX, divide, expand_groups, split_groups
 from jinfer.qkernels import PreparedWeight
 from jinfer.qtensor import QTensor, dequantize
+from pallas_kernels.int8_matmul.xla import int8_dot
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(): Dettmers et al. 2022, section 3.2
 MAX_PARTIAL_ROWS = 16  # up to here partial sums of groups beat writing the dense weight
@@ -168,7 +169,11 @@ def _integer(x: Array, w: QTensor | PreparedWeight) -> Array:
     codes = w.codes()
     num_groups = w.fmt.num_groups(w.shape[-2])
     if num_groups == 1:
-        acc = _dot(q, codes, jnp.int32).astype(jnp.float32)
+        if w.ndim == 2:
+            sums = int8_dot(q.reshape(-1, q.shape[-1]), codes, "kn")
+            acc = sums.reshape(*x.shape[:-1], -1).astype(jnp.float32)
+        else:
+            acc = _dot(q, codes, jnp.int32).astype(jnp.float32)
         return acc * token_scale * _scale_rows(w.scales(), x)
     require(w.ndim == 2, f"{w.fmt} with experts: use a per-channel format")
     qs = _split_features(q.reshape(-1, q.shape[-1]), w.fmt.group)

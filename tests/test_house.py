@@ -30,6 +30,7 @@ FLOORS = {
     "jinfer.ops": 1,
     "jinfer.parallel": 1,
     "jinfer.qkernels": 1,
+    "jinfer.qlayout": 1,
     "jinfer.qlinear": 1,
     "jinfer.models": 2,
     "jinfer.quant": 3,

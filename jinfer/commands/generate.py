@@ -82,7 +82,7 @@ def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
     from jinfer.sampling_params import RequestOutputKind
 
     settings = {"model": args.model, "sampling": sampling}
-    for name in ("dtype", "tokenizer", "revision", "max_model_len"):
+    for name in ("dtype", "quantization", "tokenizer", "revision", "max_model_len"):
         settings[name] = getattr(args, name, None)
     flags.make_params(sampling)  # wrong flags fail at once, not on every line
     with jsonl.Job(args.input, args.output, settings) as job:

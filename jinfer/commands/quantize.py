@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         files=_tokenizer_files(args),
         versions={"jinfer": jinfer.__version__, "jax": jax.__version__},
     )
-    with _progress_bar(model.config.num_layers) as bar:
+    with _progress_bar(model.config.num_layers, "quantizing", "layer") as bar:
         report = run_job(job, checkpoint, model, params, on_layer=lambda i, rows: bar.update())
     for line in report.summary():
         say(line)
@@ -168,9 +168,12 @@ def _own_text(model: Any, params: Any, num: int, length: int, seed: int) -> Any:
     batch = min(num, 32)
     start = jnp.full((batch, 1), first, jnp.int32)
     keys = jax.random.split(jax.random.key(seed), -(-num // batch))
-    return np.concatenate(
-        [np.asarray(sample_texts(model, params, start, key, length)) for key in keys]
-    )[:num]
+    texts = []
+    with _progress_bar(num, "the model writes", "text") as bar:
+        for i, key in enumerate(keys):
+            texts.append(np.asarray(sample_texts(model, params, start, key, length)))
+            bar.update(min(batch, num - i * batch))
+    return np.concatenate(texts)[:num]
 
 
 def _tokenizer_files(args: argparse.Namespace) -> dict[str, bytes]:
@@ -184,7 +187,7 @@ def _tokenizer_files(args: argparse.Namespace) -> dict[str, bytes]:
         return {f.name: f.read_bytes() for f in pathlib.Path(folder).iterdir() if f.is_file()}
 
 
-def _progress_bar(num_layers: int) -> Any:
+def _progress_bar(total: int, what: str, unit: str) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=num_layers, desc="quantizing", unit="layer", disable=None)
+    return tqdm(total=total, desc=what, unit=unit, disable=None)

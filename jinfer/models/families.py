@@ -38,6 +38,8 @@ from jinfer.models.model import Model
 Path: TypeAlias = tuple[str | int, ...]
 """Keys into the params tree, e.g. ("layers", 3, "attn", "q", "w")."""
 
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -73,6 +75,12 @@ def expected_shapes(config: ModelConfig) -> Mapping[Path, tuple[int, ...]]:
         tuple(key.idx if isinstance(key, SequenceKey) else key.key for key in path): leaf.shape
         for path, leaf in leaves
     }
+
+
+def is_linear(path: Path) -> bool:
+    """Whether a parameter is the weight of a linear inside a block, routers aside: what gets
+    quantized."""
+    return path[0] == "layers" and path[-1] == "w" and path[-2] in LINEARS
 
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")

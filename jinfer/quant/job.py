@@ -12,18 +12,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import SequenceKey
 
+from jinfer.models.families import is_linear
 from jinfer.models.model import Model
+from jinfer.qlayout import lay_out
 from jinfer.qtensor import QTensor, array_bytes
 from jinfer.quant.evaluate import Evaluation, evaluate
-from jinfer.quant.pipeline import quantize_model
+from jinfer.quant.pipeline import linear_names, quantize_model
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.report import Report
-from jinfer.quant.solve import Row
+from jinfer.quant.solve import Row, stand_in
 from jinfer.quant.unfinished import Unfinished
 from jinfer.typing import Params
 from jinfer.weights.fill import Checkpoint
-from jinfer.weights.save import EXPORTS, check_free, save_folder
+from jinfer.weights.save import check_export, check_free, save_folder
 
 REPORT_NAMES = ("quantization.json", "quantization.md", "quantization.svg")
 
@@ -74,11 +77,9 @@ def run_job(
 
     Raises:
       FileExistsError: the output is there already.
-      ValueError: see `quantize_model` and `save_folder`.
+      ValueError: see `check_job`, `quantize_model` and `save_folder`.
     """
-    check_free(job.output)
-    if job.export not in EXPORTS:
-        raise ValueError(f"export must be one of {', '.join(EXPORTS)}, got {job.export!r}")
+    check_job(job, model)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     unfinished = Unfinished.open(job.output, checkpoint, job.recipe, job.tokens, job.is_sequential)
@@ -106,7 +107,8 @@ def run_job(
     quality: dict[str, Evaluation] = {}
     if job.held_out is not None:
         quality["float"] = evaluate(model, params, job.held_out)
-        quality["quantized"] = evaluate(model, quantized, job.held_out, against=(model, params))
+        served = lay_out(quantized)
+        quality["quantized"] = evaluate(model, served, job.held_out, against=(model, params))
         seconds["evaluate"] = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -147,6 +149,35 @@ def run_job(
         (job.output / name).write_text(text, encoding="utf-8")
     unfinished.remove()
     return report
+
+
+def check_job(job: Job, model: Model) -> None:
+    """Finds what would fail at the end before anything is begun; takes a second or so.
+
+    Raises:
+      FileExistsError: the output is there already.
+      ValueError: the recipe fits no linear, or the export cannot hold what the recipe makes.
+    """
+    check_free(job.output)
+    job.recipe.check(linear_names(model))
+    check_export(model, _stand_ins(model, job.recipe), job.export)
+
+
+def _stand_ins(model: Model, recipe: Recipe) -> dict[str, Any]:
+    """Params of which only the quantized linears are there: of any values, one object a kind."""
+    made: dict[tuple[Any, ...], QTensor] = {}
+
+    def make(path: tuple[Any, ...], leaf: Any) -> Any:
+        keys = tuple(key.idx if isinstance(key, SequenceKey) else key.key for key in path)
+        method = recipe.of(".".join(map(str, keys[:-1]))) if is_linear(keys) else None
+        if method is None:
+            return leaf
+        key = (leaf.shape, method)
+        if key not in made:
+            made[key] = stand_in(leaf.shape, method)
+        return made[key]
+
+    return jax.tree.map_with_path(make, model.abstract_params())
 
 
 def _leaves(params: Params) -> list[Any]:

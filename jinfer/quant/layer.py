@@ -29,6 +29,7 @@ from jinfer.quant.solve import Row, merge_rows, solve_group, stack
 
 Layer: TypeAlias = dict[str, Any]
 
+FOLD_TOKENS = 128  # tokens that folds are checked on
 GRAM_TOKENS = 32  # tokens for each input that a Gram matrix takes where GPTQ does not solve with it
 
 Group: TypeAlias = tuple[str, tuple[str, ...]]
@@ -74,6 +75,7 @@ class LayerQuantizer:
         self.kind = calibrate.kind_of(self.model, self.index)
         self.is_moe = self.model.config.is_moe_layer(self.index)
         self.rows: list[Row] = []
+        self.folded: dict[Group, Array] = {}
 
     def run(
         self, layer: Mapping[str, Any], x: Array | None, *, needs_output: bool = True
@@ -82,6 +84,10 @@ class LayerQuantizer:
         p = to_float32(layer)
         self.original = to_float32(layer)
         out = self._run(p, x, needs_output)
+        if self.folded:
+            assert x is not None
+            error = self._fold_error(x)
+            self.rows = [dataclasses.replace(row, fold_error=error) for row in self.rows]
         return to_dtype_of(p, layer), out, self.rows
 
     def _run(self, p: Layer, x: Array | None, needs_output: bool) -> Array | None:
@@ -91,7 +97,7 @@ class LayerQuantizer:
                 self._solve(p, group, None, None)
             return None
         if not self.is_sequential:
-            stats, out = self._float_statistics(p, x, needs_output)
+            stats, out = self.float_statistics(p, x, needs_output)
             folded = self._fold(p, stats, ("awq", "smoothquant"))
             for group in GROUPS:
                 self._solve(p, group, folded[group], stats[group])
@@ -100,7 +106,7 @@ class LayerQuantizer:
         before: dict[Group, Stats] = {}
         after: dict[Group, Stats] = {}
         if any(self._fold_of(group) == "awq" for group in GROUPS):
-            before, _ = self._float_statistics(p, x, False)
+            before, _ = self.float_statistics(p, x, False)
             after = self._fold(p, before, ("awq",))
             # Only what was folded keeps its statistics: the rest meets quantized neighbours.
             before = {g: s for g, s in before.items() if self._fold_of(g) == "awq"}
@@ -129,7 +135,7 @@ class LayerQuantizer:
     def fold(self, layer: Mapping[str, Any], x: Array) -> tuple[Layer, Array]:
         """Returns the block with scales folded but nothing quantized, and the float outputs."""
         p = to_float32(layer)
-        stats, out = self._float_statistics(p, x, True)
+        stats, out = self.float_statistics(p, x, True)
         assert out is not None
         self._fold(p, stats, ("awq", "smoothquant"))
         return to_dtype_of(p, layer), out
@@ -144,7 +150,7 @@ class LayerQuantizer:
 
     # ---- statistics
 
-    def _float_statistics(
+    def float_statistics(
         self, p: Layer, x: Array, needs_output: bool
     ) -> tuple[dict[Group, Stats], Array | None]:
         model, kind = self.model, self.kind
@@ -205,11 +211,13 @@ class LayerQuantizer:
             if fold not in folds or (fold == "smoothquant" and group in (OUT, DOWN)):
                 continue
             if isinstance(measured, list):
-                after[group] = self._fold_experts_down(p, measured)
-                continue
-            s = self._scales(p, group, measured, fold)
+                s = self._expert_scales(p, measured)
+                after[group] = [one.divided(s[e]) for e, one in enumerate(measured)]
+            else:
+                s = self._scales(p, group, measured, fold)
+                after[group] = measured.divided(s)
             self._apply(p, group, s)
-            after[group] = measured.divided(s)
+            self.folded[group] = s
         return after
 
     def _scales(self, p: Layer, group: Group, stats: InputStats, fold: str) -> Array:
@@ -245,19 +253,26 @@ class LayerQuantizer:
         w, b = divide_outputs(producer["w"], producer.get("b"), s)
         producer.update({"w": w} if b is None else {"w": w, "b": b})
 
-    def _fold_experts_down(self, p: Layer, stats: list[InputStats]) -> list[InputStats]:
+    def _expert_scales(self, p: Layer, stats: list[InputStats]) -> Array:
+        """[E, I] for the experts' down."""
         method = self._method(DOWN, "down")
         assert method is not None
-        down, up = p["mlp"]["down"], p["mlp"]["up"]
-        scales = jnp.stack(
+        return jnp.stack(
             [
                 search_scales(w, one.gram, one.mean_abs, method.format)[0]
-                for w, one in zip(down["w"], stats)
+                for w, one in zip(p["mlp"]["down"]["w"], stats)
             ]
         )
-        down["w"] = scale_inputs(down["w"], scales)
-        up["w"] = divide_outputs(up["w"], None, scales)[0]
-        return [one.divided(s) for one, s in zip(stats, scales)]
+
+    def _fold_error(self, x: Array) -> float:
+        """How far all folds together, with nothing quantized, move the block's float outputs: the
+        largest difference over their largest change of x, on the first calibration tokens."""
+        x = x[:1, :1, :FOLD_TOKENS]
+        p = to_float32(self.original)
+        for group, s in self.folded.items():
+            self._apply(p, group, s)
+        before, after = (self.forward(layer, x) - x for layer in (self.original, p))
+        return float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
 
     # ---- solvers
 
@@ -282,6 +297,9 @@ class LayerQuantizer:
                 )
             for part in members:
                 p[block][part] = {**p[block][part], "w": found[names[part]]}
+            if method.fold != "none" and self._fold_of(group) == "none":
+                note = f"{', '.join(parts)} read one input but differ in method: nothing folded"
+                rows = [dataclasses.replace(row, notes=(*row.notes, note)) for row in rows]
             self.rows += rows
 
     def _solve_experts(

@@ -129,7 +129,7 @@ def make_method(name: str, fmt: str | QFormat | None = None, **options: Any) -> 
 
 
 def parse_quantization(text: str) -> Method:
-    """Reads `LLM(quantization=...)`: "int4-g64:rtn", "int4-g64", "fp8", "int8", "nf4".
+    """Reads `LLM(quantization=...)`: "int4-g64:rtn", "int4-g64", "fp8", "int8", "nf4", "hqq".
 
     Only methods without data: "int8" is int8-channel:dyn here, W8A8.
 
@@ -137,18 +137,25 @@ def parse_quantization(text: str) -> Method:
       ValueError: not understood, or a method that needs calibration.
     """
     head, _, tail = text.rpartition(":")
-    if text in ("fp8", "nf4"):
-        method = make_method(text)
-    elif text == "int8":
-        fmt = "int8-channel:dyn"
-        method = make_method("rtn", fmt, grid="restricted", scale_dtype="float32")
-    elif tail in _PRESETS and head:
-        method = make_method(tail, head)
-    else:
-        method = make_method("rtn", text)
+    try:
+        if text == "int8":
+            fmt = "int8-channel:dyn"
+            method = make_method("rtn", fmt, grid="restricted", scale_dtype="float32")
+        elif text in _PRESETS:
+            method = make_method(text)
+        elif tail in _PRESETS and head:
+            method = make_method(tail, head)
+        else:
+            method = make_method("rtn", text)
+    except ValueError as error:
+        raise ValueError(
+            f"quantization must be fp8, int8, nf4, hqq, or a format and a method such as "
+            f"int4-g64:rtn, got {text!r} ({error})"
+        ) from error
     require(
         not method.needs_calibration,
-        f"quantization {text!r} needs calibration: run `jinfer quantize` and load its output",
+        f"quantization {text!r} needs calibration: run `jinfer quantize` and load its output (a "
+        f"checkpoint that is quantized already needs no quantization=)",
     )
     return method
 

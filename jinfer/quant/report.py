@@ -68,6 +68,9 @@ class Report:
                 f"perplexity {before.perplexity:.3f} -> {after.perplexity:.3f}{kl} "
                 f"({after.num_scored} tokens of {self.held_out})"
             )
+        folds = [row.fold_error for row in self.rows if row.fold_error is not None]
+        if folds:
+            lines.append(f"folding alone moved float outputs of blocks by at most {max(folds):.1e}")
         fallbacks = [row.module for row in self.rows if "->" in row.method]
         if fallbacks:
             lines.append(f"{len(fallbacks)} fell back to round-to-nearest: {', '.join(fallbacks)}")

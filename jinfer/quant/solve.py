@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from jinfer.qtensor import QTensor, check_finite, dequantize, split_outputs
+from jinfer.qtensor import QTensor, check_finite, dequantize, quantize, split_outputs
 from jinfer.quant.awq import clip_weights
 from jinfer.quant.calibrate import InputStats
 from jinfer.quant.gptq import GPTQInfo, quantize_gptq
@@ -37,6 +38,8 @@ class Row:
       rtn_error: that of plain round-to-nearest in the same format, of the unscaled weight.
       seconds: of the solver.
       notes: fallbacks, retries of damping, dead inputs, folds skipped.
+      fold_error: how far folding alone moved the float outputs of its block, relative; None where
+        nothing was folded.
     """
 
     module: str
@@ -48,6 +51,7 @@ class Row:
     rtn_error: float | None
     seconds: float
     notes: tuple[str, ...] = ()
+    fold_error: float | None = None
 
 
 def solve_group(
@@ -180,6 +184,19 @@ def _alone(name: str, w: Array, stats: InputStats | None, method: Method) -> QTe
 def stack(weights: list[QTensor]) -> QTensor:
     """Puts alike weights [I, O] into one [E, I, O]."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+
+
+def stand_in(shape: tuple[int, ...], method: Method) -> QTensor:
+    """A weight as `method` would make it but for its values: what it can be written to."""
+    w = jnp.full(shape[-2:], 0.1, jnp.float32)
+    x = quantize(w, _weight_only(method), scale_dtype=jnp.dtype(method.scale_dtype))
+    if method.format.act == "static":
+        x = with_static_inputs(x, 1.0)
+    if method.solver == "gptq" and method.order == "act" and not method.static_groups:
+        x = dataclasses.replace(x, perm=jnp.arange(shape[-2], dtype=jnp.int32))
+    if len(shape) == 2:
+        return x
+    return jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (*shape[:-2], *a.shape)), x)
 
 
 def merge_rows(rows: list[Row], weight: QTensor) -> Row:

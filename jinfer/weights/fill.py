@@ -7,15 +7,22 @@ Hugging Face names and in Hugging Face layout ([O, I]).
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jinfer.config import ModelConfig
-from jinfer.models.families import Path, Placement, expected_shapes, placements, unflatten
+from jinfer.models.families import (
+    Path,
+    Placement,
+    expected_shapes,
+    is_linear,
+    placements,
+    unflatten,
+)
 from jinfer.qtensor import QTensor, dequantize, split_outputs
 from jinfer.weights.interop import Dense, Weight
 
@@ -75,10 +82,17 @@ def resolve_dtype(dtype: Any, stored: str) -> np.dtype[Any]:
     return found
 
 
-def fill(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> dict[str, Any]:
+Quantizer: TypeAlias = Callable[[str, jax.Array | QTensor], QTensor]
+"""What is done to each linear of a block while loading; gets its name, "layers.0.attn.q"."""
+
+
+def fill(
+    checkpoint: Checkpoint, dtype: np.dtype[Any], *, quantize: Quantizer | None = None
+) -> dict[str, Any]:
     """Returns the params of `checkpoint.config`, every leaf on the default device in `dtype`.
 
     Weights that the checkpoint keeps quantized become QTensor leaves, whose scales stay as stored.
+    Those that `quantize` makes are made one by one, from f32: no two are there in float at once.
 
     All names and shapes are checked before the first tensor is read.
 
@@ -87,7 +101,13 @@ def fill(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> dict[str, Any]:
     """
     plan = _plan(checkpoint)
     shapes = expected_shapes(checkpoint.config)
-    leaves = {path: _load(checkpoint, pieces, shapes[path], dtype) for path, pieces in plan.items()}
+    leaves = {}
+    for path, pieces in plan.items():
+        if quantize is not None and is_linear(path):
+            leaf = _load(checkpoint, pieces, shapes[path], np.dtype(np.float32))
+            leaves[path] = quantize(".".join(map(str, path[:-1])), leaf)
+        else:
+            leaves[path] = _load(checkpoint, pieces, shapes[path], dtype)
     return unflatten(leaves, checkpoint.config)
 
 

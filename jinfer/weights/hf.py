@@ -234,6 +234,11 @@ class HFCheckpoint:
         self.config = self._untangle_head(config)
         self.dtype = self._own_dtype(hf)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some of its weights are stored quantized."""
+        return self._quantized is not None
+
     def _find_quantized(self, hf: Mapping[str, Any]) -> QuantizedModules | None:
         stated = quantization_config(self.path, hf)
         if stated is None:

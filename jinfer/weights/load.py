@@ -7,6 +7,7 @@ from typing import Any
 
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
+from jinfer.quant import on_load
 from jinfer.weights.fill import Checkpoint, fill, resolve_dtype
 from jinfer.weights.gguf import GGUFCheckpoint
 from jinfer.weights.hf import HFCheckpoint, read_hf_config, safetensors_files
@@ -17,7 +18,11 @@ _WEIGHT_FILES = (*_CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
 
 
 def load(
-    path_or_name: str | os.PathLike[str], *, dtype: Any = None, revision: str | None = None
+    path_or_name: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    quantization: str | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Loads a model, one tensor in host memory at a time.
 
@@ -27,6 +32,8 @@ def load(
       dtype: "float32", "bfloat16" or "float16" for every parameter; None or "auto": the
         checkpoint's own on accelerators (bfloat16 for GGUF files, unless all F32), float32 on CPUs.
       revision: branch, tag or commit of a hub name.
+      quantization: how to quantize the linears of the blocks while they are loaded, one by one and
+        without data: see `quant.recipe.parse_quantization`.
 
     Returns:
       The model, and its params on the default device.
@@ -35,8 +42,9 @@ def load(
       FileNotFoundError: nothing is there, or nothing by that name can be fetched.
       ValueError: it cannot be loaded; one line says which part, and what is supported.
     """
+    quantize = None if quantization is None else on_load.quantizer(quantization)
     checkpoint = open_checkpoint(path_or_name, revision=revision)
-    params = fill(checkpoint, resolve_dtype(dtype, checkpoint.dtype))
+    params = fill(checkpoint, resolve_dtype(dtype, checkpoint.dtype), quantize=quantize)
     return Model(checkpoint.config), params
 
 

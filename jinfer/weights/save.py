@@ -102,6 +102,29 @@ def save_folder(
         return sum(file.stat().st_size for file in partial.iterdir())
 
 
+def check_export(model: Model, params: Params, export: str) -> None:
+    """Finds out whether `export` could hold the QTensors of `params`, without writing them.
+
+    Args:
+      model: the model.
+      params: its parameters or stand-ins: only QTensors among the linears are looked at, equal ones
+        (the same object) once.
+      export: one of `EXPORTS`.
+
+    Raises:
+      ValueError: it could not; the message names the first module.
+    """
+    require(export in EXPORTS, f"export must be one of {', '.join(EXPORTS)}, got {export!r}")
+    write, make_config = EXPORTS[export]
+    quantized = _quantized_modules(model, params)
+    make_config(quantized)
+    seen: set[int] = set()
+    for module, weight in quantized.items():
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            _write_module(write, module, weight)
+
+
 def check_free(folder: pathlib.Path) -> None:
     """Raises FileExistsError unless a folder of this name can be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -141,15 +164,21 @@ def _tensors(
     for name in tensor_names(model.config):
         module = name.removesuffix(".weight")
         if module in quantized:
-            try:
-                leaves = write(quantized[module])
-            except ValueError as error:
-                raise ValueError(f"{module}: {error}") from error
+            leaves = _write_module(write, module, quantized[module])
             yield from ((f"{module}.{leaf}", tensor) for leaf, tensor in leaves.items())
         else:
             tensor = assemble(model.config, name, lambda path: np.asarray(get(path)))
             to = np.float32 if tensor.ndim == 1 else jax.numpy.dtype(dtype)
             yield name, np.ascontiguousarray(tensor.astype(to))
+
+
+def _write_module(
+    write: Callable[..., dict[str, np.ndarray]], module: str, weight: QTensor
+) -> dict[str, np.ndarray]:
+    try:
+        return write(weight)
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from error
 
 
 def _getter(params: Params) -> Callable[[Path], Any]:

@@ -78,10 +78,10 @@ def test_formats_by_hand(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["int4-g0", "int9-g128", "int4-g", "awq", "", "int4-g128-", "int8", "nf4-g64-dq"]
+    "text", ["int4-g0", "int9-g128", "int4-g", "awq", "", "int4-g128-", "nf4-g64-db"]
 )
 def test_an_unknown_format_is_refused_by_name(text):
-    with pytest.raises(ValueError, match="quantization must read like"):
+    with pytest.raises(ValueError, match="quantization must be fp8, int8, nf4, or read like"):
         memory.quantized_bytes((64, 32), text)
 
 

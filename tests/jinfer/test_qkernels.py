@@ -222,7 +222,7 @@ def test_the_engine_gives_the_same_tokens_through_the_hopper_kernels(dense, text
 def test_the_engine_refuses_an_unknown_backend_and_explains_a_cpu(dense):
     with pytest.raises(ValueError, match="linear_impl must be one of auto, xla, mosaic_gpu"):
         serve(dense, linear_impl="triton")
-    llm = LLM(Model(CONFIG), params=quantized(dense, "int3-g64"), **LIMITS)
+    llm = LLM(Model(CONFIG), params=quantized(dense, "int3-g64"), linear_impl="xla", **LIMITS)
     text = str(llm.explain_kernels())
     assert "a bit stream, which no kernel reads" in text and "paged_attention(" in text
     llm.update_weights(quantized(dense, "int3-g64"))

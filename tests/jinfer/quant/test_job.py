@@ -48,8 +48,14 @@ def job(tmp_path, method="rtn", fmt="int4-g32", **fields):
 @pytest.mark.parametrize(
     ("method", "fmt"),
     [
-        *(("rtn", f) for f in ("int2-g32", "int3-g32-asym", "int4-g32-asym", "int8-channel:dyn")),
-        *(("nf4", "nf4-g32"), ("fp8", None), ("hqq", "int4-g32-asymf"), ("gptq", "int4-g32")),
+        *(("rtn", "int3-g32-asym"), ("fp8", None), ("gptq", "int4-g32")),
+        *(
+            pytest.param(method, fmt, marks=pytest.mark.slow)
+            for method, fmt in (
+                *(("rtn", "int2-g32"), ("rtn", "int4-g32-asym"), ("rtn", "int8-channel:dyn")),
+                *(("nf4", "nf4-g32"), ("hqq", "int4-g32-asymf")),
+            )
+        ),
     ],
 )
 def test_a_folder_loads_as_it_was_saved(make_model, source, tmp_path, method, fmt):

@@ -67,7 +67,7 @@ def test_folding_leaves_float_outputs_equal(any_model, method):
             assert not np.allclose(old, new), f"{part}.{name} was not scaled"
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", [pytest.param("gptq", marks=pytest.mark.slow), "awq"])
 def test_calibrated_methods_beat_rounding(make_model, method):
     model, params = make_model("llama")
     reference = logits_of(model, params)
@@ -94,8 +94,8 @@ def test_smoothquant_beats_plain_w8a8(make_model):
 @pytest.mark.parametrize(
     ("kind", "method", "fmt", "sequential"),
     [
-        ("moe", "gptq", "int4-g32", True),
-        ("moe", "awq", "int4-g32-asym", True),
+        pytest.param("moe", "gptq", "int4-g32", True, marks=pytest.mark.slow),
+        pytest.param("moe", "awq", "int4-g32-asym", True, marks=pytest.mark.slow),
         ("moe", "smoothquant", None, False),
         ("gemma", "gptq", "int4-g32", False),
         ("gemma", "smoothquant", None, True),
