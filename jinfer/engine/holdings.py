@@ -75,7 +75,7 @@ class Holdings:
         if needed + num_spare > self.prefix.num_available_beside(hit):
             return False
         request.pages = self.prefix.share(hit) + self.prefix.alloc(needed)
-        request.num_computed_tokens = len(hit) * self.page_size
+        request.num_computed_tokens = request.num_found_tokens = len(hit) * self.page_size
         request.cache_epoch = self.prefix.epoch
         if is_reading and request.metrics.first_scheduled_time is None:
             request.num_cached_tokens = request.num_computed_tokens

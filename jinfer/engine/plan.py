@@ -22,6 +22,7 @@ class ScheduledSeq:
       is_prefill: the input tokens are all known to the host. Otherwise the input is the newest
         sampled token, which the device has in any case and the host perhaps not yet.
       pages: those that the step writes to, which may be someone else's by the time of its commit.
+      is_on_found: part of the KV that it builds on was found in the prefix cache.
     """
 
     request: Request
@@ -31,6 +32,7 @@ class ScheduledSeq:
     is_new_row: bool
     is_prefill: bool
     pages: tuple[int, ...] = ()
+    is_on_found: bool = False
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -63,6 +63,9 @@ class Request:
       has_used_row: whether a step of this stay has been planned, which initialises the row.
       logprobs: what `commit` was given for each output token; None unless asked for.
       prompt_logprobs: one entry a prompt token, None for the first; None unless asked for.
+      num_found_tokens: tokens whose KV was found in the prefix cache at the last admission.
+      is_on_its_own: it must not read that cache again, since it computed NaN from what was there.
+      void_before: what steps with smaller ids sample for it is not used.
       num_failed_steps: failed steps that it is blamed for; see `recovery`.
       is_suspect: whether it may be the reason of the last one.
       finish_reason, stop_reason, error: as in `CompletionOutput`.
@@ -89,6 +92,9 @@ class Request:
     num_prefill_tokens: int = dataclasses.field(default=0, init=False)
     num_cached_tokens: int = dataclasses.field(default=0, init=False)
     num_overtaken: int = dataclasses.field(default=0, init=False)
+    num_found_tokens: int = dataclasses.field(default=0, init=False)
+    is_on_its_own: bool = dataclasses.field(default=False, init=False)
+    void_before: int = dataclasses.field(default=0, init=False)
     cache_epoch: int = dataclasses.field(default=0, init=False)
     pages: list[int] = dataclasses.field(default_factory=list, init=False)
     row: int | None = dataclasses.field(default=None, init=False)
@@ -163,7 +169,8 @@ class Request:
         is_complete = (
             self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens
         )
-        return is_complete and not self.params.skip_reading_prefix_cache
+        wants = not (self.params.skip_reading_prefix_cache or self.is_on_its_own)
+        return is_complete and wants
 
     @property
     def num_unplanned_outputs(self) -> int:

@@ -163,6 +163,19 @@ class Scheduler:
         for other in self.holdings.discard(request, start, written, self.running):
             self.send_back(other)
 
+    def _compute_on_its_own(self, seq: ScheduledSeq) -> None:
+        """Sends a request back that computed NaN from KV which it found: that may have been NaN.
+
+        Whose it was ends with an error. This one does, too, if it computes NaN without such KV.
+        """
+        request = seq.request
+        self._discard(request, seq.start, seq.pages)
+        if request.status is RequestStatus.RUNNING:
+            self.send_back(request)
+        request.is_on_its_own = True
+        request.void_before = self.stats.num_plans
+        request.num_in_flight -= seq.num_samples
+
     def send_back(self, request: Request) -> None:
         """Puts a running request back into the queue and keeps nothing that it has computed."""
         self.holdings.spoil(request)
@@ -266,7 +279,13 @@ class Scheduler:
         num_samples = min(num_steps, request.num_unplanned_outputs)
         start = request.num_computed_tokens
         written = self.holdings.written_pages(request, start, num_samples)
-        seq = ScheduledSeq(request, start, 1, num_samples, False, is_prefill=False, pages=written)
+        seq = ScheduledSeq(
+            *(request, start, 1, num_samples),
+            is_new_row=False,
+            is_prefill=False,
+            pages=written,
+            is_on_found=request.num_found_tokens > 0,
+        )
         request.num_computed_tokens += num_samples
         request.num_in_flight += num_samples
         return seq
@@ -277,7 +296,12 @@ class Scheduler:
         is_last = start + n == request.num_prefill_tokens
         is_new_row = not request.has_used_row
         written = self.holdings.written_pages(request, start, n)
-        seq = ScheduledSeq(request, start, n, int(is_last), is_new_row, True, written)
+        seq = ScheduledSeq(
+            *(request, start, n, int(is_last), is_new_row),
+            is_prefill=True,
+            pages=written,
+            is_on_found=request.num_found_tokens > 0,
+        )
         request.has_used_row = True
         request.num_computed_tokens += n
         request.num_in_flight += seq.num_samples
@@ -366,6 +390,14 @@ class Scheduler:
                 self.stats.num_discarded_tokens += len(tokens)
                 if is_bad:
                     self._discard(seq.request, seq.start, seq.pages)
+                continue
+            if plan.step_id < seq.request.void_before:
+                seq.request.num_in_flight -= seq.num_samples
+                if is_bad:
+                    self._discard(seq.request, seq.start, seq.pages)
+                continue
+            if is_bad and seq.is_on_found:
+                self._compute_on_its_own(seq)
                 continue
             if is_bad:
                 message = f"request {seq.request.request_id}: the model computed NaN or infinity"

@@ -156,6 +156,22 @@ def test_pages_that_changed_hands_are_left_to_their_new_holder(make_llm, alone):
     check_whole(llm)
 
 
+def test_who_shares_the_beginning_of_a_bad_prompt_is_not_taken_along(make_llm):
+    """NaN at one place reaches the whole chunk, and within one step who reads its pages, too."""
+    llm = make_llm()
+    good = [[*make_prompt(55, 24)[:23], i] for i in (30, 31)]
+    expected = [output.token_ids for output in run(llm, good)]
+    llm.reset_prefix_cache()
+    bad = [*good[0][:20], POISON, 40]
+    for shared in (good, good[::-1]):
+        error, *outputs = run(llm, [bad, *shared])
+        assert error.finish_reason == "error"
+        assert [o.token_ids for o in outputs] == (expected if shared is good else expected[::-1])
+        check_whole(llm)
+    assert llm.get_metrics()["num_errors"] == 2
+    check_no_nan_is_left(llm)
+
+
 def test_nan_weights_end_every_request_and_the_engine_goes_on(make_llm, params, alone):
     llm = make_llm()
     nan = jax.tree.map(lambda x: x * jnp.nan, params)

@@ -1,0 +1,263 @@
+"""Any order of events on the real engine: each request has the tokens that it has alone.
+
+Greedy, in float32, on a tiny model; a step holds 16 tokens, so that few programs are compiled.
+"""
+
+import collections
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from jinfer import LLM, SamplingParams
+from jinfer.config import ModelConfig
+from jinfer.engine import recovery
+from jinfer.engine.pages import PagePool
+from jinfer.engine.runner import Runner
+from jinfer.engine.scheduler import Scheduler
+from jinfer.models.model import Model
+
+POISON = 1  # the token whose embedding is NaN
+MODEL = Model(
+    ModelConfig(
+        family="llama",
+        vocab_size=151,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
+)
+LIMITS = {
+    "max_model_len": 48,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "block_size": 4,
+    "skip_tokenizer_init": True,
+    "num_decode_steps": 2,
+}
+# Prompts of every kind of length, which begin alike in part.
+TEXT = [int(x) for x in jax.random.randint(jax.random.key(1), (60,), 2, 151)]
+PROMPTS = [TEXT[:n] for n in (1, 4, 7, 8, 9, 17, 24)] + [TEXT[:10] + TEXT[40:46], TEXT[20:33]]
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """(an engine with 14 pages, tokens of each prompt run alone)."""
+    params = MODEL.init(jax.random.key(0))
+    embed = params["embed"]["w"].at[POISON].set(jnp.nan)
+    head = {"w": params["embed"]["w"].T}
+    params = {**params, "embed": {"w": embed}, "lm_head": params.get("lm_head", head)}
+    llm = LLM(MODEL, params=params, num_gpu_blocks_override=14, **LIMITS)
+    alone = []
+    for prompt in PROMPTS:
+        llm.reset_prefix_cache()
+        [output] = llm.generate([prompt], make_params(24), use_tqdm=False)
+        alone.append(output.outputs[0].token_ids)
+    return llm, alone
+
+
+def make_params(max_tokens, n=1):
+    """Greedy; n > 1 wants a temperature, and the best token alone is greedy, too."""
+    return SamplingParams(
+        temperature=0 if n == 1 else 1,
+        top_k=1,
+        n=n,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        logit_bias={POISON: -100},
+    )
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests come, go on, are aborted, preempted, sent back, evicted; steps fail."""
+
+    llm: ClassVar[LLM]
+    alone: ClassVar[list]
+    counts: ClassVar = collections.Counter()
+    num_added: ClassVar = 0
+
+    def __init__(self):
+        super().__init__()
+        self.llm.reset_prefix_cache()
+        self.live = {}
+
+    @property
+    def scheduler(self):
+        return self.llm._engine.scheduler
+
+    @rule(
+        prompts=st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=4),
+        max_tokens=st.sampled_from([1, 2, 5, 24]),
+        n=st.sampled_from([1, 1, 2]),
+        priority=st.integers(0, 1),
+    )
+    def add(self, prompts, max_tokens, n, priority):
+        for idx in prompts:
+            params = make_params(max_tokens, n)
+            self.submit(PROMPTS[idx], params, self.alone[idx][:max_tokens], priority)
+
+    @rule(idx=st.integers(0, len(PROMPTS) - 1), at=st.integers(0, 99))
+    def add_poisoned(self, idx, at):
+        prompt = list(PROMPTS[idx])
+        prompt[at % len(prompt)] = POISON
+        self.submit(prompt, make_params(5), None, 0)
+
+    def submit(self, prompt, params, expected, priority):
+        Machine.num_added += 1
+        request_id = str(Machine.num_added)
+        self.llm.add_request(request_id, prompt, params, priority=priority)
+        self.live[request_id] = expected
+
+    @rule(n=st.integers(1, 8))
+    def steps(self, n):
+        for _ in range(n):
+            self.step()
+
+    def step(self):
+        for output in self.llm.step():
+            if output.finished:
+                expected = self.live.pop(output.request_id)
+                for completion in output.outputs:
+                    if "steps that failed" in (completion.error or ""):
+                        assert f"part of {recovery.MAX_FAILED_STEPS} steps" in completion.error
+                        self.counts["blamed"] += 1
+                    elif expected is None:
+                        assert completion.finish_reason == "error" and "NaN" in completion.error
+                        self.counts["errors"] += 1
+                    else:
+                        assert completion.token_ids == expected
+                        self.counts["finished"] += 1
+
+    @precondition(lambda self: self.live)
+    @rule(i=st.integers(0, 99))
+    def abort(self, i):
+        request_id = list(self.live)[i % len(self.live)]
+        self.llm.abort(request_id)
+        del self.live[request_id]
+
+    @precondition(lambda self: self.scheduler.num_running)
+    @rule()
+    def preempt(self):
+        self.scheduler._preempt(self.scheduler.running[-1])
+
+    @rule(n=st.integers(1, 6))
+    def evict(self, n):
+        prefix = self.scheduler.prefix
+        prefix.free(prefix.alloc(min(n, prefix.num_available)))
+
+    @rule()
+    def reset(self):
+        self.llm.reset_prefix_cache()
+
+    @precondition(lambda self: self.scheduler.has_work())
+    @rule(name=st.sampled_from(["launch", "fetch"]))
+    def fail(self, name):
+        method = getattr(Runner, name)
+
+        def broken(runner, arg):
+            setattr(Runner, name, method)
+            raise RuntimeError("out of memory")
+
+        setattr(Runner, name, broken)
+        try:
+            self.step()
+        finally:
+            setattr(Runner, name, method)
+
+    @invariant()
+    def books_are_whole(self):
+        self.llm.check_integrity()
+
+    def teardown(self):
+        for _ in range(2000):
+            if not self.llm._engine.has_work():
+                break
+            self.step()
+        assert not self.live and not self.llm._engine.has_work()
+        self.llm.check_integrity()
+        metrics = self.llm.get_metrics()
+        assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
+
+
+def run_machine(engines, max_examples, step_count):
+    Machine.llm, Machine.alone = engines
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=step_count,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=(Phase.generate,),  # one engine for all examples: its ids and seeds go on
+            print_blob=False,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_examples", "step_count"), [(12, 25), pytest.param(250, 50, marks=pytest.mark.slow)]
+)
+def test_in_any_order_of_events_each_request_has_its_own_tokens(engines, max_examples, step_count):
+    Machine.counts.clear()
+    before = engines[0].get_metrics()
+    run_machine(engines, max_examples, step_count)
+    gained = {name: value - before[name] for name, value in engines[0].get_metrics().items()}
+    assert Machine.counts["finished"] > 5 * max_examples // 2 and Machine.counts["errors"] > 3
+    for name in ("num_preemptions", "num_cached_tokens", "num_evicted_pages", "num_failed_steps"):
+        assert gained[name] > 3, name
+
+
+# Each of these is sure to be met by two requests that share a beginning and outgrow 14 pages.
+
+
+def scenario(engines):
+    llm, alone = engines
+    ids = (6, 6, 5, 4)
+    outputs = llm.generate([PROMPTS[i] for i in ids], make_params(24), use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == [alone[i] for i in ids]
+    llm.check_integrity()
+
+
+def a_page_freed_twice(monkeypatch):
+    free = PagePool.free
+    monkeypatch.setattr(PagePool, "free", lambda self, p: (free(self, p), free(self, p[:1])))
+
+
+def a_reference_not_counted(monkeypatch):
+    monkeypatch.setattr(PagePool, "fork", lambda self, pages: list(pages))
+
+
+def a_page_border_off_by_one(monkeypatch):
+    missing = Scheduler._num_missing_pages
+
+    def one_too_few(self, request, num_steps):
+        return missing(self, request, num_steps - 1) if num_steps > 1 else 0
+
+    monkeypatch.setattr(Scheduler, "_num_missing_pages", one_too_few)
+
+
+@pytest.mark.parametrize(
+    "mutate", [a_page_freed_twice, a_reference_not_counted, a_page_border_off_by_one]
+)
+def test_a_seeded_bug_is_seen(engines, mutate, monkeypatch):
+    llm, alone = engines
+    scenario(engines)
+    broken = LLM(MODEL, params=llm._runner.params, num_gpu_blocks_override=14, **LIMITS)
+    mutate(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        scenario((broken, alone))
