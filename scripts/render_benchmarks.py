@@ -65,7 +65,10 @@ def variant(own: str | None) -> str:
 
 def number(value: float | None) -> str:
     """Prints a value with about four digits; nothing for None."""
-    return "" if value is None else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+    if value is None:
+        return ""
+    size = abs(value)
+    return f"{value:.0f}" if size >= 1000 else f"{value:.1f}" if size >= 30 else f"{value:.3f}"
 
 
 def row_text(values: Any) -> str:

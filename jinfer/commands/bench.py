@@ -6,11 +6,16 @@ import argparse
 import inspect
 from typing import Any
 
-from jinfer.commands import bench_beam, bench_prefix
+from jinfer.commands import bench_beam, bench_kv, bench_latency, bench_prefix
 from jinfer.commands.bench_report import add_json_argument
 
 SUMMARY = "measure one part of the engine against a peer"
-BENCHES: dict[str, Any] = {"beam": bench_beam, "prefix": bench_prefix}
+BENCHES: dict[str, Any] = {
+    "beam": bench_beam,
+    "kv": bench_kv,
+    "latency": bench_latency,
+    "prefix": bench_prefix,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

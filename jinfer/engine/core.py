@@ -182,6 +182,7 @@ class Engine:
             "num_waiting": scheduler.num_waiting,
             "num_free_pages": scheduler.pool.num_free,
             "num_pages": scheduler.pool.num_pages,
+            "kv_cache_bytes": self.runner.kv_bytes,
         }
 
     def has_work(self) -> bool:

@@ -125,6 +125,11 @@ class Runner:
         self.kv = kv_cache.init(self.model.config, self.cache)
         self.state = sampling.init_state(self._num_rows, self.vocab_size)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV pool, scales included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.kv))
+
     # ------------------------------------------------------------------ launching
 
     def launch(self, plan: Plan) -> Launched:

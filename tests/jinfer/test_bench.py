@@ -3,10 +3,12 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jinfer
 from jinfer import cli
+from jinfer.commands import bench_kv
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
 
@@ -32,6 +34,13 @@ def tiny_model(monkeypatch):
     monkeypatch.setattr(jinfer, "load", lambda *args, **options: loaded)
     monkeypatch.setattr(jinfer.LLM, "warmup", lambda llm: 0.0)  # compile what is used only
     return loaded
+
+
+class Characters:
+    """A tokenizer of one token a character."""
+
+    def encode(self, text, add_special_tokens):
+        return [ord(c) for c in text]
 
 
 def bench(tmp_path, *argv):
@@ -69,6 +78,47 @@ def test_the_beam_bench_compares_two_searches_that_find_the_same(tmp_path, tiny_
     times = json.loads((tmp_path / "out.json").read_text())["times"]["prompts 1, beams 2"]
     assert times["prompts_with_the_same_best_text"] == 1
     assert all(len(times[name]) == 1 for name in ("beam search", "one-token requests"))
+
+
+def test_the_kv_bench_scores_a_text_through_the_cache(tmp_path, tiny_model, monkeypatch):
+    text = tmp_path / "text"
+    text.write_text("0123456789" * 20)
+    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda *args: Characters())
+    argv = ("--text", text, "--tokens", 80, "--context", 40, "--kv-cache-dtype", "int8")
+    rows = bench(tmp_path, "kv", *argv)
+    perplexity, size = rows["int8 KV", "perplexity"], rows["int8 KV", "pool bytes a token"]
+    model, params = tiny_model
+    tokens = jnp.asarray([[ord(c) for c in "0123456789" * 4]])  # both windows are so
+    logprobs = jax.nn.log_softmax(jax.jit(model.logits)(params, tokens)[0])
+    expected = jnp.exp(-logprobs[jnp.arange(39), tokens[0, 1:]].mean())
+    assert perplexity["peer_value"] == pytest.approx(float(expected), rel=1e-4)
+    assert 0.9 < perplexity["ratio"] < 1.1 and perplexity["ratio"] != 1
+    assert size["value"] == size["limit"] == 2 * 2 * 2 * (8 + 4)
+    assert size["peer_value"] == 2 * 2 * 2 * 32
+
+
+def test_windows_cover_the_tokens_that_were_asked_for(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("0123456789" * 20)
+    windows = bench_kv.read_windows(Characters(), text, 100, 40)
+    assert [len(w) for w in windows] == [40, 40, 20]
+    assert [t for w in windows for t in w] == [ord(c) for c in "0123456789" * 10]
+    assert [len(w) for w in bench_kv.read_windows(Characters(), text, 81, 40)] == [40, 40]
+    with pytest.raises(ValueError, match="has 200 tokens, --tokens asks for 201"):
+        bench_kv.read_windows(Characters(), text, 201, 40)
+
+
+def test_the_latency_bench_times_every_gap(tmp_path, tiny_model):
+    argv = ("--decodes", 2, "--short-tokens", 5, "--output-tokens", 12, "--long-tokens", 40)
+    argv += ("--arrives-after", 4, "--max-num-batched-tokens", 16, "--repeats", 1)
+    rows = bench(tmp_path, "latency", *argv)
+    assert {row["peer"] for row in rows.values()} == {"whole prefill"}
+    report = json.loads((tmp_path / "out.json").read_text())
+    for runs in report["gaps_ms"].values():
+        assert [len(gaps) for gaps in runs] == [2 * 11]
+        assert all(gap > 0 for gaps in runs for gap in gaps)
+    [p99] = [row for (_, metric), row in rows.items() if metric.startswith("p99")]
+    assert p99["goal"] == 3
 
 
 def test_a_bench_needs_a_name(capsys):
