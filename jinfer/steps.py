@@ -19,6 +19,7 @@ from jinfer import functional, kv_cache, sampling
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.kv_cache import KVCache
 from jinfer.models.model import Model
+from jinfer.quant.rotation import kv_rotation, rotate
 from jinfer.sampling import SampleArgs, SamplerState
 from jinfer.typing import Params
 from pallas_kernels.paged_attention import ragged_paged_attention
@@ -48,8 +49,13 @@ def _forward(
 ) -> tuple[Array, KVCache]:
     """Runs the blocks over a ragged batch through the paged pool; returns hidden [T, D]."""
     config = model.config
+    # In 4 bits a few large channels of K would take all levels; q . k and the sum over v stay as
+    # they are when q, k and v are rotated and the result is rotated back.
+    rotation = kv_rotation(config.head_dim) if kv.dtype == "int4" else None
 
     def attend(layer: Any, q: Array, k: Array, v: Array, kv: KVCache) -> tuple[Array, KVCache]:
+        if rotation is not None:
+            q, k, v = (rotate(x, rotation) for x in (q, k, v))
         kv = kv_cache.write(kv, layer, k, v, batch.slots)
         out = ragged_paged_attention(
             q,
@@ -64,7 +70,7 @@ def _forward(
             impl=impl,
         )
         assert isinstance(out, Array)
-        return out, kv
+        return (out if rotation is None else rotate(out, rotation.T)), kv
 
     last_tokens = state.last_tokens.at[batch.rows].get(mode="fill", fill_value=0)  # [S]
     tokens = jnp.where(batch.tokens < 0, last_tokens[batch.seq_ids], batch.tokens)

@@ -73,6 +73,27 @@ def random_hadamard(key: Array, size: int) -> Array:
     return signs[:, None] * jnp.asarray(hadamard(size), jnp.float32) / np.float32(size**0.5)
 
 
+def kv_rotation(head_dim: int) -> np.ndarray:
+    """Orthogonal f32 [H, H], always the same: what heads are rotated by before they become 4 bits.
+
+    Raises:
+      ValueError: no Hadamard matrix of this size is known.
+    """
+    signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), head_dim)
+    return signs[:, None] * hadamard(head_dim).astype(np.float32) / np.float32(head_dim**0.5)
+
+
+def rotate(x: Array, rotation: np.ndarray) -> Array:
+    """x R along the last axis, summed in f32 and returned in x's dtype."""
+    out = jnp.dot(
+        x.astype(jnp.float32),
+        jnp.asarray(rotation),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(x.dtype)
+
+
 def rotate_inputs(w: Array, rotation: Array) -> Array:
     """R^T W: for a weight [I, O] whose inputs come as x R."""
     return _dot(rotation.T, w)

@@ -15,6 +15,8 @@ from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.paged_attention.base import AttentionSpec as AttentionSpec
 from pallas_kernels.paged_attention.base import PagedKV as PagedKV
 from pallas_kernels.paged_attention.base import check_arguments
+from pallas_kernels.paged_attention.base import decode_int4 as decode_int4
+from pallas_kernels.paged_attention.base import int4_levels as int4_levels
 from pallas_kernels.paged_attention.base import pack_int4 as pack_int4
 from pallas_kernels.paged_attention.base import unpack_int4 as unpack_int4
 from pallas_kernels.paged_attention.cases import compile_cases as compile_cases

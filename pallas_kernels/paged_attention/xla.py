@@ -19,7 +19,7 @@ from pallas_kernels.paged_attention.base import (
     PACKED_DTYPE,
     AttentionSpec,
     PagedKV,
-    unpack_int4,
+    decode_int4,
 )
 from pallas_kernels.target import Target
 
@@ -361,12 +361,12 @@ def _attend_pages(
 
 
 def _take(pages: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns pages[ids] in f32, int4 unpacked.
+    """Returns pages[ids] in f32, int4 decoded.
 
     Small floats travel as integers: XLA on CPUs widens a whole pool of them before it gathers some.
     """
     if pages.dtype == PACKED_DTYPE:
-        return unpack_int4(pages[ids]).astype(jnp.float32)
+        return decode_int4(pages[ids])
     if pages.dtype.itemsize < 4 and not jnp.issubdtype(pages.dtype, jnp.integer):
         bits = lax.bitcast_convert_type(pages, jnp.dtype(f"uint{8 * pages.dtype.itemsize}"))
         return lax.bitcast_convert_type(bits[ids], pages.dtype).astype(jnp.float32)

@@ -42,18 +42,30 @@ def int32(values):
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_a_value_comes_back_within_half_a_step_of_its_own_head(dtype):
+def test_a_value_comes_back_within_half_a_step(dtype):
     x = heads(0, 64, 2)
     codes, scale = kv_quant.quantize(x, dtype)
     error = np.abs(kv_quant.dequantize(codes, scale) - x)
     if dtype == "float8_e4m3fn":  # 3 bits of mantissa; below 2^-6 steps of 2^-9
         bound = np.maximum(np.abs(x) * 2.0**-4, scale[..., None] * 2.0**-10)
-    else:
+    elif dtype == "int8":
         bound = scale[..., None] / 2 * np.ones_like(x)
+    else:  # the outer levels lie a fifth apart, or the last tenth is clipped
+        bound = 0.11 * np.abs(x).max(axis=-1, keepdims=True)
     assert (error <= bound * (1 + 1e-5)).all()
-    # The largest value of a head is met, so no smaller scale would do.
-    top = np.abs(x).max(axis=-1)
-    np.testing.assert_allclose(scale, top / kv_quant.MAX_CODE[dtype], rtol=1e-6)
+    if dtype != "int4":  # the largest value of a head is met, so no smaller scale would do
+        top = np.abs(x).max(axis=-1)
+        np.testing.assert_allclose(scale, top / kv_quant.MAX_CODE[dtype], rtol=1e-6)
+
+
+def test_int4_takes_the_best_of_its_scales():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1000, 64)), jnp.float32)
+    codes, scale = kv_quant.quantize(x, "int4")
+    shares = np.asarray(scale / jnp.abs(x).max(axis=-1))
+    found = {share: int(np.isclose(shares, share).sum()) for share in kv_quant.SHARES}
+    assert sum(found.values()) == 1000 and min(found.values()) > 20
+    error = np.square(kv_quant.dequantize(codes, scale) - x).mean()
+    assert error < 0.0076  # even steps of max |x| / 7 give 0.0117
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -120,7 +132,8 @@ def test_attention_reads_what_was_written(dtype):
             )
             for paged in (kv_cache.paged(kv), kv_cache.paged(plain))
         ]
-        np.testing.assert_allclose(outs[0], outs[1], rtol=2e-5, atol=2e-5)
+        # The outliers' logits are several hundred, and f32 rounds them by 2^-16.
+        np.testing.assert_allclose(outs[0], outs[1], rtol=2e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", *FORMATS])

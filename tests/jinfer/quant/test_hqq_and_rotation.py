@@ -10,7 +10,9 @@ from jinfer.qtensor import dequantize
 from jinfer.quant.hqq import quantize_hqq
 from jinfer.quant.rotation import (
     hadamard,
+    kv_rotation,
     random_hadamard,
+    rotate,
     rotate_heads,
     rotate_inputs,
     rotate_outputs,
@@ -99,3 +101,18 @@ def test_heads_rotate_one_by_one_also_when_queries_share_them():
     expected = repeat(values) @ w_o
     got = repeat(values @ v) @ rotate_inputs(w_o, o)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_rotated_heads_have_the_same_products_and_no_outliers(head_dim):
+    rotation = kv_rotation(head_dim)
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((50, head_dim)), jnp.float32) for _ in range(2))
+    k = k.at[:, 3].mul(30)
+    turned = [rotate(x, rotation) for x in (q, k)]
+    np.testing.assert_allclose(
+        jnp.sum(turned[0] * turned[1], axis=1), jnp.sum(q * k, axis=1), rtol=1e-3, atol=1e-3
+    )
+    np.testing.assert_allclose(rotate(turned[1], rotation.T), k, atol=1e-4)
+    peaks = [jnp.abs(x).max(axis=1) / jnp.linalg.norm(x, axis=1) for x in (k, turned[1])]
+    assert jnp.median(peaks[1]) < 0.7 * jnp.median(peaks[0])

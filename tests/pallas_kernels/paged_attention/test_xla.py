@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import pack_int4, ragged_paged_attention, unpack_int4
+from pallas_kernels.paged_attention import (
+    PagedKV,
+    decode_int4,
+    pack_int4,
+    ragged_paged_attention,
+    unpack_int4,
+)
 from pallas_kernels.paged_attention.xla import XlaTiles
 
 attend = jax.jit(
@@ -114,14 +120,25 @@ def test_int4_is_packed_two_a_byte_and_comes_back():
     assert int(packed[0, 0]) == 0xC8  # -8 below, -4 above
 
 
+def test_int4_levels_are_symmetric_and_grow_from_the_middle():
+    codes = jnp.arange(-8, 8, dtype=jnp.int8)
+    levels = np.asarray(decode_int4(pack_int4(codes)))
+    np.testing.assert_allclose(levels, -levels[::-1], atol=1e-7)
+    assert levels[-1] == pytest.approx(1)
+    gaps = np.diff(levels)
+    assert (np.diff(gaps[7:]) > 0).all() and gaps[7] > 0
+
+
 @pytest.mark.parametrize("seqs", [((1, 30), (1, 9), (0, 0)), ((20, 33), (1, 9))])
-def test_int4_pages_are_read_as_the_int8_pages_of_the_same_values(make_case, seqs):
+def test_int4_pages_are_read_as_the_float_pages_of_what_they_stand_for(make_case, seqs):
     inputs = make_case(name="", seqs=seqs, kv_dtype="int8").build()
-    few = [x // 16 for x in (inputs.kv.k_pages, inputs.kv.v_pages)]  # -8..7
-    wide = dataclasses.replace(inputs.kv, k_pages=few[0], v_pages=few[1])
-    packed = dataclasses.replace(inputs.kv, k_pages=pack_int4(few[0]), v_pages=pack_int4(few[1]))
-    outs = [
-        attend(*dataclasses.replace(inputs, kv=kv).args, **inputs.kwargs, impl="xla")
-        for kv in (wide, packed)
+    kv = inputs.kv
+    packed = [pack_int4(x // 16) for x in (kv.k_pages, kv.v_pages)]  # -8..7
+    floats = [
+        decode_int4(x) * scale[..., None] for x, scale in zip(packed, (kv.k_scale, kv.v_scale))
     ]
-    np.testing.assert_allclose(outs[1], outs[0], rtol=1e-6, atol=1e-6)
+    outs = [
+        attend(*dataclasses.replace(inputs, kv=pages).args, **inputs.kwargs, impl="xla")
+        for pages in (PagedKV(*floats), PagedKV(*packed, kv.k_scale, kv.v_scale))
+    ]
+    np.testing.assert_allclose(outs[1], outs[0], rtol=1e-5, atol=1e-6)
