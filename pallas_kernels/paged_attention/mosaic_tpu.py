@@ -117,7 +117,9 @@ def run(
     # Decoding sequences go apart: a tile of theirs holds the rows of one token.
     out, lse = _run_tiles(*call, q_lens=jnp.where(q_lens > 1, q_lens, 0), max_q_len=spec.max_q_len)
     is_one = q_lens == 1
-    decoded, decoded_lse = _run_tiles(*call, q_lens=jnp.where(is_one, 1, 0), max_q_len=1)
+    # Decodes come after: first, their result [T, N, H] would lie about while chunks need most room.
+    q, out, lse = lax.optimization_barrier((q, out, lse))
+    decoded, decoded_lse = _run_tiles(q, *call[1:], q_lens=jnp.where(is_one, 1, 0), max_q_len=1)
     # Each token is in at most one of the two, and zero in the other.
     token = jnp.arange(q.shape[0])
     seq = jnp.searchsorted(q_starts[1:], token, side="right", method="compare_all")
