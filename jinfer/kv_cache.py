@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jinfer import kv_quant
 from jinfer.config import CacheConfig, ModelConfig, require
+from pallas_kernels import target as target_lib
 from pallas_kernels.paged_attention import PagedKV
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def init(model: ModelConfig, cache: CacheConfig) -> KVCache:
     else:
         storage = jnp.dtype(cache.dtype)
         is_small_float = jnp.issubdtype(storage, jnp.floating) and storage.itemsize < 4
-        if is_small_float and jax.default_backend() == "cpu":
+        if is_small_float and target_lib.current().kind == "cpu":
             storage = jnp.dtype(f"uint{8 * storage.itemsize}")
 
     def scales() -> Array | None:

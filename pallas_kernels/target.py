@@ -243,6 +243,9 @@ class CompileCase:
       max_temp_bytes: bound on the program's temporaries; None: no bound.
       expects_wgmma: the PTX must use Hopper's tensor cores through `wgmma`.
       expects_tma: the PTX must use the copy engine.
+      never_written: types ("bf16[4096,14336]") of arrays that may exist inside fusions only: dense
+        copies of quantized weights.
+      min_alias_bytes: outputs that must lie where donated arguments lay.
     """
 
     name: str
@@ -251,6 +254,8 @@ class CompileCase:
     max_temp_bytes: int | None = None
     expects_wgmma: bool = False
     expects_tma: bool = False
+    never_written: tuple[str, ...] = ()
+    min_alias_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

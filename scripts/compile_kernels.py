@@ -1,10 +1,14 @@
 """Compiles every kernel at real model shapes for accelerators that this host does not have.
 
     python scripts/compile_kernels.py [--target h100 v5e v6e tpu7x] [--op quant_matmul] [--quick]
+    python scripts/compile_kernels.py --model-step
 
 Prints a row per kernel, shape and target: seconds, registers and spill bytes (ptxas), shared memory
 or VMEM, temporaries, and whether the PTX uses wgmma and TMA. Exits non-zero if anything fails to
 compile, spills, needs more temporaries than its bound, or lacks the instructions it should use.
+With --model-step whole steps of a Llama-3-8B (bf16; int4; fp8 with fp8 KV) are compiled instead of
+single kernels: no dense copy of a quantized weight may be written there, and the KV pool must stay
+in place.
 Needs `pip install 'jinfer[compile]'`; no accelerator.
 """
 
@@ -36,6 +40,7 @@ COLUMNS = (
     ("spill_bytes", "spill B", 8),
     ("smem_kib", "smem/VMEM KiB", 14),
     ("temp_mb", "temp MB", 8),
+    ("args_mb", "args MB", 8),
     ("wgmma", "wgmma", 6),
     ("tma", "TMA", 4),
     ("failure", "verdict", 0),
@@ -49,6 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--quick", action="store_true", help="one shape per kernel, for CI")
+    parser.add_argument("--model-step", action="store_true", help="whole steps of a model instead")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=pathlib.Path, help="write the table to this file too")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -81,6 +87,7 @@ def compile_apart(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compiles for one target in a process of its own; a crash there is a row that failed."""
     command = [sys.executable, __file__, "--child", "--target", name, "--op", *args.op]
     command += ["--quick"] if args.quick else []
+    command += ["--model-step"] if args.model_step else []
     command += ["--only", args.only] if args.only else []
     # libtpu locks out a second process, which matters for a TPU that is there, not for compiling.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -117,8 +124,10 @@ def compile_here(args: argparse.Namespace) -> int:
 
     [name] = args.target
     with target.compile_target(name) as compiler:
-        for op in args.op:
-            module = importlib.import_module(f"pallas_kernels.{op}")
+        names = (
+            ["model_step_cases"] if args.model_step else [f"pallas_kernels.{o}" for o in args.op]
+        )
+        for module in map(importlib.import_module, names):
             for case in module.compile_cases(compiler.target, quick=args.quick):
                 if args.only in case.name:
                     emit({"started": case.name})
@@ -136,7 +145,12 @@ def compile_case(case: Any, compiler: Any) -> dict[str, Any]:
     ) as e:  # whatever a compiler raises is this case's verdict, not the script's end
         message = " ".join(str(e).split())
         return row | {"failure": f"{type(e).__name__}: {message[:300]}"}
-    row |= {"seconds": done.seconds, "temp_mb": done.temp_bytes / 1e6}
+    memory = done.executable.memory_analysis()
+    row |= {
+        "seconds": done.seconds,
+        "temp_mb": done.temp_bytes / 1e6,
+        "args_mb": memory.argument_size_in_bytes / 1e6,
+    }
     kernels = done.kernels
     if kernels:
         row |= {
@@ -148,7 +162,14 @@ def compile_case(case: Any, compiler: Any) -> dict[str, Any]:
         }
     elif vmem := vmem_bytes(done.executable.as_text()):
         row["smem_kib"] = vmem / 1024
-    return row | {"failure": "; ".join(faults(case, done, compiler.target.kind))}
+    found = faults(case, done, compiler.target.kind)
+    if case.min_alias_bytes > memory.alias_size_in_bytes:
+        found.append(
+            f"only {memory.alias_size_in_bytes / 1e6:.1f} MB of arguments are updated in place"
+        )
+    if case.never_written and (names := written(done.executable.as_text(), case.never_written)):
+        found.append(f"dense copies of quantized weights: {', '.join(names)}")
+    return row | {"failure": "; ".join(found)}
 
 
 def faults(case: Any, done: Any, kind: str) -> list[str]:
@@ -165,6 +186,19 @@ def faults(case: Any, done: Any, kind: str) -> list[str]:
     if case.max_temp_bytes is not None and done.temp_bytes > case.max_temp_bytes:
         found.append(f"temporaries above the bound of {case.max_temp_bytes / 1e6:.1f} MB")
     return found
+
+
+def written(hlo: str, types: tuple[str, ...]) -> list[str]:
+    """Returns which of `types` instructions outside fusions make: what is written to memory."""
+    fused = set(re.findall(r"\bcalls=%?([\w.-]+)", hlo))
+    found, is_fused = set(), False
+    for line in hlo.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            is_fused = header[1] in fused
+        made = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (\w+\[[\d,]*\])", line)
+        if made and not is_fused and made[1] in types:
+            found.add(made[1])
+    return sorted(found)
 
 
 def vmem_bytes(hlo: str) -> int:

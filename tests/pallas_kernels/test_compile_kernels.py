@@ -66,6 +66,27 @@ def test_vmem_is_read_from_the_program(script):
     assert script.vmem_bytes("nothing") == 0
 
 
+def test_a_dense_copy_counts_where_it_is_written_and_not_inside_a_fusion(script):
+    hlo = """HloModule m
+%fused_computation.1 (p: s4[64,32]) -> bf16[8,32] {
+  %w = bf16[64,32]{1,0} convert(%p)
+  ROOT %dot = bf16[8,32]{1,0} dot(%x, %w)
+}
+%body (p: s4[64,32]) -> f32[8,32] {
+  ROOT %r = f32[8,32]{1,0} add(%a, %b)
+}
+ENTRY %main (p: s4[64,32]) -> bf16[8,32] {
+  ROOT %f = bf16[8,32]{1,0} fusion(%p), kind=kLoop, calls=%fused_computation.1
+}
+"""
+    types = ("bf16[64,32]", "f32[64,32]")
+    assert script.written(hlo, types) == []
+    copied = hlo.replace("ROOT %r = f32[8,32]", "ROOT %r = f32[64,32]")
+    assert script.written(copied, types) == ["f32[64,32]"]
+    copied = hlo.replace("ROOT %f = bf16[8,32]", "ROOT %f = bf16[64,32]")
+    assert script.written(copied, types) == ["bf16[64,32]"]
+
+
 def test_a_compiling_process_that_dies_is_a_failed_row(script, capsys):
     args = script.parse(["--target", "v5e"])
     args.op = ["no_such_op"]
