@@ -18,11 +18,16 @@ _OPTIONS = ("mse", "order", "damp", "alpha", "clip")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer quantize`."""
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="folder, GGUF file, hub name, or smollm2 (default)"
-    )
+    parser.add_argument("--model", help="folder, GGUF file, hub name, or smollm2 (default)")
     parser.add_argument("--revision", help="of a hub model")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder to be made")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=pathlib.Path, help="folder to be made")
+    target.add_argument(
+        "--check",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="examine a quantized folder instead; --model names the float model it came from",
+    )
     parser.add_argument("--method", default="gptq", choices=METHODS, help="(gptq)")
     parser.add_argument("--format", help="such as int4-g64, int4-g64-asym, int8-channel:dyn")
     parser.add_argument("--recipe", type=pathlib.Path, metavar="FILE", help="methods by pattern")
@@ -80,7 +85,14 @@ def run(args: argparse.Namespace) -> int:
 
     The folder holds the weights, the tokenizer and quantization.json, .md and .svg. A killed run
     goes on where it was when the same command is given again.
+
+    With --check it examines a folder, whoever made it: values that are not finite, inverted scales,
+    zero points of the wrong GPTQ version, weights that are not those of the float model. The exit
+    status is 1 if something is wrong.
     """
+    if args.check is not None:
+        return _check(args)
+    args.model = args.model or DEFAULT_MODEL
     import jax
 
     import jinfer
@@ -124,6 +136,21 @@ def run(args: argparse.Namespace) -> int:
     for line in report.summary():
         say(line)
     say(f"wrote {args.output}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from jinfer.quant.doctor import examine
+
+    diagnosis = examine(args.check, args.model)
+    for fact in diagnosis.facts:
+        say(fact)
+    for module, problem in diagnosis.problems:
+        say(f"{module}: {problem}")
+    if diagnosis.problems:
+        say(f"error: {len(diagnosis.problems)} problems in {args.check}")
+        return 1
+    say(f"{args.check} is sound")
     return 0
 
 
