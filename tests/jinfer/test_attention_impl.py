@@ -1,0 +1,63 @@
+"""The engine gives the same greedy tokens whichever backend attends, kernels simulated on the CPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jinfer import LLM, SamplingParams
+from jinfer.config import ModelConfig
+from jinfer.models.model import Model
+from pallas_kernels import target
+
+MODEL = Model(
+    ModelConfig(
+        family="llama",
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=128,
+        max_position_embeddings=64,
+    )
+)
+LIMITS = {
+    "max_model_len": 32,
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 8,
+    "block_size": 16,
+    "skip_tokenizer_init": True,
+}
+PROMPTS = [{"prompt_token_ids": [5, 9, 2]}, {"prompt_token_ids": [17, 3, 44, 8, 1]}]
+
+
+@pytest.fixture(scope="module")
+def params():
+    made = MODEL.init(jax.random.key(3), jnp.bfloat16)
+    return jax.tree.map(lambda x: x * 2 if x.ndim == 2 else x, made)  # clear-cut logits
+
+
+def serve(params, attention_impl):
+    llm = LLM(MODEL, params=params, attention_impl=attention_impl, **LIMITS)
+    sampling = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    outputs = llm.generate(PROMPTS, sampling, use_tqdm=False)
+    return [o.outputs[0].token_ids for o in outputs], llm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("impl", "kind"), [("mosaic_tpu", "tpu"), ("mosaic_gpu", "gpu")])
+def test_the_engine_gives_the_same_tokens_on_every_backend(params, impl, kind):
+    if reason := target.why_not_interpret(kind):
+        pytest.skip(reason)
+    expected, _ = serve(params, "xla")
+    with target.interpret(detect_races=kind == "tpu"):
+        tokens, llm = serve(params, impl)
+        assert not (kind == "tpu" and target.races_found())
+        assert {d.chosen for d in llm.explain_kernels()} == {impl}
+    assert tokens == expected
+
+
+def test_a_backend_that_cannot_run_here_gives_its_reason(params):
+    with pytest.raises(ValueError, match="attention_impl must be one of auto, xla, mosaic_gpu"):
+        serve(params, "triton")
