@@ -1,4 +1,4 @@
-"""The engine gives the same greedy tokens whichever backend attends, kernels simulated on the CPU."""
+"""The engine gives the same greedy tokens whichever backend attends, kernels being simulated."""
 
 import jax
 import jax.numpy as jnp
