@@ -6,7 +6,7 @@ import argparse
 import inspect
 from typing import Any
 
-from jinfer.commands import bench_beam, bench_kv, bench_latency, bench_prefix
+from jinfer.commands import bench_beam, bench_kv, bench_latency, bench_prefix, bench_soak
 from jinfer.commands.bench_report import add_json_argument
 
 SUMMARY = "measure one part of the engine against a peer"
@@ -15,6 +15,7 @@ BENCHES: dict[str, Any] = {
     "kv": bench_kv,
     "latency": bench_latency,
     "prefix": bench_prefix,
+    "soak": bench_soak,
 }
 
 

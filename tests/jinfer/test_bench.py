@@ -8,7 +8,7 @@ import pytest
 
 import jinfer
 from jinfer import cli
-from jinfer.commands import bench_kv
+from jinfer.commands import bench_kv, bench_soak
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
 
@@ -125,3 +125,28 @@ def test_a_bench_needs_a_name(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench"])
     assert "BENCH" in capsys.readouterr().err
+
+
+def test_a_short_soak_ends_whole(tmp_path):
+    rows = bench(tmp_path, "soak", "--minutes", 0.05, "--max-num-seqs", 2, "--pages", 13)
+    values = {metric: row["value"] for (_, metric), row in rows.items()}
+    assert values["requests_finished"] > 0 and values["integrity_checks"] > 1
+    assert all(row["value"] <= row["limit"] for row in rows.values() if row["limit"] is not None)
+
+
+def test_a_soak_sees_wrong_tokens(tmp_path, monkeypatch, capsys):
+    from jinfer.engine.request import Request
+
+    accept = Request.accept
+    monkeypatch.setattr(Request, "accept", lambda self, token, *rest: accept(self, 7, *rest))
+    make = bench_soak._make_llm
+
+    def make_broken(args):
+        llm = make(args)
+        llm.reset_prefix_cache = lambda: monkeypatch.undo()  # the known tokens are all 7
+        return llm
+
+    monkeypatch.setattr(bench_soak, "_make_llm", make_broken)
+    argv = ["bench", "soak", "--minutes", "0.05", "--max-num-seqs", "2", "--pages", "13"]
+    assert cli.main(argv) == 1
+    assert "requests_with_wrong_tokens" in capsys.readouterr().err
