@@ -37,6 +37,8 @@ class StepBatch:
       page_table: [S, M] page ids; entries past the context are 0.
       rows: [S] row of the sampler state that the sequence uses.
       max_q_len: static bound on the tokens of any sequence (1: a pure decode step).
+
+    Drafts under verification are the last tokens of their sequence, after the newest sampled one.
     """
 
     tokens: Int[Array, "T"]
@@ -52,7 +54,14 @@ class StepBatch:
 
     @classmethod
     def padding(
-        cls, num_tokens: int, num_seqs: int, *, max_pages: int, num_slots: int, num_rows: int
+        cls,
+        num_tokens: int,
+        num_seqs: int,
+        *,
+        max_pages: int,
+        num_slots: int,
+        num_rows: int,
+        max_q_len: int | None = None,
     ) -> StepBatch:
         """Returns a batch of nothing but padding, in NumPy arrays to be filled in.
 
@@ -62,6 +71,7 @@ class StepBatch:
           max_pages: M.
           num_slots: slots of a layer, the slot of padding tokens.
           num_rows: R, the row of padding sequences.
+          max_q_len: most tokens of a sequence; T if None.
         """
         return cls(
             tokens=_full(0, num_tokens),
@@ -73,7 +83,7 @@ class StepBatch:
             prompt_lens=_full(0, num_seqs),
             page_table=_full(0, num_seqs, max_pages),
             rows=_full(num_rows, num_seqs),
-            max_q_len=num_tokens,
+            max_q_len=num_tokens if max_q_len is None else max_q_len,
         )
 
 

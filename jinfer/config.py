@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 # Formats of K and V in the cache and the bits of a value; those below 16 have scales beside.
 KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "int8": 8, "int4": 4}
@@ -12,6 +13,7 @@ _KV_NAMES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 LayerType = Literal["full", "sliding"]
 BACKENDS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")  # of attention and quantized linears
+MAX_SPECULATIVE_TOKENS = 16
 
 
 def require(condition: bool, message: str) -> None:
@@ -199,6 +201,68 @@ class CacheConfig:
         return self.num_pages * self.page_size
 
 
+_SPECULATIVE_FIELDS = {
+    "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """How several tokens are drafted and then verified in one step of the model.
+
+    Attributes:
+      method: "ngram": what followed the last time that the text ended alike.
+      num_speculative_tokens: most drafts a sequence and step.
+      prompt_lookup_max, prompt_lookup_min: ("ngram") tokens at the end of the text that are looked
+        for, as many as can be found.
+    """
+
+    method: str
+    num_speculative_tokens: int = 4
+    prompt_lookup_max: int = 3
+    prompt_lookup_min: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                f"speculative_config: {name} must be a positive integer, got {value!r}",
+            )
+        require(
+            self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS,
+            f"speculative_config: num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, "
+            f"got {self.num_speculative_tokens}",
+        )
+        require(
+            self.prompt_lookup_min <= self.prompt_lookup_max,
+            f"speculative_config: prompt_lookup_min ({self.prompt_lookup_min}) must not exceed "
+            f"prompt_lookup_max ({self.prompt_lookup_max})",
+        )
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> SpeculativeConfig:
+        """Makes a config of what a user gives.
+
+        Raises:
+          ValueError: an unknown method, or a key that the method does not have.
+        """
+        method = fields.get("method")
+        methods = ", ".join(_SPECULATIVE_FIELDS)
+        require(
+            method in _SPECULATIVE_FIELDS,
+            f"speculative_config: method must be one of {methods}, got {method!r}",
+        )
+        known = ("method", "num_speculative_tokens", *_SPECULATIVE_FIELDS[str(method)])
+        for name in fields:
+            require(
+                name in known,
+                f'speculative_config: method "{method}" has no {name!r}; it takes '
+                f"{', '.join(known[1:])}",
+            )
+        return cls(**fields)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Limits and policies of the engine; see `LLM` for the meaning of each field."""
@@ -214,6 +278,7 @@ class EngineConfig:
     seed: int = 0
     attention_impl: str = "auto"
     linear_impl: str = "auto"
+    speculation: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("attention_impl", "linear_impl"):

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from jinfer.engine.request import Request
-from jinfer.engine.runner import TokenLogprobs
+from jinfer.engine.results import TokenLogprobs
 from jinfer.outputs import CompletionOutput, Logprob, RequestOutput
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
 

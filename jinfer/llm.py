@@ -60,6 +60,9 @@ class LLM:
       linear_impl: the same for products with quantized weights; "auto" leaves to XLA what it does
         best and what no kernel reads, and makes floats of weights once on a CPU that has the
         memory. A named backend runs all of them, or is refused.
+      speculative_config: draft several tokens and verify them in one step of the model: a dict
+        with "method" and the fields of `config.SpeculativeConfig`. What is generated stays as it
+        is.
       generation_config: "auto": defaults of sampling come from the model's generation_config.json;
         "none": those of `SamplingParams`.
 
@@ -94,6 +97,7 @@ class LLM:
         seed: int = 0,
         attention_impl: str = "auto",
         linear_impl: str = "auto",
+        speculative_config: Mapping[str, Any] | None = None,
         generation_config: str = "auto",
         **refused: Any,
     ) -> None:
@@ -108,7 +112,7 @@ class LLM:
         self.chat_template = chat_template
         self._tokenizer = None
         if not skip_tokenizer_init:
-            self._tokenizer = self._load_tokenizer(tokenizer, revision)
+            self._tokenizer = options.take_tokenizer(tokenizer, self._source, revision)
         self._default_fields = options.sampling_defaults(self._source, generation_config)
 
         self.config, cache = options.resolve(
@@ -129,6 +133,7 @@ class LLM:
             seed=seed,
             attention_impl=attention_impl,
             linear_impl=linear_impl,
+            speculative_config=speculative_config,
         )
         self._runner = Runner(model, params, cache, self.config)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
@@ -139,15 +144,6 @@ class LLM:
         self._ids = itertools.count()
 
     # ------------------------------------------------------------------ making
-
-    def _load_tokenizer(self, tokenizer: Any | None, revision: str | None) -> Any | None:
-        if tokenizer is None:
-            tokenizer = self._source
-        if isinstance(tokenizer, (str, os.PathLike)):
-            from jinfer.tokenizer import load_tokenizer
-
-            return load_tokenizer(tokenizer, revision=revision)
-        return tokenizer
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         ids = self.model.config.eos_token_ids

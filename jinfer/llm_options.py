@@ -13,7 +13,14 @@ from typing import Any
 import jax
 
 from jinfer import memory, qkernels
-from jinfer.config import KV_BITS, CacheConfig, EngineConfig, ModelConfig, kv_format
+from jinfer.config import (
+    KV_BITS,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SpeculativeConfig,
+    kv_format,
+)
 from jinfer.models.model import Model
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import array_bytes
@@ -23,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 # Arguments of other engines' LLM, and why they are not taken.
 REFUSED = {
-    "speculative_config": "speculative decoding is not built yet",
     "enable_lora": "LoRA adapters are not built yet",
     "structured_outputs_config": "structured output is not built yet",
     "tensor_parallel_size": "this engine runs on one device",
@@ -57,6 +63,7 @@ def resolve(
     seed: int,
     attention_impl: str,
     linear_impl: str,
+    speculative_config: Mapping[str, Any] | None,
 ) -> tuple[EngineConfig, CacheConfig]:
     """Resolves the arguments of `LLM`; None stands for the platform's default.
 
@@ -99,6 +106,9 @@ def resolve(
         budget = max(budget, max_model_len)
     if num_decode_steps is None:
         num_decode_steps = 1 if on_cpu else 8
+    speculation = None
+    if speculative_config is not None:
+        speculation = SpeculativeConfig.of(speculative_config)
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -111,6 +121,7 @@ def resolve(
         seed=seed,
         attention_impl=attention_impl,
         linear_impl=linear_impl,
+        speculation=speculation,
     )
     return config, CacheConfig(num_pages=num_pages, page_size=block_size, dtype=kv_cache_dtype)
 
@@ -154,6 +165,18 @@ def prepare(params: Params, how: str | None, impl: str) -> Params:
 
         params = quantize_params(params, how)
     return lay_out(params) if impl == "auto" else params
+
+
+def take_tokenizer(
+    tokenizer: Any | None, source: str | os.PathLike[str] | None, revision: str | None
+) -> Any | None:
+    """Returns the tokenizer that `LLM` was given, or loads it, by default from `source`."""
+    tokenizer = source if tokenizer is None else tokenizer
+    if isinstance(tokenizer, (str, os.PathLike)):
+        from jinfer.tokenizer import load_tokenizer
+
+        return load_tokenizer(tokenizer, revision=revision)
+    return tokenizer
 
 
 def enable_compilation_cache() -> None:

@@ -37,6 +37,9 @@ class RequestMetrics:
       first_token_time: its first token reached the host.
       finished_time: it finished, for whatever reason.
       num_preemptions: how often its pages were taken and its tokens recomputed.
+      num_decode_steps, num_decode_tokens: (with speculation) steps after the prompt, and the
+        tokens that they brought.
+      num_drafted_tokens, num_accepted_tokens: (with speculation) drafts, and those that stood.
     """
 
     arrival_time: float | None = None
@@ -44,6 +47,15 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_decode_steps: int = 0
+    num_decode_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens that a step brought on average, or None without speculation."""
+        return self.num_decode_tokens / self.num_decode_steps if self.num_decode_steps else None
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -21,6 +21,7 @@ from jinfer.kv_cache import KVCache
 from jinfer.models.model import Model
 from jinfer.quant.rotation import kv_rotation, rotate
 from jinfer.sampling import SampleArgs, SamplerState
+from jinfer.spec import accept
 from jinfer.typing import Params
 from pallas_kernels.paged_attention import ragged_paged_attention
 
@@ -33,15 +34,18 @@ class StepOutput:
     """What a step leaves on the device for the host to fetch, or not.
 
     Attributes:
-      tokens: [n, S] sampled ids, one row a decode step (n = 1 for `forward_step`); NOT_FINITE
-        where a sequence's logits, or a hidden state of its tokens, are NaN or infinite.
-      logits: [S, V] f32 raw logits behind the last row of `tokens`.
-      hidden: [T, D] hidden states after the final norm (`forward_step` only).
+      tokens: [n, S] sampled ids, one row a decode step or verified place (n = 1 for
+        `forward_step`); NOT_FINITE where a sequence's logits, or a hidden state of its tokens, are
+        NaN or infinite.
+      logits: [S, V] f32 raw logits behind the last row of `tokens`; [n, S, V] of `verify_step`.
+      hidden: [T, D] hidden states after the final norm; None of `decode_loop`.
+      counts: [S] how many of a sequence's tokens count (`verify_step` only).
     """
 
     tokens: Int[Array, "n S"]
-    logits: Float[Array, "S V"]
+    logits: Float[Array, "*n S V"]
     hidden: Float[Array, "T D"] | None
+    counts: Int[Array, "S"] | None = None
 
 
 def _forward(
@@ -81,6 +85,15 @@ def _forward(
 def _is_finite(x: Array) -> Array:
     """Returns whether all of each row [..., N] is finite; a sum, which CPUs vectorise."""
     return jnp.sum(x.astype(jnp.float32) * 0.0, axis=-1) == 0.0
+
+
+def _is_sound(hidden: Array, batch: StepBatch) -> Array:
+    """Returns whether the hidden states of all tokens of each sequence [S] are finite.
+
+    Every token counts: K and V of all of them stay.
+    """
+    bad = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), ~_is_finite(hidden)]), dtype=jnp.int32)
+    return bad[batch.q_starts[1:]] == bad[batch.q_starts[:-1]]
 
 
 def _sample(
@@ -129,11 +142,59 @@ def forward_step(
     hidden, kv = _forward(model, params, kv, state, batch, impl)
     logits = model.unembed(params, hidden[jnp.maximum(batch.q_starts[1:] - 1, 0)])  # [S, V]
     tokens, state = _sample(logits, args, state, batch, sampled, token_mask)
-    # Every token of a sequence counts: K and V of all of them stay.
-    bad = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), ~_is_finite(hidden)]), dtype=jnp.int32)
-    is_sound = (bad[batch.q_starts[1:]] == bad[batch.q_starts[:-1]]) & _is_finite(logits)
-    tokens = jnp.where(is_sound, tokens, NOT_FINITE)
+    tokens = jnp.where(_is_sound(hidden, batch) & _is_finite(logits), tokens, NOT_FINITE)
     return StepOutput(tokens[None], logits, hidden), kv, state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_drafts", "impl"), donate_argnames=("kv", "state")
+)
+def verify_step(
+    model: Model,
+    params: Params,
+    kv: KVCache,
+    state: SamplerState,
+    batch: StepBatch,
+    args: SampleArgs,
+    sampled: Bool[Array, "S"],
+    num_drafts: Int[Array, "S"],
+    token_mask: UInt32[Array, "K1 S W"] | None = None,
+    *,
+    max_drafts: int,
+    impl: str = "auto",
+) -> tuple[StepOutput, KVCache, SamplerState]:
+    """Runs one ragged step in which the last tokens of some sequences are drafts to be verified.
+
+    The KV of drafts that fall is left behind for the next step to overwrite.
+
+    Args:
+      model, params, kv, state, batch, args, sampled, impl: as in `forward_step`.
+      num_drafts: [S] drafts at the end of each sequence's tokens.
+      token_mask: one packed mask a verified place, or None.
+      max_drafts: static K, the height of the result less one.
+    """
+    hidden, kv = _forward(model, params, kv, state, batch, impl)
+    last = jnp.maximum(batch.q_starts[1:] - 1, 0)  # [S]
+    first = jnp.maximum(last - num_drafts, 0)
+    places = jnp.arange(max_drafts + 1, dtype=jnp.int32)[:, None]  # [K + 1, 1]
+    at = jnp.minimum(first[None] + places, last[None])  # [K + 1, S]
+    logits = model.unembed(params, hidden[at])  # [K + 1, S, V]
+    drafts = batch.tokens[jnp.minimum(at[:-1] + 1, last[None])]
+    with jax.named_scope("sampler"):
+        tokens, counts, state = accept.verify(
+            logits,
+            args,
+            state,
+            batch.rows,
+            batch.kv_lens - num_drafts,
+            drafts,
+            num_drafts,
+            sampled,
+            token_mask=token_mask,
+        )
+    is_sound = _is_sound(hidden, batch) & jnp.all(_is_finite(logits), axis=0)
+    tokens = jnp.where(is_sound, tokens, NOT_FINITE)
+    return StepOutput(tokens, logits, hidden, counts), kv, state
 
 
 @functools.partial(
@@ -264,9 +325,14 @@ def clear_pages(kv: KVCache, pages: Int[Array, "N"]) -> KVCache:
 
 
 @functools.partial(jax.jit, static_argnames=("k",))
-def top_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, "n S"], *, k: int):
-    """Returns the k best of each row, and logprob and rank of the step's first sampled tokens."""
-    return sampling.top_logprobs(logits, tokens[0], k)
+def top_logprobs(logits: Float[Array, "*n S V"], tokens: Int[Array, "m S"], *, k: int):
+    """Returns the k best of each row of logits, and logprob and rank of the token sampled there.
+
+    The rows of `verify_step`'s logits come one place after the other, [n * S]; where a step has
+    logits for one place only, the first row of tokens is meant.
+    """
+    logits = logits.reshape(-1, logits.shape[-1])
+    return sampling.top_logprobs(logits, tokens.reshape(-1)[: logits.shape[0]], k)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "k"))
@@ -293,7 +359,7 @@ def prompt_logprobs(
 
 
 @jax.jit
-def log_softmax(logits: Float[Array, "S V"]) -> Float[Array, "S V"]:
+def log_softmax(logits: Float[Array, "*n S V"]) -> Float[Array, "*n S V"]:
     """The whole vocabulary's logprobs, for `logprobs=-1`."""
     return jax.nn.log_softmax(logits, axis=-1)
 

@@ -72,12 +72,14 @@ WITHOUT_JAX = (
     "jinfer.engine.request",
     "jinfer.engine.scheduler",
     "jinfer.engine.watchdog",
+    "jinfer.engine.speculation",
     "jinfer.jsonl",
     "jinfer.memory",
     "jinfer.models.hf_config",
     "jinfer.outputs",
     "jinfer.sampling_params",
     "jinfer.spec.medusa_tree",
+    "jinfer.spec.ngram",
 )
 # One jit boundary; calibration compiles its own solvers, one program a weight shape, and training
 # its own step.

@@ -81,6 +81,14 @@ ENGINE_FLAGS: Flags = (
     ("max-logprobs", {"type": int, "help": "most logprobs that a request may ask for"}),
     ("attention-impl", {"help": "name one kernel instead of the automatic choice"}),
     ("linear-impl", {"help": "the same for quantized weights"}),
+    (
+        "speculative-config",
+        {
+            "type": _json_object,
+            "metavar": "JSON",
+            "help": 'say {"method": "ngram", "num_speculative_tokens": 4}',
+        },
+    ),
     ("enable-chunked-prefill", {"action": BOOL, "help": "spread prompts over steps"}),
     ("enable-prefix-caching", {"action": BOOL, "help": "keep the KV of past prompts"}),
 )

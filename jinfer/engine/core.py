@@ -1,6 +1,7 @@
 """The engine: scheduler, runner and the steps in flight between them; knows nothing of text in.
 
-Up to two steps are under way: step n + 1 is dispatched before the tokens of step n are read.
+Up to two steps are under way: step n + 1 is dispatched before the tokens of step n are read, unless
+drafts are to be made of these.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from jinfer.config import EngineConfig, ModelConfig
 from jinfer.engine import recovery
 from jinfer.engine.plan import Plan, Progress
 from jinfer.engine.request import Request
-from jinfer.engine.runner import Launched, Runner
+from jinfer.engine.results import Launched
+from jinfer.engine.runner import Runner
 from jinfer.engine.scheduler import Scheduler
 from jinfer.engine.watchdog import Watchdog
 from jinfer.models.rope import needs_context_lens
@@ -171,8 +173,10 @@ class Engine:
         """
         scheduler = self.scheduler
         stats = scheduler.stats
+        speculation = scheduler.speculation
         return {
             **vars(stats),
+            **({} if speculation is None else speculation.metrics()),
             "prefix_cache_hit_rate": stats.num_cached_tokens / max(1, stats.num_looked_up_tokens),
             "num_failed_steps": self.num_failed_steps,
             "num_stuck": len(self.watchdog.stuck),
@@ -202,7 +206,8 @@ class Engine:
           What each of that step's requests gained, and which requests ended with an error.
         """
         self.watchdog.observe()
-        while len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
+        most = 1 if self.scheduler.is_drafting else MAX_STEPS_IN_FLIGHT
+        while len(self._in_flight) < most:
             plan = self.scheduler.plan()
             if plan is None:
                 break

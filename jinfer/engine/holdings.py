@@ -55,6 +55,26 @@ class Holdings:
         """Returns the pages of `num_tokens` positions from `start` on."""
         return tuple(request.pages[start // self.page_size : self.num_pages(start + num_tokens)])
 
+    def num_missing_pages(self, request: Request, num_steps: int) -> int:
+        """Returns how many more pages `num_steps` decode steps of a running request need."""
+        num_steps = min(num_steps, request.num_unplanned_outputs)
+        return max(0, self.num_pages(request.num_computed_tokens + num_steps) - len(request.pages))
+
+    def extend(self, decodes: list[Request], num_steps: int) -> int:
+        """Gives running requests the pages of several decode steps; returns of how many.
+
+        As many as the free pages allow, at most `num_steps`, and no more than the sequence with
+        most tokens to go can use. The pages of one step they hold already.
+        """
+        most = max(request.num_unplanned_outputs for request in decodes)
+        for n in range(min(num_steps, most), 1, -1):
+            missing = [self.num_missing_pages(request, n) for request in decodes]
+            if sum(missing) <= self.prefix.num_available:
+                for request, count in zip(decodes, missing):
+                    request.pages += self.prefix.alloc(count)
+                return n
+        return 1
+
     def num_cached_pages(self, request: Request) -> int:
         """Returns how many pages `take` would find now."""
         return len(self._find(request)) if self._is_reading(request) else 0

@@ -14,15 +14,18 @@ class ScheduledSeq:
     Attributes:
       request: the request; its `pages` and `row` are right when the plan is made, not later.
       start: first position whose KV the step computes.
-      num_tokens: positions given to the step at once: 1, or the length of a prefill chunk.
+      num_tokens: positions given to the step at once: 1, 1 + num_drafts, or the length of a
+        prefill chunk.
       num_samples: tokens that it samples: 0 when a chunk does not reach the end of the known
-        tokens, else 1, or up to `Plan.num_steps` in a decode plan of several steps.
+        tokens, else 1, or up to `Plan.num_steps` in a decode plan of several steps. With drafts:
+        1 + num_drafts at most, of which at least one comes.
       is_new_row: the sampler row must be initialised before the step, from the request's prompt
         and output tokens, all of which are known.
       is_prefill: the input tokens are all known to the host. Otherwise the input is the newest
         sampled token, which the device has in any case and the host perhaps not yet.
       pages: those that the step writes to, which may be someone else's by the time of its commit.
       is_on_found: part of the KV that it builds on was found in the prefix cache.
+      draft_token_ids: drafts after the newest token, which the step verifies.
     """
 
     request: Request
@@ -33,6 +36,12 @@ class ScheduledSeq:
     is_prefill: bool
     pages: tuple[int, ...] = ()
     is_on_found: bool = False
+    draft_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts that the step verifies."""
+        return len(self.draft_token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -62,6 +71,11 @@ class Plan:
     is_decode: bool
     step_id: int
     cleared_pages: tuple[int, ...] = ()
+
+    @property
+    def max_drafts(self) -> int:
+        """Most drafts that any of its sequences verifies."""
+        return max(seq.num_drafts for seq in self.seqs)
 
     @property
     def num_tokens(self) -> int:

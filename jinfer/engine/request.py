@@ -51,7 +51,9 @@ class Request:
       max_output_tokens: most tokens it may generate: `params.max_tokens`, what `max_model_len`
         leaves, and from `Scheduler.add` on what the whole page pool can hold.
       output_token_ids: sampled tokens that the host knows.
-      num_in_flight: sampled tokens that the host does not know yet.
+      num_in_flight: sampled tokens that the host does not know yet; drafts that are being
+        verified count as if all of them stood.
+      num_unverified: those drafts; while there are any, nothing more of it is planned.
       num_computed_tokens: tokens whose KV is written, or will be by steps in flight.
       num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
       num_overtaken: equals of priority that came later and were admitted before it.
@@ -88,6 +90,7 @@ class Request:
     max_output_tokens: int = dataclasses.field(init=False)
     output_token_ids: list[int] = dataclasses.field(default_factory=list, init=False)
     num_in_flight: int = dataclasses.field(default=0, init=False)
+    num_unverified: int = dataclasses.field(default=0, init=False)
     num_computed_tokens: int = dataclasses.field(default=0, init=False)
     num_prefill_tokens: int = dataclasses.field(default=0, init=False)
     num_cached_tokens: int = dataclasses.field(default=0, init=False)

@@ -5,7 +5,6 @@ The runner owns the device: weights, KV pool, sampler state. It decides nothing 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 import weakref
@@ -18,9 +17,10 @@ import numpy as np
 from jinfer import kv_cache, qkernels, sampling, steps
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.config import CacheConfig, EngineConfig
-from jinfer.engine import buckets
+from jinfer.engine import buckets, results
 from jinfer.engine.plan import Plan
 from jinfer.engine.request import Request
+from jinfer.engine.results import Launched, StepResult
 from jinfer.models.model import Model
 from jinfer.sampling import ArgRow, SampleArgs
 from jinfer.sampling_params import SamplingParams
@@ -44,52 +44,6 @@ class CompileCounter:
 
 
 compile_counter = CompileCounter()
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprobs:
-    """Logprobs of one position.
-
-    Attributes:
-      token_id, logprob, rank: of the sampled (or given) token; rank 1 is the most likely.
-      ids, logprobs: [k] the most likely tokens, best first; k = V in id order for "all".
-    """
-
-    token_id: int
-    logprob: float
-    rank: int
-    ids: np.ndarray
-    logprobs: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Launched:
-    """A step under way: its plan and the device arrays to fetch."""
-
-    plan: Plan
-    tokens: jax.Array
-    top: tuple[jax.Array, ...] | None
-    full: jax.Array | None
-    prompt_top: tuple[jax.Array, ...] | None
-    prompt_full: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """Fetched results, in the order of `plan.seqs`.
-
-    Attributes:
-      samples: token ids sampled for each sequence.
-      is_sound: for each sequence, whether all its logits and hidden states were finite; if not,
-        some of its samples are no tokens.
-      logprobs: for each sequence one `TokenLogprobs` a sample, or None.
-      prompt_logprobs: for each sequence `(position, TokenLogprobs)` of prompt tokens.
-    """
-
-    samples: list[list[int]]
-    is_sound: list[bool]
-    logprobs: list[list[TokenLogprobs] | None]
-    prompt_logprobs: list[list[tuple[int, TokenLogprobs]]]
 
 
 class Runner:
@@ -191,33 +145,49 @@ class Runner:
         return self._launched(plan, out, prompt_targets=None)
 
     def _launch_ragged(self, plan: Plan) -> Launched:
-        num_tokens = buckets.fit(self.buckets.tokens, plan.num_tokens)
-        size = buckets.fit(self.buckets.seqs, len(plan.seqs))
+        max_drafts = buckets.fit(self.buckets.drafts, plan.max_drafts) if plan.max_drafts else 0
+        if max_drafts and not any(seq.is_prefill for seq in plan.seqs):
+            size = buckets.fit(self.buckets.decode, len(plan.seqs))
+            batch = self._verify_padding(size, max_drafts)
+        else:
+            max_drafts = self.buckets.drafts[-1] if max_drafts else 0
+            num_tokens = buckets.fit(self.buckets.tokens, plan.num_tokens)
+            size = buckets.fit(self.buckets.seqs, len(plan.seqs))
+            batch = self.ragged_padding(num_tokens, size)
         page_size = self.cache.page_size
-        batch = self.ragged_padding(num_tokens, size)
         self._fill_rows(plan, batch)
         sampled = np.zeros(size, np.bool_)
-        targets = np.zeros(num_tokens, np.int32)
+        num_drafts = np.zeros(size, np.int32)
+        targets = np.zeros(batch.tokens.shape[0], np.int32)
         begin = 0
         for s, seq in enumerate(plan.seqs):
             end = begin + seq.num_tokens
             positions = np.arange(seq.start, seq.start + seq.num_tokens, dtype=np.int32)
             pages = batch.page_table[s, positions // page_size]
-            batch.tokens[begin:end] = _known_tokens(seq.request, seq.start, seq.num_tokens)
+            known = _known_tokens(seq.request, seq.start, seq.num_tokens - seq.num_drafts)
+            batch.tokens[begin:end] = [*known, *seq.draft_token_ids]
             batch.positions[begin:end] = positions
             batch.seq_ids[begin:end] = s
             batch.slots[begin:end] = pages * page_size + positions % page_size
             batch.q_starts[s + 1 :] = end
             batch.kv_lens[s] = seq.start + seq.num_tokens
             sampled[s] = seq.num_samples > 0
+            num_drafts[s] = seq.num_drafts
             if seq.wants_prompt_logprobs:
                 following = seq.request.prompt_token_ids[seq.start + 1 : positions[-1] + 2]
                 targets[begin : begin + len(following)] = following
             begin = end
-        out = self._forward(batch, self._args(plan, size), sampled)
+        args = self._args(plan, size)
+        if max_drafts:
+            out = self._verify(batch, args, sampled, num_drafts, max_drafts)
+        else:
+            out = self._forward(batch, args, sampled)
         return self._launched(plan, out, prompt_targets=targets)
 
-    def ragged_padding(self, num_tokens: int, size: int) -> StepBatch:
+    def _verify_padding(self, size: int, max_drafts: int) -> StepBatch:
+        return self.ragged_padding(size * (max_drafts + 1), size, max_drafts + 1)
+
+    def ragged_padding(self, num_tokens: int, size: int, max_q_len: int | None = None) -> StepBatch:
         """Returns the batch of a bucket with nothing in it."""
         return StepBatch.padding(
             num_tokens,
@@ -225,6 +195,7 @@ class Runner:
             max_pages=self.max_pages,
             num_slots=self.cache.num_slots,
             num_rows=self._num_rows,
+            max_q_len=max_q_len,
         )
 
     def decode_padding(self, size: int) -> DecodeBatch:
@@ -240,6 +211,23 @@ class Runner:
             batch,
             args,
             sampled,
+            impl=self.config.attention_impl,
+        )
+        return out
+
+    def _verify(
+        self, batch: StepBatch, args: SampleArgs, sampled: Any, num_drafts: Any, max_drafts: int
+    ) -> steps.StepOutput:
+        out, self.kv, self.state = steps.verify_step(
+            self.model,
+            self.params,
+            self.kv,
+            self.state,
+            batch,
+            args,
+            sampled,
+            num_drafts,
+            max_drafts=max_drafts,
             impl=self.config.attention_impl,
         )
         return out
@@ -266,7 +254,7 @@ class Runner:
         }
         top = full = prompt_top = prompt_full = None
         if wanted - {None}:
-            assert plan.num_steps == 1, "logprobs are those of a single step"
+            assert plan.num_steps == 1, "no logits are kept of all steps of a loop"
             top = steps.top_logprobs(out.logits, out.tokens, k=self.top_k)
             if -1 in wanted:
                 full = steps.log_softmax(out.logits)
@@ -277,58 +265,11 @@ class Runner:
             )
             if -1 in prompt_wanted:
                 prompt_full = steps.prompt_log_softmax(self.model, self.params, out.hidden)
-        return Launched(plan, out.tokens, top, full, prompt_top, prompt_full)
-
-    # ------------------------------------------------------------------ fetching
+        return Launched(plan, out.tokens, out.counts, top, full, prompt_top, prompt_full)
 
     def fetch(self, launched: Launched) -> StepResult:
         """Waits for a step and returns its results."""
-        plan = launched.plan
-        tokens = np.asarray(launched.tokens)
-        samples = [tokens[: seq.num_samples, s].tolist() for s, seq in enumerate(plan.seqs)]
-        is_sound = [
-            bool((tokens[: max(1, seq.num_samples), s] != steps.NOT_FINITE).all())
-            for s, seq in enumerate(plan.seqs)
-        ]
-        return StepResult(
-            samples,
-            is_sound,
-            self._fetch_logprobs(launched, samples),
-            self._fetch_prompt_logprobs(launched),
-        )
-
-    def _fetch_logprobs(
-        self, launched: Launched, samples: list[list[int]]
-    ) -> list[list[TokenLogprobs] | None]:
-        rows: list[list[TokenLogprobs] | None] = [None] * len(samples)
-        if launched.top is None:
-            return rows
-        top = [np.asarray(x) for x in launched.top]
-        full = None if launched.full is None else np.asarray(launched.full)
-        for s, seq in enumerate(launched.plan.seqs):
-            wanted = seq.request.params.logprobs
-            if wanted is not None and samples[s]:
-                rows[s] = [_token_logprobs(wanted, s, samples[s][-1], top, full)]
-        return rows
-
-    def _fetch_prompt_logprobs(self, launched: Launched) -> list[list[tuple[int, TokenLogprobs]]]:
-        rows: list[list[tuple[int, TokenLogprobs]]] = [[] for _ in launched.plan.seqs]
-        if launched.prompt_top is None:
-            return rows
-        top = [np.asarray(x) for x in launched.prompt_top]
-        full = None if launched.prompt_full is None else np.asarray(launched.prompt_full)
-        begin = 0
-        for s, seq in enumerate(launched.plan.seqs):
-            prompt = seq.request.prompt_token_ids
-            wanted = seq.request.params.prompt_logprobs
-            if seq.wants_prompt_logprobs and wanted is not None:
-                last = min(seq.start + seq.num_tokens, len(prompt) - 1)
-                for position in range(seq.start + 1, last + 1):
-                    t = begin + position - 1 - seq.start
-                    entry = _token_logprobs(wanted, t, prompt[position], top, full)
-                    rows[s].append((position, entry))
-            begin += seq.num_tokens
-        return rows
+        return results.fetch(launched)
 
     # ------------------------------------------------------------------ warming up
 
@@ -341,9 +282,13 @@ class Runner:
         for size in self.buckets.decode:
             out = self._decode(self.decode_padding(size), sampling.pack_args([], size), 1)
             self._warm_logprobs(out)
+            for max_drafts in self.buckets.drafts:
+                self._warm_verification(self._verify_padding(size, max_drafts), max_drafts)
         for num_tokens in self.buckets.tokens:
             for size in self.buckets.seqs:
                 batch = self.ragged_padding(num_tokens, size)
+                if self.buckets.drafts:
+                    self._warm_verification(batch, self.buckets.drafts[-1])
                 sampled = np.zeros(size, np.bool_)
                 out = self._forward(batch, sampling.pack_args([], size), sampled)
                 self._warm_logprobs(out)
@@ -357,6 +302,13 @@ class Runner:
         self.state = steps.reset_row(self.state, _int32(self._num_rows), setup)
         jax.block_until_ready((self.kv, self.state))
         return time.perf_counter() - begin
+
+    def _warm_verification(self, batch: StepBatch, max_drafts: int) -> None:
+        size = batch.rows.shape[0]
+        none, zero = np.zeros(size, np.bool_), np.zeros(size, np.int32)
+        self._warm_logprobs(
+            self._verify(batch, sampling.pack_args([], size), none, zero, max_drafts)
+        )
 
     def _warm_logprobs(self, out: steps.StepOutput) -> None:
         steps.top_logprobs(out.logits, out.tokens, k=self.top_k)
@@ -397,15 +349,3 @@ def _known_tokens(request: Request, start: int, count: int) -> list[int]:
         offset = max(start - len(prompt), 0)
         tokens = tokens + request.output_token_ids[offset : end - len(prompt)]
     return tokens + [-1] * (count - len(tokens))
-
-
-def _token_logprobs(
-    wanted: int, row: int, token: int, top: list[np.ndarray], full: np.ndarray | None
-) -> TokenLogprobs:
-    ids, logprobs, token_logprob, rank = (x[row] for x in top)
-    if wanted == -1:
-        assert full is not None
-        ids, logprobs = np.arange(full.shape[-1]), full[row]
-    else:
-        ids, logprobs = ids[:wanted], logprobs[:wanted]
-    return TokenLogprobs(token, float(token_logprob), int(rank), ids, logprobs)

@@ -31,6 +31,7 @@ from jinfer.engine.plan import Plan, Progress, ScheduledSeq, SchedulerStats
 from jinfer.engine.prefix import PrefixCache
 from jinfer.engine.queue import WaitingQueue, arrival_key
 from jinfer.engine.request import Request, RequestStatus
+from jinfer.engine.speculation import Speculation
 from jinfer.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ class Scheduler:
 
     A sequence is never longer than the pool allows: `add` lowers `max_output_tokens` to what fits,
     so that a request alone always runs to an end (finish reason "length").
+
+    With speculation, what the decodes leave of the budget goes to drafts first. A sequence whose
+    drafts are in flight waits for their commit, which takes back the positions of those that fell:
+    later tokens overwrite their KV before anything reads it, and no page with them is ever cached.
 
     Args:
       config: limits.
@@ -76,6 +81,7 @@ class Scheduler:
         self.holdings = Holdings(
             self.prefix, config.enable_prefix_caching, max_cached_tokens, self.stats
         )
+        self.speculation = None if config.speculation is None else Speculation(config.speculation)
         self._now = now
         self._requests: dict[str, Request] = {}  # live ones
         self.running: list[Request] = []  # most urgent first
@@ -99,6 +105,11 @@ class Scheduler:
     def num_in_flight(self) -> int:
         """Plans made and not committed."""
         return len(self._in_flight)
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether the next plan should wait for the tokens of the last one, to draft after them."""
+        return self.speculation is not None
 
     def has_work(self) -> bool:
         """Whether a request is live or a plan is to be committed."""
@@ -185,7 +196,7 @@ class Scheduler:
         """Gives up all plans in flight: what they sample never comes."""
         self._in_flight.clear()
         for request in self._requests.values():
-            request.num_in_flight = 0
+            request.num_in_flight = request.num_unverified = 0
 
     def _retire(self, request: Request) -> None:
         """Takes an ended request out of every list and frees what it holds."""
@@ -207,6 +218,10 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         decodes = self._reserve_decodes()
         budget -= len(decodes)
+        drafts = [()] * len(decodes)
+        if self.speculation is not None:
+            drafts = self.speculation.draft(decodes, budget, self.holdings)
+        budget -= sum(map(len, drafts))
         chunks: list[ScheduledSeq] = []
         for request in self.running:
             if request.is_prefilling and budget > 0:
@@ -223,8 +238,10 @@ class Scheduler:
             budget -= chunks[-1].num_tokens
         if not decodes and not chunks:
             return None
-        num_steps = 1 if chunks else self._extend_decodes(decodes)
-        seqs = [self._schedule_decode(request, num_steps) for request in decodes] + chunks
+        num_steps = 1 if chunks or self.is_drafting else self._num_decode_steps(decodes)
+        seqs = [
+            self._schedule_decode(request, num_steps, ids) for request, ids in zip(decodes, drafts)
+        ] + chunks
         is_decode = all(seq.num_tokens == 1 for seq in seqs)
         cleared = self.holdings.take_spoilt_pages()
         plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids), cleared)
@@ -242,8 +259,10 @@ class Scheduler:
         for request in tuple(self.running):
             if request.is_prefilling or request.num_unplanned_outputs <= 0:
                 continue
+            if request.num_unverified:  # how far it is, the next commit tells
+                continue
             while request.status is RequestStatus.RUNNING:
-                missing = self._num_missing_pages(request, 1)
+                missing = self.holdings.num_missing_pages(request, 1)
                 if missing <= self.prefix.num_available:
                     request.pages += self.prefix.alloc(missing)
                     decodes.append(request)
@@ -251,43 +270,32 @@ class Scheduler:
                 self._preempt(self.running[-1])
         return decodes
 
-    def _extend_decodes(self, decodes: list[Request]) -> int:
+    def _num_decode_steps(self, decodes: list[Request]) -> int:
         """Returns how many decode steps to run in one program, having taken their pages.
 
-        Several only where nobody's wish for logprobs ties the host to each step; as many as the
-        free pages allow, and no more than the sequence with most tokens to go can use.
+        Several only where nobody's wish for logprobs ties the host to each step.
         """
         if any(request.params.logprobs is not None for request in decodes):
             return 1
-        most = max(request.num_unplanned_outputs for request in decodes)
-        for num_steps in range(min(self.config.num_decode_steps, most), 1, -1):
-            missing = [self._num_missing_pages(request, num_steps) for request in decodes]
-            if sum(missing) <= self.prefix.num_available:
-                for request, n in zip(decodes, missing):
-                    request.pages += self.prefix.alloc(n)
-                return num_steps
-        return 1
+        return self.holdings.extend(decodes, self.config.num_decode_steps)
 
-    def _num_missing_pages(self, request: Request, num_steps: int) -> int:
-        """Returns how many more pages `num_steps` decode steps of `request` need."""
-        num_steps = min(num_steps, request.num_unplanned_outputs)
-        return max(
-            0, self.holdings.num_pages(request.num_computed_tokens + num_steps) - len(request.pages)
-        )
-
-    def _schedule_decode(self, request: Request, num_steps: int) -> ScheduledSeq:
-        num_samples = min(num_steps, request.num_unplanned_outputs)
+    def _schedule_decode(
+        self, request: Request, num_steps: int, drafts: tuple[int, ...]
+    ) -> ScheduledSeq:
+        num_samples = min(num_steps + len(drafts), request.num_unplanned_outputs)
         start = request.num_computed_tokens
         written = self.holdings.written_pages(request, start, num_samples)
         seq = ScheduledSeq(
-            *(request, start, 1, num_samples),
+            *(request, start, 1 + len(drafts), num_samples),
             is_new_row=False,
             is_prefill=False,
             pages=written,
             is_on_found=request.num_found_tokens > 0,
+            draft_token_ids=drafts,
         )
         request.num_computed_tokens += num_samples
         request.num_in_flight += num_samples
+        request.num_unverified = len(drafts)
         return seq
 
     def _schedule_chunk(self, request: Request, budget: int) -> ScheduledSeq:
@@ -363,7 +371,8 @@ class Scheduler:
 
         Args:
           plan: the oldest plan not committed.
-          samples: for each of `plan.seqs` its `num_samples` tokens.
+          samples: for each of `plan.seqs` its `num_samples` tokens; with drafts one token at
+            least: the drafts that stood, and the one after them.
           is_sound: for each of `plan.seqs` whether all that it computed is finite; if not, its
             samples are dropped and it ends with an error. None: all are.
           logprobs: likewise one object a token, kept in `Request.logprobs`; None for none.
@@ -377,7 +386,11 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0] is not plan:
             expected = self._in_flight[0].step_id if self._in_flight else None
             raise ValueError(f"plans are committed in order: got {plan.step_id}, not {expected}")
-        if [len(tokens) for tokens in samples] != [seq.num_samples for seq in plan.seqs]:
+        fits = [
+            seq.num_samples - seq.num_drafts <= len(tokens) <= seq.num_samples
+            for seq, tokens in zip(plan.seqs, samples, strict=True)
+        ]
+        if not all(fits):
             raise ValueError(
                 f"plan {plan.step_id} samples {[seq.num_samples for seq in plan.seqs]} tokens, got "
                 f"{[len(tokens) for tokens in samples]}"
@@ -414,6 +427,9 @@ class Scheduler:
     ) -> Progress:
         request = seq.request
         request.num_in_flight -= seq.num_samples
+        request.num_unverified = 0
+        if request.status is RequestStatus.RUNNING:
+            request.num_computed_tokens -= seq.num_samples - len(tokens)
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = self._now()
         num_new = 0
@@ -422,6 +438,8 @@ class Scheduler:
             if request.accept(token, None if logprobs is None else logprobs[i]):
                 self._retire(request)
                 break
+        if self.speculation is not None and not seq.is_prefill:
+            self.speculation.note(request, seq.num_drafts, len(tokens))
         self.stats.num_output_tokens += num_new
         self.stats.num_discarded_tokens += len(tokens) - num_new
         return Progress(request, list(tokens[:num_new]), request.take_text(), request.is_finished)

@@ -1,0 +1,118 @@
+"""How many drafts each sequence gets, what they are, and how many stood; knows no device.
+
+The scheduler asks before every step and tells after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+
+from jinfer.config import SpeculativeConfig
+from jinfer.engine.holdings import Holdings
+from jinfer.engine.request import Request
+from jinfer.spec.ngram import NgramIndex
+
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL_S = 10.0
+
+
+class Speculation:
+    """Drafts for the sequences of an engine, and the counts of what became of them.
+
+    Args:
+      config: the method and its limits.
+    """
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self.config = config
+        self._indices: weakref.WeakKeyDictionary[Request, NgramIndex] = weakref.WeakKeyDictionary()
+        self.num_steps = 0  # of single sequences, each of which brought one token or more
+        self.num_tokens = 0  # that they brought
+        self.drafted_at = [0] * config.num_speculative_tokens  # by position, the first draft first
+        self.accepted_at = [0] * config.num_speculative_tokens
+        self._last_log = time.monotonic()
+
+    def draft(
+        self, decodes: list[Request], budget: int, holdings: Holdings
+    ) -> list[tuple[int, ...]]:
+        """Returns each decode's drafts, having taken the pages that they need.
+
+        Only free or cached pages: nobody is preempted for a draft.
+
+        Args:
+          decodes: running requests, with a page for their next token each.
+          budget: most drafts in all.
+          holdings: gives the pages.
+        """
+        drafts = []
+        for request in decodes:
+            ids = self._propose(request, min(budget, request.num_unplanned_outputs - 1))
+            missing = holdings.num_missing_pages(request, 1 + len(ids))
+            request.pages += holdings.prefix.alloc(min(missing, holdings.prefix.num_available))
+            room = len(request.pages) * holdings.page_size - request.num_computed_tokens - 1
+            drafts.append(ids[:room])
+            budget -= len(drafts[-1])
+        return drafts
+
+    def _propose(self, request: Request, limit: int) -> tuple[int, ...]:
+        """Returns at most `limit` drafts of what follows the known tokens, all of them known."""
+        limit = min(limit, self.config.num_speculative_tokens)
+        if limit <= 0 or request.num_in_flight:
+            return ()
+        index = self._indices.get(request)
+        if index is None:
+            config = self.config
+            index = NgramIndex(config.prompt_lookup_min, config.prompt_lookup_max)
+            self._indices[request] = index
+        return tuple(index.propose(request.known_token_ids, limit))
+
+    def note(self, request: Request, num_drafts: int, num_tokens: int) -> None:
+        """Counts a step of a sequence: its drafts, and the tokens that it brought."""
+        num_accepted = min(num_tokens - 1, num_drafts)
+        self.num_steps += 1
+        self.num_tokens += num_tokens
+        for i in range(num_drafts):
+            self.drafted_at[i] += 1
+            self.accepted_at[i] += i < num_accepted
+        metrics = request.metrics
+        metrics.num_decode_steps += 1
+        metrics.num_decode_tokens += num_tokens
+        metrics.num_drafted_tokens += num_drafts
+        metrics.num_accepted_tokens += num_accepted
+        self._log()
+
+    def metrics(self) -> dict[str, float]:
+        """Returns counts since the engine was made.
+
+        `acceptance_at_i` is the share of i-th drafts that stood, those included that were not
+        reached because an earlier one fell.
+        """
+        drafted, accepted = sum(self.drafted_at), sum(self.accepted_at)
+        return {
+            "num_drafted_tokens": drafted,
+            "num_accepted_tokens": accepted,
+            "acceptance_rate": accepted / max(1, drafted),
+            "tokens_per_step": self.num_tokens / max(1, self.num_steps),
+            **{
+                f"acceptance_at_{i + 1}": self.accepted_at[i] / max(1, self.drafted_at[i])
+                for i in range(len(self.drafted_at))
+            },
+        }
+
+    def _log(self) -> None:
+        now = time.monotonic()
+        if now - self._last_log < LOG_INTERVAL_S:
+            return
+        self._last_log = now
+        values = self.metrics()
+        logger.info(
+            "speculation (%s): %.2f tokens a step, %d of %d drafts accepted (%.0f %%)",
+            self.config.method,
+            values["tokens_per_step"],
+            values["num_accepted_tokens"],
+            values["num_drafted_tokens"],
+            100 * values["acceptance_rate"],
+        )

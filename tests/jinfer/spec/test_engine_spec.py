@@ -1,0 +1,152 @@
+"""Speculation in the engine: whatever is drafted, the tokens are those of plain decoding."""
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jinfer import LLM, SamplingParams
+from jinfer.config import ModelConfig
+from jinfer.models.model import Model
+
+VOCAB = 300
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    eos_token_ids=(7,),
+    tie_word_embeddings=True,
+)
+MODEL = Model(CONFIG)
+LIMITS = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 24, "block_size": 8}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
+
+
+def make_tokenizer():
+    """One token a byte; the ids beyond stand for nothing."""
+    vocab = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {f"<{i}>": i for i in range(len(vocab), VOCAB)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<299>")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def make_llm(params):
+    def make(**options):
+        return LLM(MODEL, params=params, tokenizer=make_tokenizer(), **{**LIMITS, **options})
+
+    return make
+
+
+def make_prompts():
+    """Prompts that repeat themselves, of lengths around pages of 8 and chunks of 24."""
+    rng = np.random.default_rng(0)
+    prompts = []
+    for n in (1, 7, 8, 9, 23, 25, 40, 70, 70):
+        words = rng.integers(10, 20, max(1, n // 2)).tolist()
+        prompts.append((words * 3)[:n])
+    prompts[-1] = prompts[-2][:60] + prompts[-1][60:]  # a prefix hit
+    return prompts
+
+
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+    SamplingParams(temperature=0, max_tokens=30, logprobs=2),
+    SamplingParams(temperature=0.4, seed=1, max_tokens=25, ignore_eos=True),
+    SamplingParams(temperature=0, max_tokens=24, repetition_penalty=1.1, frequency_penalty=0.1),
+    SamplingParams(temperature=0.7, top_k=5, top_p=0.9, seed=2, max_tokens=17, logprobs=-1),
+    SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=1, stop=["a"]),
+    SamplingParams(temperature=0.3, min_p=0.1, seed=3, max_tokens=20, n=2),
+    SamplingParams(temperature=0, max_tokens=12, min_tokens=12, logit_bias={7: 5.0}),
+    SamplingParams(temperature=0, max_tokens=20, bad_words=["ab", "c"], ignore_eos=True),
+]
+
+
+def run(llm):
+    return llm.generate(make_prompts(), PARAMS, use_tqdm=False)
+
+
+@pytest.fixture(scope="module")
+def plain(make_llm):
+    return run(make_llm())
+
+
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        for x, y in zip(a.outputs, b.outputs, strict=True):
+            assert x.token_ids == y.token_ids
+            assert (x.text, x.finish_reason, x.stop_reason) == (
+                y.text,
+                y.finish_reason,
+                y.stop_reason,
+            )
+            for p, q in zip(x.logprobs or [], y.logprobs or [], strict=True):
+                assert p.keys() == q.keys()
+                assert np.allclose(
+                    [v.logprob for v in p.values()], [v.logprob for v in q.values()], atol=1e-4
+                )
+
+
+@pytest.mark.parametrize("pages", [None, 19], ids=["roomy", "tiny"])
+def test_ngram_gives_the_tokens_of_plain_decoding(make_llm, plain, pages):
+    llm = make_llm(num_gpu_blocks_override=pages, speculative_config=NGRAM)
+    outputs = run(llm)
+    assert_same(outputs, plain)
+    metrics = llm.get_metrics()
+    assert metrics["num_accepted_tokens"] > 20
+    assert metrics["num_drafted_tokens"] > metrics["num_accepted_tokens"]
+    assert metrics["num_cached_tokens"] > 0
+    assert (metrics["num_preemptions"] > 0) == (pages is not None)
+    assert metrics["num_running"] == 0
+    llm.check_integrity()
+    assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
+
+
+def test_metrics_tell_tokens_a_step(make_llm, plain):
+    llm = make_llm(speculative_config=NGRAM)
+    output = llm.generate([make_prompts()[0]], PARAMS[0], use_tqdm=False)[0]
+    metrics, times = llm.get_metrics(), output.metrics
+    assert times.num_decode_tokens >= 23  # the first came with the prompt
+    assert times.tokens_per_step == metrics["tokens_per_step"] > 1.0
+    assert times.num_accepted_tokens == metrics["num_accepted_tokens"]
+    rates = [metrics[f"acceptance_at_{i}"] for i in (1, 2, 3)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_nothing_compiles_after_warmup(make_llm):
+    llm = make_llm(speculative_config=NGRAM)
+    llm.warmup()
+    before = llm.num_compilations
+    run(llm)
+    assert llm.num_compilations == before
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"method": "oracle"}, "method must be one of ngram"),
+        ({}, "method must be one of ngram"),
+        ({"method": "ngram", "model": "x"}, "has no 'model'"),
+        ({"method": "ngram", "num_speculative_tokens": 0}, "must be a positive integer"),
+        ({"method": "ngram", "num_speculative_tokens": 99}, "at most"),
+        ({"method": "ngram", "prompt_lookup_min": 5}, "must not exceed"),
+    ],
+)
+def test_what_cannot_be_met_is_refused(make_llm, config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_llm(speculative_config=config)
+    assert "\n" not in str(error.value)
