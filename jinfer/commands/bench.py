@@ -6,7 +6,14 @@ import argparse
 import inspect
 from typing import Any
 
-from jinfer.commands import bench_beam, bench_kv, bench_latency, bench_prefix, bench_soak
+from jinfer.commands import (
+    bench_beam,
+    bench_kv,
+    bench_latency,
+    bench_prefix,
+    bench_soak,
+    bench_spec,
+)
 from jinfer.commands.bench_report import add_json_argument
 
 SUMMARY = "measure one part of the engine against a peer"
@@ -16,6 +23,7 @@ BENCHES: dict[str, Any] = {
     "latency": bench_latency,
     "prefix": bench_prefix,
     "soak": bench_soak,
+    "spec": bench_spec,
 }
 
 

@@ -150,3 +150,29 @@ def test_a_soak_sees_wrong_tokens(tmp_path, monkeypatch, capsys):
     argv = ["bench", "soak", "--minutes", "0.05", "--max-num-seqs", "2", "--pages", "13"]
     assert cli.main(argv) == 1
     assert "requests_with_wrong_tokens" in capsys.readouterr().err
+
+
+class Chat(Characters):
+    """The same with a chat template: the message alone."""
+
+    def apply_chat_template(self, conversation, **options):
+        return conversation[0]["content"]
+
+
+def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
+    tmp_path, tiny_model, monkeypatch
+):
+    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda name: Chat())
+    file = tmp_path / "chats.jsonl"
+    rows = [("writing", "ab" * 9), ("coding", "abc" * 9), ("qa", "dd"), ("qa", "e"), ("qa", "f")]
+    rows.append(("rag", "x" * 999))  # too long
+    file.write_text("".join(json.dumps({"category": c, "turns": [t]}) + "\n" for c, t in rows))
+    argv = ("--prompts", file, "--limit", 2, "--output-tokens", 20, "--max-model-len", 64)
+    got = bench(tmp_path, "spec", *argv, "--batch-sizes", 1)
+    assert {case for case, _ in got} == {f"ngram/{c}/b1" for c in ("mt_bench", "qa", "overall")}
+    assert got["ngram/overall/b1", "prompts with the same tokens"]["value"] == 4
+    per_step = got["ngram/overall/b1", "tokens_per_step"]
+    assert per_step["value"] > 1.0 and per_step["goal"] == 1.3
+    assert 0.0 < got["ngram/overall/b1", "acceptance"]["value"] < 1.0
+    speedup = got["ngram/qa/b1", "speedup"]
+    assert speedup["value"] == pytest.approx(speedup["ratio"] * speedup["peer_value"])

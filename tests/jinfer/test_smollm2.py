@@ -1,5 +1,9 @@
 """The embedded default model end to end, against transformers with the same weights."""
 
+import json
+import math
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not in
 
 import transformers  # noqa: E402
 
-from jinfer import LLM, BeamSearchParams, SamplingParams  # noqa: E402
+from jinfer import LLM, BeamSearchParams, SamplingParams, cli  # noqa: E402
 
 NUM_NEW_TOKENS = 24
 QUESTIONS = [
@@ -147,3 +151,19 @@ def test_it_answers_in_a_chat(llm):
     assert "Paris" in out.outputs[0].text
     assert out.outputs[0].finish_reason == "stop"  # its end token is 2
     assert out.outputs[0].token_ids[-1] == 2
+
+
+@pytest.mark.slow
+def test_perplexity_is_that_of_transformers(llm, oracle, smollm2_path, shared_data, tmp_path):
+    num_windows = int(os.environ.get("JINFER_TEST_WINDOWS", "2"))
+    text, report = shared_data / "text" / "wiki.test.raw", tmp_path / "report.json"
+    argv = ["eval", "--model", str(smollm2_path), "--text", str(text), "--json", str(report)]
+    assert cli.main([*argv, "--windows", str(num_windows)]) == 0
+    tokens = llm.get_tokenizer().encode(text.read_text(), add_special_tokens=False)
+    losses = []
+    for i in range(num_windows):
+        window = torch.tensor([tokens[1024 * i : 1024 * (i + 1)]])
+        with torch.no_grad():
+            losses.append(float(oracle(input_ids=window, labels=window).loss))
+    expected = math.exp(sum(losses) / num_windows)
+    assert json.loads(report.read_text())["perplexity"] == pytest.approx(expected, abs=0.01)

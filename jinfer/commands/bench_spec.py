@@ -1,0 +1,224 @@
+"""`jinfer bench spec`: tokens a step, acceptance and speed of speculation beside plain decoding.
+
+Both engines read the same weights and the same chats, and take turns, a batch at a time. The first
+pass fills their prefix caches and compiles; the second, which is measured, finds the prompts there,
+so that next to nothing but decoding is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from jinfer.commands.bench_report import Row, finish
+from jinfer.commands.flags import DEFAULT_MODEL
+
+SUMMARY = "speculative decoding beside plain decoding"
+METHODS: dict[str, dict[str, Any]] = {"ngram": {"method": "ngram"}}
+# Tokens a step that were aimed at.
+GOALS = {("ngram", "overall"): 1.3, ("ngram", "summarization"): 1.8}
+# The categories of MT-Bench, which Spec-Bench counts as one.
+_CHAT = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
+
+
+@dataclasses.dataclass
+class _Counts:
+    """What one engine did for some prompts."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def add(self, other: _Counts) -> None:
+        for field in dataclasses.fields(self):
+            name = field.name
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of `jinfer bench spec`."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
+    parser.add_argument("--dtype", default="auto", help="of weights, activations and KV (auto)")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='JSONL of {"category": ..., "turns": [...]}; first turns are asked',
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--num-speculative-tokens", type=int, default=4, help="(4)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="(1 8)")
+    parser.add_argument("--limit", type=int, default=8, help="prompts a category (8)")
+    parser.add_argument("--output-tokens", type=int, default=64, help="(64)")
+    parser.add_argument("--max-model-len", type=int, default=2048, help="longer chats are left out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures each method on chats of several categories, at each batch size."""
+    from jinfer import LLM, load
+    from jinfer.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.model)
+    chats = read_chats(args.prompts, tokenizer, args.limit, args.max_model_len - args.output_tokens)
+    model, params = load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
+    rows: list[Row] = []
+    for batch_size in args.batch_sizes:
+        common: dict[str, Any] = {
+            "params": params,
+            "max_model_len": args.max_model_len,
+            "max_num_seqs": batch_size,
+            "num_gpu_blocks_override": _num_pages(chats, args.output_tokens),
+            "skip_tokenizer_init": True,
+        }
+        plain = LLM(model, **common)
+        for method in args.methods:
+            config = METHODS[method] | {"num_speculative_tokens": args.num_speculative_tokens}
+            llm = LLM(model, speculative_config=config, **common)
+            for prompts in chats.values():
+                for engine in (plain, llm):
+                    _generate(engine, prompts, batch_size, args.output_tokens)
+            measured = {
+                category: _measure(plain, llm, prompts, batch_size, args.output_tokens)
+                for category, prompts in chats.items()
+            }
+            rows += _rows(method, batch_size, measured)
+            del llm
+            gc.collect()
+        del plain
+        gc.collect()
+    finish(
+        rows,
+        command=f"jinfer bench spec --model {args.model} --prompts {args.prompts.name} --methods "
+        f"{' '.join(args.methods)} --num-speculative-tokens {args.num_speculative_tokens} "
+        f"--batch-sizes {' '.join(map(str, args.batch_sizes))} --limit {args.limit} "
+        f"--output-tokens {args.output_tokens}",
+        json_file=args.json,
+        workload={name: [len(p) for p in prompts] for name, prompts in chats.items()},
+    )
+    return 0
+
+
+def read_chats(path: Path, tokenizer: Any, limit: int, longest: int) -> dict[str, list[list[int]]]:
+    """Returns up to `limit` prompts of each category, as token ids in the model's chat format.
+
+    Raises:
+      ValueError: a line is not of the form, or no prompt is short enough.
+    """
+    from jinfer.prompts import apply_chat_template
+
+    chats: dict[str, list[list[int]]] = collections.defaultdict(list)
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            category, question = row["category"], row["turns"][0]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: expected {{"category": ..., "turns": [...]}} ({error!r})'
+            ) from None
+        group = chats["mt_bench" if category in _CHAT else category]
+        if len(group) < limit:
+            message = {"role": "user", "content": question}
+            tokens = apply_chat_template(tokenizer, [message], add_generation_prompt=True)
+            if len(tokens) <= longest:
+                group.append(list(tokens))
+    chats = {name: prompts for name, prompts in chats.items() if prompts}
+    if not chats:
+        raise ValueError(f"{path} has no prompt of at most {longest} tokens")
+    return chats
+
+
+def _num_pages(chats: dict[str, list[list[int]]], num_outputs: int, page_size: int = 64) -> int:
+    """All chats at once: nothing is ever evicted."""
+    lengths = [len(prompt) + num_outputs for prompts in chats.values() for prompt in prompts]
+    return sum(-(-n // page_size) for n in lengths)
+
+
+def _generate(llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: int) -> Any:
+    """Returns counts, and the outputs in order."""
+    from jinfer import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, detokenize=False)
+    counts, tokens = _Counts(), []
+    for i in range(0, len(prompts), batch_size):
+        batch = [{"prompt_token_ids": prompt} for prompt in prompts[i : i + batch_size]]
+        begin = time.perf_counter()
+        outputs = llm.generate(batch, params, use_tqdm=False)
+        counts.seconds += time.perf_counter() - begin
+        for output in outputs:
+            tokens.append(output.outputs[0].token_ids)
+            counts.tokens += len(tokens[-1])
+            counts.decode_steps += output.metrics.num_decode_steps
+            counts.decode_tokens += output.metrics.num_decode_tokens
+            counts.drafted += output.metrics.num_drafted_tokens
+            counts.accepted += output.metrics.num_accepted_tokens
+    return counts, tokens
+
+
+def _measure(
+    plain: Any, llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: int
+) -> tuple[_Counts, _Counts, int]:
+    """Returns plain and speculative counts, and how many prompts gave the same tokens in both."""
+    slow, fast, num_same = _Counts(), _Counts(), 0
+    for i in range(0, len(prompts), batch_size):
+        part = prompts[i : i + batch_size]
+        engines = [(plain, slow), (llm, fast)]
+        texts = {}
+        for engine, total in engines if i % (2 * batch_size) == 0 else reversed(engines):
+            counts, texts[id(engine)] = _generate(engine, part, batch_size, num_tokens)
+            total.add(counts)
+        num_same += sum(a == b for a, b in zip(texts[id(plain)], texts[id(llm)], strict=True))
+    return slow, fast, num_same
+
+
+def _rows(
+    method: str, batch_size: int, measured: dict[str, tuple[_Counts, _Counts, int]]
+) -> list[Row]:
+    slow, fast, num_same = _Counts(), _Counts(), 0
+    for counts in measured.values():
+        slow.add(counts[0])
+        fast.add(counts[1])
+        num_same += counts[2]
+    rows = []
+    for category, (a, b, same) in {**measured, "overall": (slow, fast, num_same)}.items():
+        case = f"{method}/{category}/b{batch_size}"
+        per_step = b.decode_tokens / max(1, b.decode_steps)
+        plain_rate, rate = a.tokens / a.seconds, b.tokens / b.seconds
+        rows += [
+            Row(
+                case=case,
+                metric="tokens_per_step",
+                unit="tokens",
+                value=per_step,
+                peer="plain decoding",
+                peer_value=1.0,
+                ratio=per_step,
+                goal=GOALS.get((method, category)),
+            ),
+            Row(
+                case=case,
+                metric="acceptance",
+                unit="of the drafts",
+                value=b.accepted / max(1, b.drafted),
+            ),
+            Row(
+                case=case,
+                metric="speedup",
+                unit="tokens/s",
+                value=rate,
+                peer="plain decoding",
+                peer_value=plain_rate,
+                ratio=rate / plain_rate,
+            ),
+            Row(case=case, metric="prompts with the same tokens", unit="", value=float(same)),
+        ]
+    return rows

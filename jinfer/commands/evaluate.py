@@ -1,0 +1,82 @@
+"""`jinfer eval`: perplexity of a model on a text, and how far it is from another model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+from jinfer.commands.flags import DEFAULT_MODEL
+from jinfer.commands.terminal import say
+
+SUMMARY = "score a model on a text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of `jinfer eval`."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
+    parser.add_argument("--dtype", default="float32", help="of float weights (float32)")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8, or .gz")
+    parser.add_argument("--context", type=int, default=1024, help="tokens a window (1024)")
+    parser.add_argument("--windows", type=int, metavar="N", help="how many (all that there are)")
+    parser.add_argument(
+        "--against", metavar="MODEL", help="a reference: KL and top-1 agreement with it"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Scores consecutive windows of a text, without special tokens.
+
+    The first token of each window is not scored. With --against, the mean KL divergence from the
+    reference's next-token distributions to the model's, and how often both put the same token
+    first.
+    """
+    from tqdm import tqdm
+
+    from jinfer import load
+    from jinfer.quant import texts
+    from jinfer.quant.evaluate import evaluate
+    from jinfer.tokenizer import load_tokenizer
+
+    if args.context < 2:
+        raise ValueError(f"--context must be at least 2 tokens, got {args.context}")
+    text = "\n\n".join(texts.read_texts(args.text))
+    tokenizer = load_tokenizer(args.model)
+    windows = texts.windows(
+        text,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        length=args.context,
+        num_windows=args.windows,
+    )
+    model, params = load(args.model, dtype=args.dtype)
+    reference = None if args.against is None else load(args.against, dtype=args.dtype)
+    with tqdm(total=len(windows), desc="eval", unit="window") as bar:
+
+        def on_window(_: int) -> None:
+            bar.update()
+
+        result = evaluate(model, params, windows, against=reference, on_window=on_window)
+    say(
+        f"perplexity {result.perplexity:.4f} ({result.num_windows} windows of {result.length} "
+        f"tokens, {result.num_scored} scored, {result.seconds:.1f} s)"
+    )
+    if result.kl is not None and result.top1 is not None:
+        error = "" if result.kl_se is None else f" +- {result.kl_se:.2g}"
+        say(f"against {args.against}: KL {result.kl:.6f}{error} nats, top-1 {result.top1:.2%}")
+    if args.json is not None:
+        report = {
+            "model": args.model,
+            "against": args.against,
+            "text": args.text.name,
+            "dtype": args.dtype,
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in ("jax", "jinfer")},
+            **dataclasses.asdict(result),
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0

@@ -1,0 +1,72 @@
+"""`jinfer eval`: the command around `quant.evaluate`."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jinfer
+from jinfer import cli
+from jinfer.config import ModelConfig
+from jinfer.models.model import Model
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+
+
+class Characters:
+    """A tokenizer of one token a character."""
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [ord(c) for c in text]
+
+
+@pytest.fixture
+def models(monkeypatch):
+    model = Model(CONFIG)
+    loaded = {name: (model, model.init(jax.random.key(i))) for i, name in enumerate("ab")}
+    monkeypatch.setattr(jinfer, "load", lambda name, **options: loaded[name])
+    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda name: Characters())
+    return loaded
+
+
+def test_windows_are_scored_without_their_first_tokens(models, tmp_path, capsys):
+    text, file = "the quick brown fox jumps over it", tmp_path / "out" / "report.json"
+    (tmp_path / "text.txt").write_text(text)
+    argv = ["eval", "--model", "a", "--text", str(tmp_path / "text.txt"), "--context", "10"]
+    assert cli.main([*argv, "--against", "b", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    tokens = jnp.array([[ord(c) for c in text[i : i + 10]] for i in (0, 10, 20)])
+    logp = jax.nn.log_softmax(models["a"][0].logits(models["a"][1], tokens))
+    scored = jnp.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)
+    assert report["perplexity"] == pytest.approx(math.exp(-float(scored.mean())), rel=1e-4)
+    assert (report["num_windows"], report["length"], report["num_scored"]) == (3, 10, 27)
+    assert report["kl"] > 0 and 0 <= report["top1"] < 1
+    assert "perplexity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--context", "1"], "at least 2 tokens"),
+        (["--context", "10", "--windows", "4"], "has 3 windows"),
+        (["--context", "99"], "has 0 windows"),
+    ],
+)
+def test_bad_input_is_one_line(models, tmp_path, capsys, more, message):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over it")
+    argv = ["eval", "--model", "a", "--text", str(tmp_path / "text.txt"), *more]
+    assert cli.main(argv) == 2
+    assert message in capsys.readouterr().err
