@@ -11,6 +11,7 @@ from jinfer.engine import core, recovery, watchdog
 from jinfer.engine.runner import Runner
 from jinfer.engine.watchdog import Watchdog
 from jinfer.models.model import Model
+from jinfer.spec.ngram import NgramIndex
 
 POISON = 13  # the token whose embedding is NaN
 NAMESPACE = ("float32", None)
@@ -213,6 +214,71 @@ def test_after_a_failed_step_every_request_goes_on(make_llm, alone, monkeypatch,
     fault = Fault(monkeypatch, name, nth)
     assert [output.token_ids for output in run(llm, PROMPTS)] == alone
     assert fault.num_faults == llm.get_metrics()["num_failed_steps"] == 1
+    check_whole(llm)
+
+
+# ---------------------------------------------------------------------- with drafts in the step
+
+
+def draft_what_comes(monkeypatch, texts, wrong=()):
+    """Drafts the tokens that plain decoding gave, with those of `wrong` behind the first."""
+
+    def propose(index, tokens, num_tokens):
+        for text in texts:
+            if text[: len(tokens)] == tokens:
+                true = text[len(tokens) : len(tokens) + num_tokens]
+                return [*true[:1], *wrong, *true[1:]][:num_tokens]
+        return []
+
+    monkeypatch.setattr(NgramIndex, "propose", propose)
+
+
+@pytest.mark.parametrize("name", ["launch", "fetch"])
+@pytest.mark.parametrize("nth", [2, 4, 5, 6])
+@pytest.mark.parametrize("wrong", [(), (21,)], ids=["right", "half wrong"])
+def test_after_a_failed_step_with_drafts_every_request_goes_on(
+    make_llm, alone, monkeypatch, name, nth, wrong
+):
+    llm = make_llm(num_gpu_blocks_override=14, speculative_config={"method": "ngram"})
+    draft_what_comes(monkeypatch, [[*p, *a] for p, a in zip(PROMPTS, alone)], wrong)
+    fault = Fault(monkeypatch, name, nth)
+    assert [output.token_ids for output in run(llm, PROMPTS)] == alone
+    metrics = llm.get_metrics()
+    assert fault.num_faults == metrics["num_failed_steps"] == 1
+    assert metrics["num_accepted_tokens"] > 0
+    assert (metrics["num_accepted_tokens"] < metrics["num_drafted_tokens"]) == bool(wrong)
+    check_whole(llm)
+
+
+def test_nan_under_verification_ends_that_request_alone(make_llm, alone, monkeypatch):
+    """A draft that the model cannot compute; its KV would lie under tokens to come."""
+    llm = make_llm(speculative_config={"method": "ngram"})
+    bad = [*PROMPTS[1], *alone[1]]
+    draft_what_comes(monkeypatch, [bad], wrong=(POISON,))
+    outputs = run(llm, PROMPTS)
+    error = outputs.pop(1)
+    assert [output.token_ids for output in outputs] == [alone[0], *alone[2:]]
+    assert error.finish_reason == "error" and "NaN" in error.error
+    assert error.token_ids == alone[1][: len(error.token_ids)]
+    check_whole(llm)
+    check_no_nan_is_left(llm)
+
+
+def test_an_abort_during_verification_leaves_whole_pages(make_llm, alone, monkeypatch):
+    llm = make_llm(speculative_config={"method": "ngram"})
+    texts = [[*p, *a] for p, a in zip(PROMPTS, alone)]
+    draft_what_comes(monkeypatch, texts, wrong=(21, 22))
+    llm.add_request("gone", PROMPTS[1], GREEDY)
+    engine = llm._engine
+    while not any(seq.num_drafts for launched in engine._in_flight for seq in launched.plan.seqs):
+        llm.step()
+        plan = engine.scheduler.plan()
+        if plan is not None:
+            engine._in_flight.append(llm._runner.launch(plan))
+    llm.abort("gone")
+    check_whole(llm)
+    again = run(llm, PROMPTS)
+    assert [output.token_ids for output in again] == alone
     check_whole(llm)
 
 
