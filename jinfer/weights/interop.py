@@ -101,6 +101,10 @@ def check_writable(x: QTensor, what: str, bits: tuple[int, ...], *, has_groups: 
         f"{what} holds integers of {', '.join(map(str, bits))} bits, got {fmt}",
     )
     require(
+        not has_groups or fmt.act is None,
+        f"{what} does not say what happens to the inputs, got {fmt}; write compressed-tensors",
+    )
+    require(
         not has_groups or (fmt.group != 0 and fmt.block == 1),
         f"{what} needs scales by group or channel, got {fmt}",
     )

@@ -22,9 +22,9 @@ from hypothesis.stateful import (
 from jinfer import LLM, SamplingParams
 from jinfer.config import ModelConfig
 from jinfer.engine import recovery
+from jinfer.engine.holdings import Holdings
 from jinfer.engine.pages import PagePool
 from jinfer.engine.runner import Runner
-from jinfer.engine.scheduler import Scheduler
 from jinfer.models.model import Model
 
 POISON = 1  # the token whose embedding is NaN
@@ -243,12 +243,12 @@ def a_reference_not_counted(monkeypatch):
 
 
 def a_page_border_off_by_one(monkeypatch):
-    missing = Scheduler._num_missing_pages
+    missing = Holdings.num_missing_pages
 
     def one_too_few(self, request, num_steps):
         return missing(self, request, num_steps - 1) if num_steps > 1 else 0
 
-    monkeypatch.setattr(Scheduler, "_num_missing_pages", one_too_few)
+    monkeypatch.setattr(Holdings, "num_missing_pages", one_too_few)
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,7 @@ def test_gptq_awq_and_compressed_tensors_transcode_without_loss(text):
         (write_gptq, "int4-tensor", {}, "by group or channel"),
         (write_gptq, "int4-g32", {"columns": 60}, "multiples of 32"),
         (write_gptq, "int4-g32", {"scale_dtype": jnp.float32}, "scale_dtype=float16"),
+        (write_gptq, "int8-channel:dyn", {}, "what happens to the inputs"),
         (write_awq, "int3-g32", {}, "AWQ holds integers of 4 bits"),
         (write_awq, "int4-g32", {"columns": 60}, "8 outputs"),
         (write_ct, "nf4-g64", {}, "compressed-tensors holds integers"),
