@@ -213,12 +213,15 @@ class SpeculativeConfig:
     Attributes:
       method: "ngram": what followed the last time that the text ended alike.
       num_speculative_tokens: most drafts a sequence and step.
+      adaptive: carry fewer, or none, where steps with drafts are measured to bring fewer tokens a
+        second; otherwise all that there are.
       prompt_lookup_max, prompt_lookup_min: ("ngram") tokens at the end of the text that are looked
         for, as many as can be found.
     """
 
     method: str
     num_speculative_tokens: int = 4
+    adaptive: bool = True
     prompt_lookup_max: int = 3
     prompt_lookup_min: int = 1
 
@@ -229,6 +232,10 @@ class SpeculativeConfig:
                 isinstance(value, int) and not isinstance(value, bool) and value > 0,
                 f"speculative_config: {name} must be a positive integer, got {value!r}",
             )
+        require(
+            isinstance(self.adaptive, bool),
+            f"speculative_config: adaptive must be true or false, got {self.adaptive!r}",
+        )
         require(
             self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS,
             f"speculative_config: num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, "
@@ -253,7 +260,7 @@ class SpeculativeConfig:
             method in _SPECULATIVE_FIELDS,
             f"speculative_config: method must be one of {methods}, got {method!r}",
         )
-        known = ("method", "num_speculative_tokens", *_SPECULATIVE_FIELDS[str(method)])
+        known = ("method", "num_speculative_tokens", "adaptive", *_SPECULATIVE_FIELDS[str(method)])
         for name in fields:
             require(
                 name in known,

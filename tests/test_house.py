@@ -78,6 +78,7 @@ WITHOUT_JAX = (
     "jinfer.models.hf_config",
     "jinfer.outputs",
     "jinfer.sampling_params",
+    "jinfer.spec.adaptive",
     "jinfer.spec.medusa_tree",
     "jinfer.spec.ngram",
 )

@@ -81,7 +81,7 @@ class Scheduler:
         self.holdings = Holdings(
             self.prefix, config.enable_prefix_caching, max_cached_tokens, self.stats
         )
-        self.speculation = None if config.speculation is None else Speculation(config.speculation)
+        self.speculation = None if config.speculation is None else Speculation(config, now)
         self._now = now
         self._requests: dict[str, Request] = {}  # live ones
         self.running: list[Request] = []  # most urgent first
@@ -396,6 +396,8 @@ class Scheduler:
                 f"{[len(tokens) for tokens in samples]}"
             )
         self._in_flight.popleft()
+        if self.speculation is not None:
+            self.speculation.note(plan, samples, is_sound)
         progress = []
         for i, (seq, tokens) in enumerate(zip(plan.seqs, samples)):
             is_bad = is_sound is not None and not is_sound[i]
@@ -438,8 +440,6 @@ class Scheduler:
             if request.accept(token, None if logprobs is None else logprobs[i]):
                 self._retire(request)
                 break
-        if self.speculation is not None and not seq.is_prefill:
-            self.speculation.note(request, seq.num_drafts, len(tokens))
         self.stats.num_output_tokens += num_new
         self.stats.num_discarded_tokens += len(tokens) - num_new
         return Progress(request, list(tokens[:num_new]), request.take_text(), request.is_finished)

@@ -6,12 +6,15 @@ The scheduler asks before every step and tells after it.
 from __future__ import annotations
 
 import logging
-import time
 import weakref
+from collections.abc import Callable, Sequence
 
-from jinfer.config import SpeculativeConfig
+from jinfer.config import EngineConfig
+from jinfer.engine.buckets import Buckets
 from jinfer.engine.holdings import Holdings
+from jinfer.engine.plan import Plan
 from jinfer.engine.request import Request
+from jinfer.spec.adaptive import DraftLength
 from jinfer.spec.ngram import NgramIndex
 
 logger = logging.getLogger(__name__)
@@ -23,17 +26,25 @@ class Speculation:
     """Drafts for the sequences of an engine, and the counts of what became of them.
 
     Args:
-      config: the method and its limits.
+      config: limits, and the method in `config.speculation`.
+      now: a clock in seconds.
     """
 
-    def __init__(self, config: SpeculativeConfig) -> None:
-        self.config = config
+    def __init__(self, config: EngineConfig, now: Callable[[], float]) -> None:
+        assert config.speculation is not None
+        self.config = config.speculation
+        sizes = Buckets.of(config).drafts
+        self.length = DraftLength(sizes) if self.config.adaptive else None
+        self._now = now
+        self._planned_at = now()
         self._indices: weakref.WeakKeyDictionary[Request, NgramIndex] = weakref.WeakKeyDictionary()
         self.num_steps = 0  # of single sequences, each of which brought one token or more
         self.num_tokens = 0  # that they brought
-        self.drafted_at = [0] * config.num_speculative_tokens  # by position, the first draft first
-        self.accepted_at = [0] * config.num_speculative_tokens
-        self._last_log = time.monotonic()
+        self.drafted_at = [
+            0
+        ] * self.config.num_speculative_tokens  # by position, the first draft first
+        self.accepted_at = [0] * self.config.num_speculative_tokens
+        self._last_log = now()
 
     def draft(
         self, decodes: list[Request], budget: int, holdings: Holdings
@@ -47,9 +58,14 @@ class Speculation:
           budget: most drafts in all.
           holdings: gives the pages.
         """
+        self._planned_at = self._now()
+        proposed = [self._propose(r, r.num_unplanned_outputs - 1) for r in decodes]
+        most = self.config.num_speculative_tokens
+        if self.length is not None:
+            most = self.length.choose([len(ids) for ids in proposed])
         drafts = []
-        for request in decodes:
-            ids = self._propose(request, min(budget, request.num_unplanned_outputs - 1))
+        for request, ids in zip(decodes, proposed):
+            ids = ids[: max(0, min(budget, most))]
             missing = holdings.num_missing_pages(request, 1 + len(ids))
             request.pages += holdings.prefix.alloc(min(missing, holdings.prefix.num_available))
             room = len(request.pages) * holdings.page_size - request.num_computed_tokens - 1
@@ -69,20 +85,32 @@ class Speculation:
             self._indices[request] = index
         return tuple(index.propose(request.known_token_ids, limit))
 
-    def note(self, request: Request, num_drafts: int, num_tokens: int) -> None:
-        """Counts a step of a sequence: its drafts, and the tokens that it brought."""
+    def note(
+        self, plan: Plan, samples: Sequence[Sequence[int]], is_sound: Sequence[bool] | None
+    ) -> None:
+        """Counts a step: the drafts of its sequences, and the tokens that came of them."""
+        if self.length is not None and not any(seq.is_prefill for seq in plan.seqs):
+            seconds = self._now() - self._planned_at
+            self.length.note_step(len(plan.seqs), plan.max_drafts, seconds)
+        for i, (seq, tokens) in enumerate(zip(plan.seqs, samples)):
+            if not seq.is_prefill and (is_sound is None or is_sound[i]):
+                self._note_sequence(seq.request, seq.num_drafts, len(tokens))
+        self._log()
+
+    def _note_sequence(self, request: Request, num_drafts: int, num_tokens: int) -> None:
         num_accepted = min(num_tokens - 1, num_drafts)
         self.num_steps += 1
         self.num_tokens += num_tokens
         for i in range(num_drafts):
             self.drafted_at[i] += 1
             self.accepted_at[i] += i < num_accepted
+        if self.length is not None:
+            self.length.note_drafts(num_drafts, num_accepted)
         metrics = request.metrics
         metrics.num_decode_steps += 1
         metrics.num_decode_tokens += num_tokens
         metrics.num_drafted_tokens += num_drafts
         metrics.num_accepted_tokens += num_accepted
-        self._log()
 
     def metrics(self) -> dict[str, float]:
         """Returns counts since the engine was made.
@@ -103,7 +131,7 @@ class Speculation:
         }
 
     def _log(self) -> None:
-        now = time.monotonic()
+        now = self._now()
         if now - self._last_log < LOG_INTERVAL_S:
             return
         self._last_log = now

@@ -168,7 +168,7 @@ def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     rows.append(("rag", "x" * 999))  # too long
     file.write_text("".join(json.dumps({"category": c, "turns": [t]}) + "\n" for c, t in rows))
     argv = ("--prompts", file, "--limit", 2, "--output-tokens", 20, "--max-model-len", 64)
-    got = bench(tmp_path, "spec", *argv, "--batch-sizes", 1)
+    got = bench(tmp_path, "spec", *argv, "--batch-sizes", 1, "--methods", "ngram")
     assert {case for case, _ in got} == {f"ngram/{c}/b1" for c in ("mt_bench", "qa", "overall")}
     assert got["ngram/overall/b1", "prompts with the same tokens"]["value"] == 4
     per_step = got["ngram/overall/b1", "tokens_per_step"]

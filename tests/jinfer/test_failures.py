@@ -36,6 +36,7 @@ LIMITS = {
     "num_gpu_blocks_override": 40,
     "skip_tokenizer_init": True,
 }
+NGRAM = {"method": "ngram", "adaptive": False}
 GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
 
 
@@ -239,7 +240,7 @@ def draft_what_comes(monkeypatch, texts, wrong=()):
 def test_after_a_failed_step_with_drafts_every_request_goes_on(
     make_llm, alone, monkeypatch, name, nth, wrong
 ):
-    llm = make_llm(num_gpu_blocks_override=14, speculative_config={"method": "ngram"})
+    llm = make_llm(num_gpu_blocks_override=14, speculative_config=NGRAM)
     draft_what_comes(monkeypatch, [[*p, *a] for p, a in zip(PROMPTS, alone)], wrong)
     fault = Fault(monkeypatch, name, nth)
     assert [output.token_ids for output in run(llm, PROMPTS)] == alone
@@ -252,7 +253,7 @@ def test_after_a_failed_step_with_drafts_every_request_goes_on(
 
 def test_nan_under_verification_ends_that_request_alone(make_llm, alone, monkeypatch):
     """A draft that the model cannot compute; its KV would lie under tokens to come."""
-    llm = make_llm(speculative_config={"method": "ngram"})
+    llm = make_llm(speculative_config=NGRAM)
     bad = [*PROMPTS[1], *alone[1]]
     draft_what_comes(monkeypatch, [bad], wrong=(POISON,))
     outputs = run(llm, PROMPTS)
@@ -265,7 +266,7 @@ def test_nan_under_verification_ends_that_request_alone(make_llm, alone, monkeyp
 
 
 def test_an_abort_during_verification_leaves_whole_pages(make_llm, alone, monkeypatch):
-    llm = make_llm(speculative_config={"method": "ngram"})
+    llm = make_llm(speculative_config=NGRAM)
     texts = [[*p, *a] for p, a in zip(PROMPTS, alone)]
     draft_what_comes(monkeypatch, texts, wrong=(21, 22))
     llm.add_request("gone", PROMPTS[1], GREEDY)

@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
 )
 MODEL = Model(CONFIG)
 LIMITS = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 24, "block_size": 8}
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False}
 
 
 def make_tokenizer():
@@ -116,6 +116,14 @@ def test_ngram_gives_the_tokens_of_plain_decoding(make_llm, plain, pages):
     assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
 
 
+def test_an_adaptive_number_of_drafts_changes_no_token(make_llm, plain):
+    llm = make_llm(speculative_config={**NGRAM, "adaptive": True})
+    for _ in range(2):  # with measured costs the second time
+        assert_same(run(llm), plain)
+    assert llm.get_metrics()["num_drafted_tokens"] > 0
+    llm.check_integrity()
+
+
 def test_metrics_tell_tokens_a_step(make_llm, plain):
     llm = make_llm(speculative_config=NGRAM)
     output = llm.generate([make_prompts()[0]], PARAMS[0], use_tqdm=False)[0]
@@ -143,6 +151,7 @@ def test_nothing_compiles_after_warmup(make_llm):
         ({"method": "ngram", "model": "x"}, "has no 'model'"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "must be a positive integer"),
         ({"method": "ngram", "num_speculative_tokens": 99}, "at most"),
+        ({"method": "ngram", "adaptive": 1}, "true or false"),
         ({"method": "ngram", "prompt_lookup_min": 5}, "must not exceed"),
     ],
 )

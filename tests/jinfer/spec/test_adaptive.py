@@ -1,0 +1,75 @@
+"""How many drafts a step carries: what a perfectly informed choice would carry, found by trying."""
+
+import numpy as np
+import pytest
+
+from jinfer.spec.adaptive import NUM_TRIALS, RETRY_AFTER, DraftLength
+
+SIZES = (2, 4)
+
+
+def serve(length, lengths, cost, rate, num_steps, rng):
+    """Simulated steps: returns tokens and seconds in all, and the choices."""
+    tokens = seconds = 0.0
+    choices = []
+    for _ in range(num_steps):
+        size = length.choose(lengths)
+        given = [min(n, size) for n in lengths]
+        for n in given:
+            accepted = next((i for i in range(n) if rng.random() >= rate), n)
+            length.note_drafts(n, accepted)
+            tokens += 1 + accepted
+        took = cost(len(lengths), max(given))
+        length.note_step(len(lengths), max(given), took)
+        seconds += took
+        choices.append(size)
+    return tokens, seconds, choices
+
+
+@pytest.mark.parametrize(
+    ("costs", "rate", "best"),
+    [
+        ({0: 1.0, 2: 1.04, 4: 1.08}, 0.9, 4),
+        ({0: 1.0, 2: 1.04, 4: 1.08}, 0.02, 0),
+        ({0: 1.0, 2: 3.0, 4: 5.0}, 0.9, 0),
+        ({0: 1.0, 2: 1.3, 4: 2.4}, 0.5, 2),  # tokens 1, 1.75 and 1.94
+        ({0: 1.0, 2: 1.0, 4: 1.0}, 0.5, 4),
+    ],
+    ids=["free and good", "bad drafts", "dear", "two pay", "free"],
+)
+def test_the_best_number_is_found_and_kept(costs, rate, best):
+    length, rng = DraftLength(SIZES), np.random.default_rng(0)
+    tokens, seconds, choices = serve(length, [4] * 3, lambda _, n: costs[n], rate, 1000, rng)
+    settled = choices[100:]
+    assert settled.count(best) >= 0.95 * len(settled)
+    assert set(choices) == {0, 2, 4}
+    # Trying costs little: never below 0.95 of plain decoding's speed.
+    assert tokens / seconds >= 0.95 * 3 / costs[0]
+
+
+def test_what_changes_is_noticed():
+    length, rng = DraftLength(SIZES), np.random.default_rng(1)
+    dear = lambda _, n: 1.0 + n  # noqa: E731
+    serve(length, [4], dear, 0.9, 50, rng)
+    _, _, choices = serve(length, [4], lambda _, n: 1.0, 0.9, 20 * RETRY_AFTER, rng)
+    assert choices[-10:].count(4) >= 9
+
+
+def test_batches_are_judged_apart_and_nothing_to_draft_is_no_trial():
+    length, rng = DraftLength(SIZES), np.random.default_rng(2)
+    cost = lambda n, drafts: 1.0 if n == 1 else 1.0 + drafts  # noqa: E731
+    for _ in range(30):
+        serve(length, [4], cost, 0.9, 10, rng)
+        serve(length, [4] * 8, cost, 0.9, 10, rng)
+    assert length.choose([4]) == 4
+    assert length.choose([4] * 8) == 0
+    assert DraftLength(SIZES).choose([0, 0]) == 0
+
+
+def test_each_kind_of_step_is_tried_before_it_is_judged():
+    length, rng = DraftLength(SIZES), np.random.default_rng(3)
+    _, _, choices = serve(length, [4], lambda _, n: 1.0, 0.5, 3 * NUM_TRIALS, rng)
+    assert sorted(choices) == sorted([0, 2, 4] * NUM_TRIALS)
+    short, rng = DraftLength(SIZES), np.random.default_rng(3)
+    _, _, choices = serve(short, [1, 0], lambda _, n: 1.0, 0.5, 40, rng)
+    assert set(choices) == {0, 2}
