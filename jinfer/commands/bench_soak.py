@@ -7,11 +7,13 @@ and rows are counted, and this process's memory must stay where it was after the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     lost or the cache is reset. Fails if a token is wrong, a page is lost, a request is stuck or
     ends as it should not, or the memory of the process grows.
     """
-    logging.getLogger("jinfer").setLevel(logging.ERROR)  # it fails on purpose, thousands of times
-    soak = _Soak(args)
-    soak.run(args.minutes * 60)
+    with _errors_only():
+        soak = _Soak(args)
+        soak.run(args.minutes * 60)
     rows = soak.rows()
     finish(
         rows,
@@ -55,6 +57,18 @@ def run(args: argparse.Namespace) -> int:
     if bad:
         raise RuntimeError(f"the soak failed: {', '.join(bad)}")
     return 0
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silences warnings: the load fails on purpose, thousands of times."""
+    logger = logging.getLogger("jinfer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _make_llm(args: argparse.Namespace) -> Any:

@@ -1,6 +1,7 @@
 """The benches at toy sizes: that they measure what they say and write the common form."""
 
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,7 @@ def test_a_short_soak_ends_whole(tmp_path):
     values = {metric: row["value"] for (_, metric), row in rows.items()}
     assert values["requests_finished"] > 0 and values["integrity_checks"] > 1
     assert all(row["value"] <= row["limit"] for row in rows.values() if row["limit"] is not None)
+    assert logging.getLogger("jinfer").level == logging.NOTSET  # silent for the soak only
 
 
 def test_a_soak_sees_wrong_tokens(tmp_path, monkeypatch, capsys):
