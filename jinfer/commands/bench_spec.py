@@ -1,8 +1,8 @@
 """`jinfer bench spec`: tokens a step, acceptance and speed of speculation beside plain decoding.
 
-Both engines read the same weights and the same chats, and take turns, a batch at a time. The first
-pass fills their prefix caches and compiles; the second, which is measured, finds the prompts there,
-so that next to nothing but decoding is timed.
+Both engines read the same weights and the same chats, and take turns, a batch at a time. Two passes
+fill their prefix caches and compile; the third, which is measured, finds the prompts there, so that
+next to nothing but decoding is timed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             config = METHODS[method] | {"num_speculative_tokens": args.num_speculative_tokens}
             llm = LLM(model, speculative_config=config, **common)
             for prompts in chats.values():
-                for engine in (plain, llm):
+                for engine in (plain, llm, plain, llm):  # cold, then as they will be measured
                     _generate(engine, prompts, batch_size, args.output_tokens)
             measured = {
                 category: _measure(plain, llm, prompts, batch_size, args.output_tokens)
