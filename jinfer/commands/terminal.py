@@ -34,14 +34,10 @@ def format_rate(num_tokens: int, seconds: float) -> str:
 
 def chat_prompt(llm: Any, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
     """Turns messages into a prompt of token ids, through the model's chat template."""
-    from jinja2 import TemplateError
+    from jinfer.prompts import apply_chat_template
 
-    tokenizer = llm.get_tokenizer()
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from None
-    return {"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+    tokens = apply_chat_template(llm.get_tokenizer(), messages, add_generation_prompt=True)
+    return {"prompt_token_ids": tokens}
 
 
 def print_stream(llm: Any, prompt: Any, params: Any, pieces: list[str]) -> str:
