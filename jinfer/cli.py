@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jinfer.commands import bench, chat, evaluate, generate, plan, quantize, train_medusa
+from jinfer.commands import bench, chat, convert, evaluate, generate, plan, quantize, train_medusa
 from jinfer.commands.terminal import PROG, one_line, say
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": chat,
     "plan": plan,
     "quantize": quantize,
+    "convert": convert,
     "eval": evaluate,
     "bench": bench,
     "train-medusa": train_medusa,

@@ -35,6 +35,7 @@ from jinfer.weights.interop import (
 )
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+RESTRICTED = {"grid": "restricted"}
 DENSE_SINCE = (0, 18)  # version whose 3, 5, 6 and 7-bit streams are dense
 
 
@@ -159,7 +160,7 @@ def _format(module: str, scheme: Scheme, scale: np.ndarray, num_inputs: int) -> 
     group = weights.get("group_size")
     if scale.shape == (1, 1) and weights.get("strategy") == "tensor":
         group = TENSOR
-    elif scale.shape[0] == 1 or not group or group < 0:
+    elif not group or group < 0 or (scale.shape[0] == 1 and group < num_inputs):
         group = CHANNEL
     num_groups = -(-num_inputs // group) if group > 0 else 1
     require(
@@ -173,8 +174,10 @@ def _format(module: str, scheme: Scheme, scale: np.ndarray, num_inputs: int) -> 
 def _act(module: str, scheme: Scheme) -> str | None:
     """What `input_activations` asks for, as QFormat.act.
 
-    compressed-tensors' integer grid is the full one (amax / 127.5). A dynamic scale for the whole
-    tensor becomes one for each token: finer, and independent of batch mates.
+    compressed-tensors' integer grid is the full one (amax / 127.5); `RESTRICTED` among the
+    observer's arguments is our own note of the other (amax / 127), which other readers pass over. A
+    dynamic scale for the whole tensor becomes one for each token: finer, and independent of batch
+    mates.
     """
     inputs = scheme.inputs
     if inputs is None or scheme.format == "naive-quantized":
@@ -187,7 +190,8 @@ def _act(module: str, scheme: Scheme) -> str | None:
     require(inputs.get("symmetric", True), f"{module}: asymmetric inputs are not supported")
     if not inputs.get("dynamic"):
         return "static"
-    return "dyn-full" if kind == "int" else "dyn"
+    is_restricted = (inputs.get("observer_kwargs") or {}).items() >= RESTRICTED.items()
+    return "dyn-full" if kind == "int" and not is_restricted else "dyn"
 
 
 def _read_int(module: str, tensors: Tensors, scheme: Scheme) -> Weight:
@@ -295,9 +299,18 @@ def write_ct(x: QTensor) -> dict[str, np.ndarray]:
 
 
 def ct_config(
-    weights: Mapping[str, QTensor], *, skipped: tuple[str, ...] = ("lm_head",)
+    weights: Mapping[str, QTensor],
+    *,
+    skipped: tuple[str, ...] = ("lm_head",),
+    has_kv_scales: bool = False,
 ) -> dict[str, Any]:
-    """Returns the `quantization_config` for modules and their weights; one group a format."""
+    """Returns the `quantization_config` for modules and their weights; one group a format.
+
+    Args:
+      weights: quantized modules.
+      skipped: linears that stay in float.
+      has_kv_scales: whether the file holds scales of an fp8 KV cache.
+    """
     by_format: dict[QFormat, list[str]] = {}
     for module, x in weights.items():
         by_format.setdefault(x.fmt, []).append(module)
@@ -316,10 +329,17 @@ def ct_config(
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(skipped),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _KV_SCHEME if has_kv_scales else None,
         "global_compression_ratio": None,
         "version": "0.19.0",
     }
+
+
+_KV_SCHEME = {
+    **{"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
+    **{"group_size": None, "block_structure": None, "actorder": None},
+    **{"observer": "minmax", "observer_kwargs": {}},
+}
 
 
 def _scheme_of(fmt: QFormat) -> dict[str, Any]:
@@ -348,7 +368,7 @@ def _scheme_of(fmt: QFormat) -> dict[str, Any]:
             "group_size": fmt.block if fmt.block > 1 else None,
             "dynamic": not is_static,
             "observer": None if not is_static else "minmax",
-            "observer_kwargs": {},
+            "observer_kwargs": dict(RESTRICTED) if fmt.act == "dyn" and not is_float else {},
         }
     layout = "float-quantized" if is_float else "pack-quantized"
     if inputs is not None and not is_float:

@@ -201,10 +201,13 @@ def write_gptq(x: QTensor, *, version: int = 2) -> dict[str, np.ndarray]:
     }
 
 
-def gptq_config(weights: Mapping[str, QTensor], *, version: int = 2) -> dict[str, Any]:
+def gptq_config(
+    weights: Mapping[str, QTensor], *, version: int = 2, skipped: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Returns the `quantization_config` for modules and their weights; the most common is the rule.
 
-    Other formats among them become `dynamic` overrides, as GPTQModel writes them.
+    Other formats among them, and linears of the blocks that are skipped, become `dynamic`
+    overrides, as GPTQModel writes them.
     """
 
     def fields(x: QTensor) -> dict[str, Any]:
@@ -221,10 +224,11 @@ def gptq_config(weights: Mapping[str, QTensor], *, version: int = 2) -> dict[str
         "checkpoint_format": label,
         "format": label,
         "pack_dtype": "int32",
-        "lm_head": False,
+        "lm_head": "lm_head" in weights,
         "true_sequential": True,
     }
     others = {rf"+:^{re.escape(m)}$": r for m, r in rows.items() if r != common}
+    others |= {rf"-:^{re.escape(m)}$": {} for m in skipped if m != "lm_head"}
     return config | ({"dynamic": others} if others else {})
 
 

@@ -216,13 +216,14 @@ class HFCheckpoint:
         self._quantized = self._find_quantized(hf)
         taken = self._quantized.taken if self._quantized is not None else set()
         self.kv_scales: dict[int, dict[str, float]] = {}
+        self._kv_tensors: dict[str, StoredTensor] = {}
         for name, tensor in list(self._tensors.items()):
             if name in taken:
                 continue
             if self._quantized is not None and (scale := kv_scale_of(name)) is not None:
                 layer, kind = scale
                 self.kv_scales.setdefault(layer, {})[kind] = float(tensor.read().reshape(-1)[0])
-                del self._tensors[name]
+                self._kv_tensors[name] = self._tensors.pop(name)
             elif tensor.dtype_name not in _STORED_DTYPES and placements(config, name):
                 raise ValueError(
                     f"{name} in {tensor.path} is stored as {tensor.dtype_name}; "
@@ -238,6 +239,16 @@ class HFCheckpoint:
     def is_quantized(self) -> bool:
         """Whether some of its weights are stored quantized."""
         return self._quantized is not None
+
+    @property
+    def quantized_names(self) -> tuple[str, ...]:
+        """Names of the weights stored quantized: those that `read_quantized` knows."""
+        return () if self._quantized is None else tuple(self._quantized.shapes)
+
+    def plain_tensors(self) -> dict[str, StoredTensor]:
+        """All other tensors, as they lie in the files; scales of a KV cache among them."""
+        taken = self._quantized.taken if self._quantized is not None else set()
+        return {n: t for n, t in {**self._tensors, **self._kv_tensors}.items() if n not in taken}
 
     def _find_quantized(self, hf: Mapping[str, Any]) -> QuantizedModules | None:
         stated = quantization_config(self.path, hf)

@@ -98,6 +98,8 @@ def write_native(x: QTensor) -> dict[str, np.ndarray]:
     return out | {"qshape": np.array(x.shape, np.int64)}
 
 
-def native_config(weights: Mapping[str, QTensor]) -> dict[str, Any]:
-    """Returns the `quantization_config`."""
+def native_config(
+    weights: Mapping[str, QTensor], *, skipped: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Returns the `quantization_config`; it lists what is quantized, not what is `skipped`."""
     return {"quant_method": "jinfer", "formats": {m: str(x.fmt) for m, x in weights.items()}}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -58,6 +59,7 @@ def save_folder(
     *,
     export: str = "native",
     dtype: str = "float16",
+    kv_scales: Mapping[int, Mapping[str, float]] | None = None,
     files: Mapping[str, str | bytes] | None = None,
 ) -> int:
     """Writes config.json and safetensors; all or nothing.
@@ -68,7 +70,9 @@ def save_folder(
       params: its parameters; QTensor leaves go to `export`'s format, layers as a tuple.
       hf: config.json of the float model (`checkpoint.hf`).
       export: one of `EXPORTS`.
-      dtype: of float matrices; norms and biases, into which scales may be folded, stay f32.
+      dtype: of float matrices, and of norms and biases that it holds exactly; those that it does
+        not, such as a norm into which scales were folded, stay f32.
+      kv_scales: {layer: {"k" or "v": scale}} of an fp8 KV cache (`HFCheckpoint.kv_scales`).
       files: others to write beside, such as a report or the tokenizer's: name -> content.
 
     Returns:
@@ -92,14 +96,39 @@ def save_folder(
     ]
     require(not different, f"this config.json does not describe the model: {different} differ")
     quantized = _quantized_modules(model, params)
+    require(bool(quantized) or not kv_scales, "scales of a KV cache go with quantized weights")
     if quantized:
-        config["quantization_config"] = EXPORTS[export][1](quantized)
-    with _new_folder(pathlib.Path(folder)) as partial:
-        _write_tensors(partial, _tensors(model, params, quantized, export, dtype))
-        _write_text(partial / "config.json", json.dumps(config, indent=2))
+        plain = (
+            n for n in tensor_names(model.config) if n.removesuffix(".weight") not in quantized
+        )
+        config["quantization_config"] = quantization_config(
+            export, quantized, skipped=skipped_linears(plain), has_kv_scales=bool(kv_scales)
+        )
+    with new_folder(pathlib.Path(folder)) as partial:
+        tensors = _tensors(model, params, quantized, export, dtype)
+        write_tensors(partial, itertools.chain(tensors, _kv_tensors(kv_scales or {})))
+        write_text(partial / "config.json", json.dumps(config, indent=2))
         for name, content in (files or {}).items():
-            _write_text(partial / name, content)
+            write_text(partial / name, content)
         return sum(file.stat().st_size for file in partial.iterdir())
+
+
+def quantization_config(
+    export: str,
+    weights: Mapping[str, QTensor],
+    *,
+    skipped: tuple[str, ...] = (),
+    has_kv_scales: bool = False,
+) -> dict[str, Any]:
+    """Returns what config.json says of quantized modules; their formats count, not their values."""
+    more = {"has_kv_scales": True} if has_kv_scales and export == "compressed-tensors" else {}
+    return EXPORTS[export][1](weights, skipped=skipped, **more)
+
+
+def skipped_linears(names: Iterable[str]) -> tuple[str, ...]:
+    """Modules of plain tensors that other libraries build as linears: told to leave them alone."""
+    modules = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+    return tuple(m for m in modules if not m.endswith(("norm", "embed_tokens")))
 
 
 def check_export(model: Model, params: Params, export: str) -> None:
@@ -122,7 +151,7 @@ def check_export(model: Model, params: Params, export: str) -> None:
     for module, weight in quantized.items():
         if id(weight) not in seen:
             seen.add(id(weight))
-            _write_module(write, module, weight)
+            write_module(write, module, weight)
 
 
 def check_free(folder: pathlib.Path) -> None:
@@ -164,15 +193,26 @@ def _tensors(
     for name in tensor_names(model.config):
         module = name.removesuffix(".weight")
         if module in quantized:
-            leaves = _write_module(write, module, quantized[module])
+            leaves = write_module(write, module, quantized[module])
             yield from ((f"{module}.{leaf}", tensor) for leaf, tensor in leaves.items())
         else:
             tensor = assemble(model.config, name, lambda path: np.asarray(get(path)))
-            to = np.float32 if tensor.ndim == 1 else jax.numpy.dtype(dtype)
-            yield name, np.ascontiguousarray(tensor.astype(to))
+            stored = tensor.astype(jax.numpy.dtype(dtype))
+            if tensor.ndim == 1 and not np.array_equal(stored.astype(np.float32), tensor):
+                stored = tensor.astype(np.float32)
+            yield name, np.ascontiguousarray(stored)
 
 
-def _write_module(
+def _kv_tensors(
+    scales: Mapping[int, Mapping[str, float]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    for layer, kinds in scales.items():
+        for kind, scale in kinds.items():
+            name = f"model.layers.{layer}.self_attn.{kind}_scale"
+            yield name, np.array([scale], np.float32)
+
+
+def write_module(
     write: Callable[..., dict[str, np.ndarray]], module: str, weight: QTensor
 ) -> dict[str, np.ndarray]:
     try:
@@ -191,7 +231,7 @@ def _getter(params: Params) -> Callable[[Path], Any]:
     return get
 
 
-def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+def write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
     """Shards of at most 4 GiB, one in memory at a time."""
     from safetensors.numpy import save_file
 
@@ -217,15 +257,15 @@ def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"shard-{i}").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    _write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+    write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
 
 
-def _write_text(path: pathlib.Path, content: str | bytes) -> None:
+def write_text(path: pathlib.Path, content: str | bytes) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder beside, which takes the name once it is complete and vanishes if it is not."""
     check_free(folder)
     partial = folder.with_name(f"{folder.name}.writing-{os.getpid()}")

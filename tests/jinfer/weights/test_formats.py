@@ -222,6 +222,8 @@ def test_ct_bytes_of_the_worked_examples():
         "int6-tensor",
         "int7-g32",
         "int8-g128",
+        "int4-g192",
+        "int8-channel:dyn",
         "int8-channel:dyn-full",
         "int4-channel:dyn-full",
         "fp8-e4m3-channel:dyn",

@@ -13,7 +13,9 @@ from jinfer.qtensor import QTensor
 from jinfer.weights.awq_format import awq_config, write_awq
 from jinfer.weights.ct_format import ct_config, write_ct
 from jinfer.weights.gptq_format import gptq_config, write_gptq
+from jinfer.weights.hf import read_safetensors_header
 from jinfer.weights.load import open_checkpoint
+from jinfer.weights.save import save_folder
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 dequantize = jax.jit(qtensor.dequantize)
@@ -102,6 +104,45 @@ def test_kv_scales_are_no_weights(tiny, write_hf, tmp_path):
     folder = write_hf(tmp_path / "m", hf, tensors)
     assert open_checkpoint(folder).kv_scales == {0: {"k": 0.5}, 1: {"v": 0.25}}
     load(folder)
+
+
+def test_a_saved_folder_keeps_kv_scales_and_dtypes(tiny, write_hf, tmp_path):
+    model = tiny("qwen2")
+    fmt = QFormat.parse("fp8-e4m3-channel:dyn")
+    tensors, weights = quantized_tensors(model, fmt, write_ct)
+    halves = {
+        name: t.astype(np.float16) if t.dtype == np.float32 and "scale" not in name else t
+        for name, t in tensors.items()
+    }
+    folded = "model.layers.0.input_layernorm.weight"
+    halves[folded] = tensors[folded]  # no f16 numbers
+    scales = {0: {"k": 0.5, "v": 0.75}, 1: {"k": 1.5, "v": 0.3}}
+    for layer, kinds in scales.items():
+        for kind, scale in kinds.items():
+            name = f"model.layers.{layer}.self_attn.{kind}_scale"
+            halves[name] = np.array([scale], np.float32)
+    hf = model.hf | {"quantization_config": ct_config(weights, has_kv_scales=True)}
+    folder = write_hf(tmp_path / "m", hf | {"dtype": "float16"}, halves)
+    checkpoint = open_checkpoint(folder)
+    loaded, params = load(folder, dtype="float32")
+    save_folder(
+        tmp_path / "out",
+        loaded,
+        params,
+        checkpoint.hf,
+        export="compressed-tensors",
+        dtype=checkpoint.dtype,
+        kv_scales=checkpoint.kv_scales,
+    )
+    saved = read_safetensors_header(tmp_path / "out" / "model.safetensors")
+    saved = {name: stored.read() for name, stored in saved.items()}
+    assert saved.keys() == halves.keys()
+    for name, tensor in halves.items():
+        assert saved[name].dtype == tensor.dtype, name
+        assert saved[name].tobytes() == tensor.tobytes(), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["num_bits"] == 8 and config["ignore"] == []
+    assert open_checkpoint(tmp_path / "out").kv_scales == checkpoint.kv_scales
 
 
 @pytest.mark.parametrize(
