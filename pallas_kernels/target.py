@@ -314,7 +314,7 @@ class Compiler:
         """Compiles `f` (jitted already, or not) for arrays of these shapes."""
         jitted: Any = f if hasattr(f, "lower") else jax.jit(f)
         start = time.perf_counter()
-        with _mosaic_gpu_dump(self.target) as reports:
+        with _without_persistent_cache(), _mosaic_gpu_dump(self.target) as reports:
             lowered = jitted.lower(*self.abstract(abstract_args))
             options = {"xla_gpu_autotune_level": 0} if self.target.kind == "gpu" else None
             executable = lowered.compile(compiler_options=options)
@@ -402,6 +402,25 @@ def _compile_only_device(name: str) -> Any:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu else asks a metadata server
         topology = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGIES[name])
     return topology.devices[0]
+
+
+@contextlib.contextmanager
+def _without_persistent_cache() -> Iterator[None]:
+    """Neither reads nor writes JAX's cache on disk inside.
+
+    A program for a chip that is not there could be written, but not loaded again.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
+    key = "jax_enable_compilation_cache"
+    before = jax.config.values[key]
+    jax.config.update(key, False)
+    compilation_cache.reset_cache()  # JAX looks at the setting once
+    try:
+        yield
+    finally:
+        jax.config.update(key, before)
+        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

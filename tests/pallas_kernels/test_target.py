@@ -62,3 +62,24 @@ def test_a_program_compiles_for_a_chip_that_is_not_there(name):
     assert 0 <= compiled.temp_bytes < 1 << 23
     assert compiled.executable.as_text()
     assert target.current().kind == "cpu"
+
+
+def test_compiling_for_an_absent_chip_leaves_the_cache_on_disk_alone(tmp_path):
+    """An entry for a chip that is not there could be written, but never read."""
+    if reason := target.why_not_compile("h100"):
+        pytest.skip(reason)
+    keys = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {key: jax.config.values[key] for key in keys}
+    try:
+        for key, value in zip(keys, (str(tmp_path), 0.0)):
+            jax.config.update(key, value)
+        for _ in range(2):
+            with target.compile_target("h100") as compiler:
+                compiler.compile(lambda x: x * 3, jax.ShapeDtypeStruct((8,), jnp.float32))
+            jax.clear_caches()
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: x * 5)(jnp.ones(8)).block_until_ready()
+        assert list(tmp_path.iterdir()), "the host's own programs go there again"
+    finally:
+        for key, value in before.items():
+            jax.config.update(key, value)
