@@ -67,6 +67,7 @@ WITHOUT_JAX = (
     "jinfer.engine.pages",
     "jinfer.engine.plan",
     "jinfer.engine.prefix",
+    "jinfer.engine.proposers",
     "jinfer.engine.queue",
     "jinfer.engine.recovery",
     "jinfer.engine.request",

@@ -6,16 +6,15 @@ The scheduler asks before every step and tells after it.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 
 from jinfer.config import EngineConfig
 from jinfer.engine.buckets import Buckets
 from jinfer.engine.holdings import Holdings
 from jinfer.engine.plan import Plan
+from jinfer.engine.proposers import make_proposer
 from jinfer.engine.request import Request
 from jinfer.spec.adaptive import DraftLength
-from jinfer.spec.ngram import NgramIndex
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class Speculation:
         self.length = DraftLength(sizes) if self.config.adaptive else None
         self._now = now
         self._planned_at = now()
-        self._indices: weakref.WeakKeyDictionary[Request, NgramIndex] = weakref.WeakKeyDictionary()
+        self._proposer = make_proposer(self.config)
         self.num_steps = 0  # of single sequences, each of which brought one token or more
         self.num_tokens = 0  # that they brought
         self.drafted_at = [
@@ -78,12 +77,7 @@ class Speculation:
         limit = min(limit, self.config.num_speculative_tokens)
         if limit <= 0 or request.num_in_flight:
             return ()
-        index = self._indices.get(request)
-        if index is None:
-            config = self.config
-            index = NgramIndex(config.prompt_lookup_min, config.prompt_lookup_max)
-            self._indices[request] = index
-        return tuple(index.propose(request.known_token_ids, limit))
+        return self._proposer.propose(request, limit)
 
     def note(
         self, plan: Plan, samples: Sequence[Sequence[int]], is_sound: Sequence[bool] | None
