@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 
 @jax.tree_util.register_dataclass
@@ -37,8 +37,11 @@ class StepBatch:
       page_table: [S, M] page ids; entries past the context are 0.
       rows: [S] row of the sampler state that the sequence uses.
       max_q_len: static bound on the tokens of any sequence (1: a pure decode step).
+      tree_mask: [T, ceil(max_q_len / 32)] which of its sequence's tokens in this step each one
+        sees, bit by bit, see `ragged_paged_attention`; None: those up to itself.
 
     Drafts under verification are the last tokens of their sequence, after the newest sampled one.
+    Those of a tree have their depth for a position, and places one after the other.
     """
 
     tokens: Int[Array, "T"]
@@ -51,6 +54,7 @@ class StepBatch:
     page_table: Int[Array, "S M"]
     rows: Int[Array, "S"]
     max_q_len: int = dataclasses.field(metadata={"static": True}, default=1)
+    tree_mask: UInt32[Array, "T W"] | None = None
 
     @classmethod
     def padding(

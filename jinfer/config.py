@@ -202,8 +202,12 @@ class CacheConfig:
 
 
 _SPECULATIVE_FIELDS = {
-    "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
+    "ngram": ("num_speculative_tokens", "adaptive", "prompt_lookup_max", "prompt_lookup_min"),
+    "medusa": ("heads", "tree", "acceptance", "epsilon", "alpha"),
+    "lookahead": ("window", "ngram_size", "num_guesses"),
 }
+TREE_METHODS = ("medusa", "lookahead")
+MAX_TREE_NODES = 63
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,12 +215,21 @@ class SpeculativeConfig:
     """How several tokens are drafted and then verified in one step of the model.
 
     Attributes:
-      method: "ngram": what followed the last time that the text ended alike.
-      num_speculative_tokens: most drafts a sequence and step.
-      adaptive: carry fewer, or none, where steps with drafts are measured to bring fewer tokens a
-        second; otherwise all that there are.
+      method: "ngram": what followed the last time that the text ended alike. "medusa": a tree of
+        the guesses of trained heads. "lookahead": the model's own parallel guesses, as n-grams.
+      num_speculative_tokens: most drafts a sequence and step; those of a tree are its nodes.
+      adaptive: ("ngram") carry fewer, or none, where steps with drafts are measured to bring fewer
+        tokens a second; otherwise all that there are.
       prompt_lookup_max, prompt_lookup_min: ("ngram") tokens at the end of the text that are looked
         for, as many as can be found.
+      heads: ("medusa") the folder that `jinfer train-medusa` wrote.
+      tree: ("medusa") guesses to verify, each a list of ranks, see `spec.medusa_tree`; None: the
+        tree that was fitted to the heads.
+      acceptance: ("medusa") "lossless": the tokens are those of plain decoding; "typical": lossy,
+        sampled rows keep drafts that are likely enough, see `spec.tree_accept`.
+      epsilon, alpha: ("medusa") of typical acceptance.
+      window, ngram_size, num_guesses: ("lookahead") W, N and G of `spec.lookahead`; its trees have
+        (W + G) (N - 1) nodes, which must not be more than 63.
     """
 
     method: str
@@ -224,9 +237,18 @@ class SpeculativeConfig:
     adaptive: bool = True
     prompt_lookup_max: int = 3
     prompt_lookup_min: int = 1
+    heads: str | None = None
+    tree: tuple[tuple[int, ...], ...] | None = None
+    acceptance: str = "lossless"
+    epsilon: float = 0.09
+    alpha: float = 0.3
+    window: int = 5
+    ngram_size: int = 4
+    num_guesses: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+        positive = ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+        for name in (*positive, "window", "ngram_size", "num_guesses"):
             value = getattr(self, name)
             require(
                 isinstance(value, int) and not isinstance(value, bool) and value > 0,
@@ -237,7 +259,7 @@ class SpeculativeConfig:
             f"speculative_config: adaptive must be true or false, got {self.adaptive!r}",
         )
         require(
-            self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS,
+            self.is_tree or self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS,
             f"speculative_config: num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, "
             f"got {self.num_speculative_tokens}",
         )
@@ -246,6 +268,57 @@ class SpeculativeConfig:
             f"speculative_config: prompt_lookup_min ({self.prompt_lookup_min}) must not exceed "
             f"prompt_lookup_max ({self.prompt_lookup_max})",
         )
+        require(
+            self.acceptance in ("lossless", "typical"),
+            f'speculative_config: acceptance must be "lossless" or "typical", got '
+            f"{self.acceptance!r}",
+        )
+        for name in ("epsilon", "alpha"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, (int, float)) and 0 < value <= 1,
+                f"speculative_config: {name} must be above 0 and at most 1, got {value!r}",
+            )
+        require(
+            self.method != "medusa" or isinstance(self.heads, str),
+            'speculative_config: method "medusa" needs "heads", the folder that jinfer '
+            f"train-medusa wrote; got {self.heads!r}",
+        )
+        nodes = (self.window + self.num_guesses) * (self.ngram_size - 1)
+        require(
+            self.method != "lookahead" or 0 < nodes <= MAX_TREE_NODES,
+            "speculative_config: (window + num_guesses) * (ngram_size - 1) must be 1 to "
+            f"{MAX_TREE_NODES}, got {nodes}",
+        )
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether the drafts of a sequence are a tree."""
+        return self.method in TREE_METHODS
+
+    @property
+    def max_depth(self) -> int:
+        """Most drafts of a sequence that can stand in one step."""
+        if not self.is_tree:
+            return self.num_speculative_tokens
+        if self.method == "lookahead":
+            return self.ngram_size - 1
+        return max(map(len, self.tree or ()), default=0)
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of a tree below its root."""
+        return self.max_depth + (self.window - 1 if self.method == "lookahead" else 0)
+
+    @property
+    def num_ranks(self) -> int:
+        """Guesses of each Medusa head that the tree asks for."""
+        return 1 + max((max(node) for node in self.tree or ()), default=0)
+
+    @property
+    def typical(self) -> tuple[float, float] | None:
+        """(epsilon, alpha), or None for lossless acceptance."""
+        return (self.epsilon, self.alpha) if self.acceptance == "typical" else None
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> SpeculativeConfig:
@@ -260,14 +333,18 @@ class SpeculativeConfig:
             method in _SPECULATIVE_FIELDS,
             f"speculative_config: method must be one of {methods}, got {method!r}",
         )
-        known = ("method", "num_speculative_tokens", "adaptive", *_SPECULATIVE_FIELDS[str(method)])
+        known = _SPECULATIVE_FIELDS[str(method)]
         for name in fields:
             require(
-                name in known,
+                name == "method" or name in known,
                 f'speculative_config: method "{method}" has no {name!r}; it takes '
-                f"{', '.join(known[1:])}",
+                f"{', '.join(known)}",
             )
-        return cls(**fields)
+        config = cls(**fields)
+        nodes = len(config.tree or ())
+        if method == "lookahead":
+            nodes = (config.window + config.num_guesses) * (config.ngram_size - 1)
+        return dataclasses.replace(config, num_speculative_tokens=nodes) if nodes else config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -115,9 +115,10 @@ class LLM:
             self._tokenizer = options.take_tokenizer(tokenizer, self._source, revision)
         self._default_fields = options.sampling_defaults(self._source, generation_config)
 
+        speculative_config, heads = options.take_heads(speculative_config, model.config)
         self.config, cache = options.resolve(
             model.config,
-            params,
+            params if heads is None else {**params, "medusa": heads},
             kv_cache_dtype=kv_cache_dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -135,7 +136,7 @@ class LLM:
             linear_impl=linear_impl,
             speculative_config=speculative_config,
         )
-        self._runner = Runner(model, params, cache, self.config)
+        self._runner = Runner(model, params, cache, self.config, heads)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
         self._format_logprobs = LogprobFormatter(self._tokenizer)
         self._groups: dict[str, RequestGroup] = {}

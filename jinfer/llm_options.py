@@ -20,10 +20,12 @@ from jinfer.config import (
     ModelConfig,
     SpeculativeConfig,
     kv_format,
+    require,
 )
 from jinfer.models.model import Model
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import array_bytes
+from jinfer.spec import medusa_tree
 from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
@@ -109,6 +111,12 @@ def resolve(
     speculation = None
     if speculative_config is not None:
         speculation = SpeculativeConfig.of(speculative_config)
+        sees = model.sliding_window
+        require(
+            sees is None or not speculation.is_tree or speculation.num_levels < sees,
+            f"trees of {speculation.num_levels} levels do not fit a sliding window of {sees} "
+            "tokens: give a smaller tree or window",
+        )
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -124,6 +132,35 @@ def resolve(
         speculation=speculation,
     )
     return config, CacheConfig(num_pages=num_pages, page_size=block_size, dtype=kv_cache_dtype)
+
+
+def take_heads(
+    config: Mapping[str, Any] | None, model: ModelConfig
+) -> tuple[Mapping[str, Any] | None, Params | None]:
+    """Loads the Medusa heads that a `speculative_config` names.
+
+    Returns:
+      The config with the tree to use, and the heads; as it was and None if it names none.
+
+    Raises:
+      FileNotFoundError: there are no heads.
+      ValueError: the config is wrong, the heads are made for another model, or the tree is too deep
+        or too large.
+    """
+    if config is None or SpeculativeConfig.of(config).method != "medusa":
+        return config, None
+    from jinfer.spec import medusa
+
+    shape, heads, tree = medusa.load(config["heads"], model)
+    if config.get("tree") is not None:
+        tree = medusa_tree.read_tree(config["tree"])
+        medusa_tree.check_tree(tree, num_heads=shape.num_heads)
+    highest = max(max(node) for node in tree)
+    require(
+        highest < model.vocab_size,
+        f"the tree asks for the guess of rank {highest}, the model has {model.vocab_size} tokens",
+    )
+    return {**config, "tree": tree}, heads
 
 
 def take_model(

@@ -40,15 +40,17 @@ class StepOutput:
       logits: [S, V] f32 raw logits behind the last row of `tokens`; [n, S, V] of `verify_step`.
       hidden: [T, D] hidden states after the final norm; None of `decode_loop`.
       counts: [S] how many of a sequence's tokens count (`verify_step` only).
+      guesses: [S, K, R] what may come next (`tree_steps.tree_step` only).
     """
 
     tokens: Int[Array, "n S"]
     logits: Float[Array, "*n S V"]
     hidden: Float[Array, "T D"] | None
     counts: Int[Array, "S"] | None = None
+    guesses: Int[Array, "S K R"] | None = None
 
 
-def _forward(
+def run_blocks(
     model: Model, params: Params, kv: KVCache, state: SamplerState, batch: StepBatch, impl: str
 ) -> tuple[Array, KVCache]:
     """Runs the blocks over a ragged batch through the paged pool; returns hidden [T, D]."""
@@ -71,6 +73,7 @@ def _forward(
             soft_cap=config.attention_soft_cap,
             sliding_window=model.window(layer),
             max_q_len=batch.max_q_len,
+            tree_mask=batch.tree_mask,
             impl=impl,
         )
         assert isinstance(out, Array)
@@ -82,17 +85,17 @@ def _forward(
     return model.apply(params, tokens, batch.positions, attend, kv, context_lens=context_lens)
 
 
-def _is_finite(x: Array) -> Array:
+def is_finite(x: Array) -> Array:
     """Returns whether all of each row [..., N] is finite; a sum, which CPUs vectorise."""
     return jnp.sum(x.astype(jnp.float32) * 0.0, axis=-1) == 0.0
 
 
-def _is_sound(hidden: Array, batch: StepBatch) -> Array:
+def is_sound(hidden: Array, batch: StepBatch) -> Array:
     """Returns whether the hidden states of all tokens of each sequence [S] are finite.
 
     Every token counts: K and V of all of them stay.
     """
-    bad = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), ~_is_finite(hidden)]), dtype=jnp.int32)
+    bad = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), ~is_finite(hidden)]), dtype=jnp.int32)
     return bad[batch.q_starts[1:]] == bad[batch.q_starts[:-1]]
 
 
@@ -139,10 +142,10 @@ def forward_step(
       token_mask: [S, ceil(V / 32)] packed mask of allowed tokens, or None.
       impl: attention backend.
     """
-    hidden, kv = _forward(model, params, kv, state, batch, impl)
+    hidden, kv = run_blocks(model, params, kv, state, batch, impl)
     logits = model.unembed(params, hidden[jnp.maximum(batch.q_starts[1:] - 1, 0)])  # [S, V]
     tokens, state = _sample(logits, args, state, batch, sampled, token_mask)
-    tokens = jnp.where(_is_sound(hidden, batch) & _is_finite(logits), tokens, NOT_FINITE)
+    tokens = jnp.where(is_sound(hidden, batch) & is_finite(logits), tokens, NOT_FINITE)
     return StepOutput(tokens[None], logits, hidden), kv, state
 
 
@@ -173,7 +176,7 @@ def verify_step(
       token_mask: one packed mask a verified place, or None.
       max_drafts: static K, the height of the result less one.
     """
-    hidden, kv = _forward(model, params, kv, state, batch, impl)
+    hidden, kv = run_blocks(model, params, kv, state, batch, impl)
     last = jnp.maximum(batch.q_starts[1:] - 1, 0)  # [S]
     first = jnp.maximum(last - num_drafts, 0)
     places = jnp.arange(max_drafts + 1, dtype=jnp.int32)[:, None]  # [K + 1, 1]
@@ -192,8 +195,8 @@ def verify_step(
             sampled,
             token_mask=token_mask,
         )
-    is_sound = _is_sound(hidden, batch) & jnp.all(_is_finite(logits), axis=0)
-    tokens = jnp.where(is_sound, tokens, NOT_FINITE)
+    is_good = is_sound(hidden, batch) & jnp.all(is_finite(logits), axis=0)
+    tokens = jnp.where(is_good, tokens, NOT_FINITE)
     return StepOutput(tokens, logits, hidden, counts), kv, state
 
 
@@ -251,10 +254,10 @@ def decode_loop(
             rows=batch.rows,
             max_q_len=1,
         )
-        hidden, kv = _forward(model, params, kv, state, here, impl)
+        hidden, kv = run_blocks(model, params, kv, state, here, impl)
         logits = model.unembed(params, hidden)
         tokens, state = _sample(logits, args, state, here, active, None)
-        tokens = jnp.where(_is_finite(hidden) & _is_finite(logits), tokens, NOT_FINITE)
+        tokens = jnp.where(is_finite(hidden) & is_finite(logits), tokens, NOT_FINITE)
         return i + 1, kv, state, out_tokens.at[i].set(tokens), logits
 
     first = jnp.zeros((), jnp.int32)
@@ -297,7 +300,7 @@ def beam_step(
       totals, temperature, token_mask, num_beams, k: see `sampling.best_continuations`.
       impl: attention backend.
     """
-    hidden, kv = _forward(model, params, kv, state, batch, impl)
+    hidden, kv = run_blocks(model, params, kv, state, batch, impl)
     logits = model.unembed(params, hidden)
     with jax.named_scope("beams"):
         best = sampling.best_continuations(

@@ -40,6 +40,7 @@ FLOORS = {
     "jinfer.weights": 3,
     "jinfer.functional": 4,
     "jinfer.steps": 4,
+    "jinfer.tree_steps": 4,
     "jinfer.tokenizer": 4,
     "jinfer.engine": 5,
     "jinfer.beam_search": 6,
@@ -74,18 +75,26 @@ WITHOUT_JAX = (
     "jinfer.engine.scheduler",
     "jinfer.engine.watchdog",
     "jinfer.engine.speculation",
+    "jinfer.engine.tree_speculation",
     "jinfer.jsonl",
     "jinfer.memory",
     "jinfer.models.hf_config",
     "jinfer.outputs",
     "jinfer.sampling_params",
     "jinfer.spec.adaptive",
+    "jinfer.spec.lookahead",
     "jinfer.spec.medusa_tree",
     "jinfer.spec.ngram",
+    "jinfer.spec.draft_tree",
 )
 # One jit boundary; calibration compiles its own solvers, one program a weight shape, and training
 # its own step.
-MAY_JIT = ("jinfer/steps.py", "jinfer/quant/", "jinfer/spec/medusa_training.py")
+MAY_JIT = (
+    "jinfer/steps.py",
+    "jinfer/tree_steps.py",
+    "jinfer/quant/",
+    "jinfer/spec/medusa_training.py",
+)
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "ml_dtypes", "jaxtyping", "pallas_kernels"}
 TOP_LEVEL = {
     *(".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"),

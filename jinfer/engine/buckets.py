@@ -34,7 +34,8 @@ class Buckets:
       decode: sequences in a pure decode step: 1, 2, 4, 8, 16, 24, 32, 48, 64, ...
       tokens: tokens in a step that prefills: 16, 64, 256, ...
       seqs: sequences in a step that prefills: one alone, or as many as there may be.
-      drafts: most drafts of a sequence in a step that verifies: 2, 4, ...; none: no speculation.
+      drafts: most drafts of a sequence in a step that verifies: 2, 4, ..., of trees one size only;
+        none: no speculation.
     """
 
     decode: tuple[int, ...]
@@ -45,12 +46,14 @@ class Buckets:
     @classmethod
     def of(cls, config: EngineConfig) -> Buckets:
         """Returns the buckets that cover every plan under `config`."""
-        most = 0 if config.speculation is None else config.speculation.num_speculative_tokens
+        speculation = config.speculation
+        most = 0 if speculation is None else speculation.num_speculative_tokens
+        first = most if speculation is not None and speculation.is_tree else min(2, most)
         return cls(
             decode=_decode_sizes(config.max_num_seqs),
             tokens=ladder(min(16, config.max_num_batched_tokens), config.max_num_batched_tokens, 4),
             seqs=ladder(1, config.max_num_seqs, max(2, config.max_num_seqs)),
-            drafts=ladder(min(2, most), most, 2) if most else (),
+            drafts=ladder(first, most, 2) if most else (),
         )
 
 

@@ -20,6 +20,7 @@ from jinfer.engine.request import Request
 from jinfer.engine.results import Launched
 from jinfer.engine.runner import Runner
 from jinfer.engine.scheduler import Scheduler
+from jinfer.engine.tree_speculation import TreeSpeculation
 from jinfer.engine.watchdog import Watchdog
 from jinfer.models.rope import needs_context_lens
 from jinfer.sampling import check_request
@@ -239,6 +240,9 @@ class Engine:
         for seq, entries in zip(launched.plan.seqs, result.prompt_logprobs, strict=True):
             for position, entry in entries:
                 seq.request.set_prompt_logprob(position, entry)
+        speculation = self.scheduler.speculation
+        if result.guesses is not None and isinstance(speculation, TreeSpeculation):
+            speculation.take_guesses(launched.plan, result.samples, result.guesses)
         return self.scheduler.commit(
             launched.plan, result.samples, result.logprobs, result.is_sound
         )

@@ -5,6 +5,30 @@ from __future__ import annotations
 import dataclasses
 
 from jinfer.engine.request import Request
+from jinfer.spec import draft_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """What may follow a sequence's newest token: a chain, or a tree.
+
+    Attributes:
+      token_ids: drafts; of a tree, each after its parent.
+      parents: the shape of a tree, see `spec.draft_tree`; None: a chain.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    parents: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def depth(self) -> int:
+        """Most of them that can stand."""
+        if self.parents is None:
+            return len(self.token_ids)
+        return max(draft_tree.depths(self.parents), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +42,14 @@ class ScheduledSeq:
         prefill chunk.
       num_samples: tokens that it samples: 0 when a chunk does not reach the end of the known
         tokens, else 1, or up to `Plan.num_steps` in a decode plan of several steps. With drafts:
-        1 + num_drafts at most, of which at least one comes.
+        1 + drafts.depth at most, of which at least one comes.
       is_new_row: the sampler row must be initialised before the step, from the request's prompt
         and output tokens, all of which are known.
       is_prefill: the input tokens are all known to the host. Otherwise the input is the newest
         sampled token, which the device has in any case and the host perhaps not yet.
       pages: those that the step writes to, which may be someone else's by the time of its commit.
       is_on_found: part of the KV that it builds on was found in the prefix cache.
-      draft_token_ids: drafts after the newest token, which the step verifies.
+      drafts: what follows the newest token, for the step to verify.
     """
 
     request: Request
@@ -36,12 +60,12 @@ class ScheduledSeq:
     is_prefill: bool
     pages: tuple[int, ...] = ()
     is_on_found: bool = False
-    draft_token_ids: tuple[int, ...] = ()
+    drafts: Drafts = Drafts()
 
     @property
     def num_drafts(self) -> int:
         """Drafts that the step verifies."""
-        return len(self.draft_token_ids)
+        return len(self.drafts)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

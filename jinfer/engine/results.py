@@ -34,6 +34,7 @@ class Launched:
     plan: Plan
     tokens: jax.Array
     counts: jax.Array | None
+    guesses: jax.Array | None
     top: tuple[jax.Array, ...] | None
     full: jax.Array | None
     prompt_top: tuple[jax.Array, ...] | None
@@ -50,12 +51,14 @@ class StepResult:
         some of its samples are no tokens.
       logprobs: for each sequence one `TokenLogprobs` a sample, or None.
       prompt_logprobs: for each sequence `(position, TokenLogprobs)` of prompt tokens.
+      guesses: for each sequence what may come next, see `tree_steps.tree_step`, or None.
     """
 
     samples: list[list[int]]
     is_sound: list[bool]
     logprobs: list[list[TokenLogprobs] | None]
     prompt_logprobs: list[list[tuple[int, TokenLogprobs]]]
+    guesses: list[list[list[int]]] | None = None
 
 
 def fetch(launched: Launched) -> StepResult:
@@ -75,6 +78,7 @@ def fetch(launched: Launched) -> StepResult:
         is_sound,
         _fetch_logprobs(launched, samples),
         _fetch_prompt_logprobs(launched),
+        None if launched.guesses is None else np.asarray(launched.guesses).tolist(),
     )
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer import kv_cache, qkernels, sampling, steps
+from jinfer import kv_cache, qkernels, sampling, steps, tree_steps
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.config import CacheConfig, EngineConfig
-from jinfer.engine import buckets, results
+from jinfer.engine import buckets, results, tree_batch
 from jinfer.engine.plan import Plan
 from jinfer.engine.request import Request
 from jinfer.engine.results import Launched, StepResult
@@ -55,10 +56,16 @@ class Runner:
         them laid out anew.
       cache: size of the KV pool.
       config: engine limits.
+      heads: Medusa heads, if `config.speculation` is with them.
     """
 
     def __init__(
-        self, model: Model, params: Params, cache: CacheConfig, config: EngineConfig
+        self,
+        model: Model,
+        params: Params,
+        cache: CacheConfig,
+        config: EngineConfig,
+        heads: Mapping[str, jax.Array] | None = None,
     ) -> None:
         self.model = model
         self.params = qkernels.prepare_params(params, impl=config.linear_impl)
@@ -69,6 +76,8 @@ class Runner:
         self.vocab_size = model.config.vocab_size
         self.top_k = min(config.max_logprobs, self.vocab_size)
         self._num_rows = config.max_num_seqs
+        self._heads = heads
+        self._is_tree = config.speculation is not None and config.speculation.is_tree
         self._arg_rows: weakref.WeakKeyDictionary[Request, ArgRow] = weakref.WeakKeyDictionary()
         self.reset()
 
@@ -92,7 +101,7 @@ class Runner:
         for seq in plan.seqs:
             if seq.is_new_row:
                 self._reset_row(seq.request)
-        if plan.is_decode and all(seq.num_samples > 0 for seq in plan.seqs):
+        if not self._is_tree and plan.is_decode and all(seq.num_samples > 0 for seq in plan.seqs):
             return self._launch_decode(plan)
         return self._launch_ragged(plan)
 
@@ -145,8 +154,11 @@ class Runner:
         return self._launched(plan, out, prompt_targets=None)
 
     def _launch_ragged(self, plan: Plan) -> Launched:
+        is_prefill = any(seq.is_prefill for seq in plan.seqs)
         max_drafts = buckets.fit(self.buckets.drafts, plan.max_drafts) if plan.max_drafts else 0
-        if max_drafts and not any(seq.is_prefill for seq in plan.seqs):
+        if self._is_tree and not is_prefill:
+            max_drafts = self.buckets.drafts[-1]
+        if max_drafts and not is_prefill:
             size = buckets.fit(self.buckets.decode, len(plan.seqs))
             batch = self._verify_padding(size, max_drafts)
         else:
@@ -162,30 +174,35 @@ class Runner:
         begin = 0
         for s, seq in enumerate(plan.seqs):
             end = begin + seq.num_tokens
-            positions = np.arange(seq.start, seq.start + seq.num_tokens, dtype=np.int32)
-            pages = batch.page_table[s, positions // page_size]
+            places = np.arange(seq.start, seq.start + seq.num_tokens, dtype=np.int32)
+            pages = batch.page_table[s, places // page_size]
             known = _known_tokens(seq.request, seq.start, seq.num_tokens - seq.num_drafts)
-            batch.tokens[begin:end] = [*known, *seq.draft_token_ids]
-            batch.positions[begin:end] = positions
+            batch.tokens[begin:end] = [*known, *seq.drafts.token_ids]
+            batch.positions[begin:end] = places
             batch.seq_ids[begin:end] = s
-            batch.slots[begin:end] = pages * page_size + positions % page_size
+            batch.slots[begin:end] = pages * page_size + places % page_size
             batch.q_starts[s + 1 :] = end
             batch.kv_lens[s] = seq.start + seq.num_tokens
             sampled[s] = seq.num_samples > 0
             num_drafts[s] = seq.num_drafts
             if seq.wants_prompt_logprobs:
-                following = seq.request.prompt_token_ids[seq.start + 1 : positions[-1] + 2]
+                following = seq.request.prompt_token_ids[seq.start + 1 : places[-1] + 2]
                 targets[begin : begin + len(following)] = following
             begin = end
         args = self._args(plan, size)
-        if max_drafts:
+        if self._is_tree:
+            parents = tree_batch.fill(plan, batch, max_drafts)
+            out = self._verify_tree(batch, args, sampled, num_drafts, parents)
+        elif max_drafts:
             out = self._verify(batch, args, sampled, num_drafts, max_drafts)
         else:
             out = self._forward(batch, args, sampled)
         return self._launched(plan, out, prompt_targets=targets)
 
     def _verify_padding(self, size: int, max_drafts: int) -> StepBatch:
-        return self.ragged_padding(size * (max_drafts + 1), size, max_drafts + 1)
+        width = max_drafts + 1
+        batch = self.ragged_padding(size * width, size, width)
+        return tree_batch.with_mask(batch) if self._is_tree else batch
 
     def ragged_padding(self, num_tokens: int, size: int, max_q_len: int | None = None) -> StepBatch:
         """Returns the batch of a bucket with nothing in it."""
@@ -232,6 +249,31 @@ class Runner:
         )
         return out
 
+    def _verify_tree(
+        self, batch: StepBatch, args: SampleArgs, sampled: Any, num_drafts: Any, parents: Any
+    ) -> steps.StepOutput:
+        speculation = self.config.speculation
+        assert speculation is not None
+        max_drafts = parents.shape[0] - 1
+        out, self.kv, self.state = tree_steps.tree_step(
+            self.model,
+            self.params,
+            self.kv,
+            self.state,
+            batch,
+            args,
+            sampled,
+            num_drafts,
+            parents,
+            self._heads,
+            max_drafts=max_drafts,
+            max_depth=speculation.max_depth if max_drafts else 0,
+            num_ranks=speculation.num_ranks,
+            typical=speculation.typical,
+            impl=self.config.attention_impl,
+        )
+        return out
+
     def _decode(self, batch: DecodeBatch, args: SampleArgs, num_steps: int) -> steps.StepOutput:
         out, self.kv, self.state = steps.decode_loop(
             self.model,
@@ -265,7 +307,9 @@ class Runner:
             )
             if -1 in prompt_wanted:
                 prompt_full = steps.prompt_log_softmax(self.model, self.params, out.hidden)
-        return Launched(plan, out.tokens, out.counts, top, full, prompt_top, prompt_full)
+        return Launched(
+            plan, out.tokens, out.counts, out.guesses, top, full, prompt_top, prompt_full
+        )
 
     def fetch(self, launched: Launched) -> StepResult:
         """Waits for a step and returns its results."""
@@ -280,6 +324,10 @@ class Runner:
         """
         begin = time.perf_counter()
         for size in self.buckets.decode:
+            if self._is_tree:
+                max_drafts = self.buckets.drafts[-1]
+                self._warm_tree(self._verify_padding(size, max_drafts), max_drafts)
+                continue
             out = self._decode(self.decode_padding(size), sampling.pack_args([], size), 1)
             self._warm_logprobs(out)
             for max_drafts in self.buckets.drafts:
@@ -287,11 +335,14 @@ class Runner:
         for num_tokens in self.buckets.tokens:
             for size in self.buckets.seqs:
                 batch = self.ragged_padding(num_tokens, size)
-                if self.buckets.drafts:
-                    self._warm_verification(batch, self.buckets.drafts[-1])
-                sampled = np.zeros(size, np.bool_)
-                out = self._forward(batch, sampling.pack_args([], size), sampled)
-                self._warm_logprobs(out)
+                if self._is_tree:
+                    out = self._warm_tree(batch, 0)
+                else:
+                    if self.buckets.drafts:
+                        self._warm_verification(batch, self.buckets.drafts[-1])
+                    sampled = np.zeros(size, np.bool_)
+                    out = self._forward(batch, sampling.pack_args([], size), sampled)
+                    self._warm_logprobs(out)
                 targets: Any = np.zeros(num_tokens, np.int32)
                 assert out.hidden is not None
                 steps.prompt_logprobs(self.model, self.params, out.hidden, targets, k=self.top_k)
@@ -309,6 +360,14 @@ class Runner:
         self._warm_logprobs(
             self._verify(batch, sampling.pack_args([], size), none, zero, max_drafts)
         )
+
+    def _warm_tree(self, batch: StepBatch, max_drafts: int) -> steps.StepOutput:
+        size = batch.rows.shape[0]
+        none, zero = np.zeros(size, np.bool_), np.zeros(size, np.int32)
+        parents = np.full((max_drafts + 1, size), -1, np.int32)
+        out = self._verify_tree(batch, sampling.pack_args([], size), none, zero, parents)
+        self._warm_logprobs(out)
+        return out
 
     def _warm_logprobs(self, out: steps.StepOutput) -> None:
         steps.top_logprobs(out.logits, out.tokens, k=self.top_k)

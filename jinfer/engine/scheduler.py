@@ -27,11 +27,11 @@ from jinfer.config import EngineConfig
 from jinfer.engine import integrity, recovery
 from jinfer.engine.holdings import Holdings
 from jinfer.engine.pages import PagePool
-from jinfer.engine.plan import Plan, Progress, ScheduledSeq, SchedulerStats
+from jinfer.engine.plan import Drafts, Plan, Progress, ScheduledSeq, SchedulerStats
 from jinfer.engine.prefix import PrefixCache
 from jinfer.engine.queue import WaitingQueue, arrival_key
 from jinfer.engine.request import Request, RequestStatus
-from jinfer.engine.speculation import Speculation
+from jinfer.engine.tree_speculation import draft, make_speculation
 from jinfer.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -51,9 +51,10 @@ class Scheduler:
     A sequence is never longer than the pool allows: `add` lowers `max_output_tokens` to what fits,
     so that a request alone always runs to an end (finish reason "length").
 
-    With speculation, what the decodes leave of the budget goes to drafts first. A sequence whose
-    drafts are in flight waits for their commit, which takes back the positions of those that fell:
-    later tokens overwrite their KV before anything reads it, and no page with them is ever cached.
+    With speculation, what the decodes leave of the budget goes to drafts first (trees of them are
+    in no step that prefills). A sequence whose drafts are in flight waits for their commit, which
+    takes back the positions of those that fell: later tokens overwrite their KV before anything
+    reads it, and no page with them is ever cached.
 
     Args:
       config: limits.
@@ -81,7 +82,7 @@ class Scheduler:
         self.holdings = Holdings(
             self.prefix, config.enable_prefix_caching, max_cached_tokens, self.stats
         )
-        self.speculation = None if config.speculation is None else Speculation(config, now)
+        self.speculation = make_speculation(config, now)
         self._now = now
         self._requests: dict[str, Request] = {}  # live ones
         self.running: list[Request] = []  # most urgent first
@@ -218,9 +219,7 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         decodes = self._reserve_decodes()
         budget -= len(decodes)
-        drafts = [()] * len(decodes)
-        if self.speculation is not None:
-            drafts = self.speculation.draft(decodes, budget, self.holdings)
+        drafts = draft(self.speculation, decodes, budget, self.holdings, is_tree=False)
         budget -= sum(map(len, drafts))
         chunks: list[ScheduledSeq] = []
         for request in self.running:
@@ -238,9 +237,11 @@ class Scheduler:
             budget -= chunks[-1].num_tokens
         if not decodes and not chunks:
             return None
+        if not chunks and not any(drafts):
+            drafts = draft(self.speculation, decodes, budget, self.holdings, is_tree=True)
         num_steps = 1 if chunks or self.is_drafting else self._num_decode_steps(decodes)
         seqs = [
-            self._schedule_decode(request, num_steps, ids) for request, ids in zip(decodes, drafts)
+            self._schedule_decode(request, num_steps, d) for request, d in zip(decodes, drafts)
         ] + chunks
         is_decode = all(seq.num_tokens == 1 for seq in seqs)
         cleared = self.holdings.take_spoilt_pages()
@@ -279,19 +280,17 @@ class Scheduler:
             return 1
         return self.holdings.extend(decodes, self.config.num_decode_steps)
 
-    def _schedule_decode(
-        self, request: Request, num_steps: int, drafts: tuple[int, ...]
-    ) -> ScheduledSeq:
-        num_samples = min(num_steps + len(drafts), request.num_unplanned_outputs)
+    def _schedule_decode(self, request: Request, num_steps: int, drafts: Drafts) -> ScheduledSeq:
+        num_samples = min(num_steps + drafts.depth, request.num_unplanned_outputs)
         start = request.num_computed_tokens
-        written = self.holdings.written_pages(request, start, num_samples)
+        written = self.holdings.written_pages(request, start, max(num_samples, 1 + len(drafts)))
         seq = ScheduledSeq(
             *(request, start, 1 + len(drafts), num_samples),
             is_new_row=False,
             is_prefill=False,
             pages=written,
             is_on_found=request.num_found_tokens > 0,
-            draft_token_ids=drafts,
+            drafts=drafts,
         )
         request.num_computed_tokens += num_samples
         request.num_in_flight += num_samples
@@ -387,7 +386,7 @@ class Scheduler:
             expected = self._in_flight[0].step_id if self._in_flight else None
             raise ValueError(f"plans are committed in order: got {plan.step_id}, not {expected}")
         fits = [
-            seq.num_samples - seq.num_drafts <= len(tokens) <= seq.num_samples
+            seq.num_samples - seq.drafts.depth <= len(tokens) <= seq.num_samples
             for seq, tokens in zip(plan.seqs, samples, strict=True)
         ]
         if not all(fits):

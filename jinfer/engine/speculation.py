@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from jinfer.config import EngineConfig
 from jinfer.engine.buckets import Buckets
 from jinfer.engine.holdings import Holdings
-from jinfer.engine.plan import Plan
+from jinfer.engine.plan import Drafts, Plan
 from jinfer.engine.proposers import make_proposer
 from jinfer.engine.request import Request
 from jinfer.spec.adaptive import DraftLength
@@ -24,10 +24,14 @@ LOG_INTERVAL_S = 10.0
 class Speculation:
     """Drafts for the sequences of an engine, and the counts of what became of them.
 
+    A tree counts as one draft a level, which stands if one of its drafts does.
+
     Args:
       config: limits, and the method in `config.speculation`.
       now: a clock in seconds.
     """
+
+    is_tree = False
 
     def __init__(self, config: EngineConfig, now: Callable[[], float]) -> None:
         assert config.speculation is not None
@@ -36,18 +40,15 @@ class Speculation:
         self.length = DraftLength(sizes) if self.config.adaptive else None
         self._now = now
         self._planned_at = now()
-        self._proposer = make_proposer(self.config)
+        self._proposer = None if self.is_tree else make_proposer(self.config)
         self.num_steps = 0  # of single sequences, each of which brought one token or more
         self.num_tokens = 0  # that they brought
-        self.drafted_at = [
-            0
-        ] * self.config.num_speculative_tokens  # by position, the first draft first
-        self.accepted_at = [0] * self.config.num_speculative_tokens
+        # By position (of a tree: by level), the first draft first.
+        self.drafted_at = [0] * self.config.max_depth
+        self.accepted_at = [0] * self.config.max_depth
         self._last_log = now()
 
-    def draft(
-        self, decodes: list[Request], budget: int, holdings: Holdings
-    ) -> list[tuple[int, ...]]:
+    def draft(self, decodes: list[Request], budget: int, holdings: Holdings) -> list[Drafts]:
         """Returns each decode's drafts, having taken the pages that they need.
 
         Only free or cached pages: nobody is preempted for a draft.
@@ -65,17 +66,14 @@ class Speculation:
         drafts = []
         for request, ids in zip(decodes, proposed):
             ids = ids[: max(0, min(budget, most))]
-            missing = holdings.num_missing_pages(request, 1 + len(ids))
-            request.pages += holdings.prefix.alloc(min(missing, holdings.prefix.num_available))
-            room = len(request.pages) * holdings.page_size - request.num_computed_tokens - 1
-            drafts.append(ids[:room])
+            drafts.append(Drafts(ids[: make_room(request, len(ids), holdings)]))
             budget -= len(drafts[-1])
         return drafts
 
     def _propose(self, request: Request, limit: int) -> tuple[int, ...]:
         """Returns at most `limit` drafts of what follows the known tokens, all of them known."""
         limit = min(limit, self.config.num_speculative_tokens)
-        if limit <= 0 or request.num_in_flight:
+        if self._proposer is None or limit <= 0 or request.num_in_flight:
             return ()
         return self._proposer.propose(request, limit)
 
@@ -88,7 +86,8 @@ class Speculation:
             self.length.note_step(len(plan.seqs), plan.max_drafts, seconds)
         for i, (seq, tokens) in enumerate(zip(plan.seqs, samples)):
             if not seq.is_prefill and (is_sound is None or is_sound[i]):
-                self._note_sequence(seq.request, seq.num_drafts, len(tokens))
+                num_drafts = min(seq.drafts.depth, self.config.max_depth)
+                self._note_sequence(seq.request, num_drafts, len(tokens))
         self._log()
 
     def _note_sequence(self, request: Request, num_drafts: int, num_tokens: int) -> None:
@@ -138,3 +137,13 @@ class Speculation:
             values["num_drafted_tokens"],
             100 * values["acceptance_rate"],
         )
+
+
+def make_room(request: Request, num_drafts: int, holdings: Holdings) -> int:
+    """Takes free pages for drafts after the newest token; returns how many there is room for.
+
+    Only free or cached pages: nobody is preempted for a draft.
+    """
+    missing = holdings.num_missing_pages(request, 1 + num_drafts)
+    request.pages += holdings.prefix.alloc(min(missing, holdings.prefix.num_available))
+    return len(request.pages) * holdings.page_size - request.num_computed_tokens - 1

@@ -9,14 +9,22 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from jinfer.config import require
+from jinfer.config import MAX_TREE_NODES, require
 
 Tree = tuple[tuple[int, ...], ...]
 
 
 def check_tree(tree: Sequence[Sequence[int]], *, num_heads: int) -> None:
-    """Raises ValueError if a node is too deep, stands twice, or has no parent before it."""
+    """Raises ValueError if a node is too deep, stands twice, or has no parent before it.
+
+    A tree without nodes, or with more than MAX_TREE_NODES, is refused likewise.
+    """
+    require(
+        0 < len(tree) <= MAX_TREE_NODES,
+        f"a tree must have 1 to {MAX_TREE_NODES} nodes, got {len(tree)}",
+    )
     seen: set[tuple[int, ...]] = {()}
     for ranks in tree:
         node = tuple(ranks)
@@ -29,6 +37,28 @@ def check_tree(tree: Sequence[Sequence[int]], *, num_heads: int) -> None:
         require(node not in seen, f"node {list(node)} stands twice in the tree")
         require(node[:-1] in seen, f"node {list(node)} comes without its parent before it")
         seen.add(node)
+
+
+def read_tree(value: Any) -> Tree:
+    """Returns a tree given as lists of ranks, say [[0], [1], [0, 0]], which `check_tree` is to see.
+
+    Raises:
+      ValueError: it is of another form.
+    """
+    is_tree = isinstance(value, Sequence) and all(
+        isinstance(node, Sequence) and all(type(rank) is int for rank in node) for node in value
+    )
+    if not is_tree:
+        raise ValueError(f"a tree must be a list of lists of ranks like [[0], [0, 0]], got {value}")
+    return tuple(tuple(node) for node in value)
+
+
+def parents_of(tree: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Returns each node's parent, see `spec.draft_tree`."""
+    numbers: dict[tuple[int, ...], int] = {(): 0}
+    for number, node in enumerate(tree, 1):
+        numbers[tuple(node)] = number
+    return tuple(numbers[tuple(node[:-1])] for node in tree)
 
 
 def fit_tree(rank_accuracies: Sequence[Sequence[float]], *, num_nodes: int) -> Tree:

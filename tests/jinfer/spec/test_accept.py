@@ -1,5 +1,7 @@
 """Acceptance: what comes out is distributed as the target alone samples, whatever was drafted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from scipy import stats
 
 from jinfer import SamplingParams, sampling
 from jinfer.spec import accept
+from jinfer.spec.tree_accept import Nodes, verify_tree
 
 V, K, N = 7, 2, 24_000  # tokens, drafts, sequences (one draw of a batch each)
 PROMPT = [1, 3, 3]
@@ -82,6 +85,22 @@ def speculate_given(args, state, rows, positions):
     return counts, two_tokens(tokens, counts, args, after, rows, positions)
 
 
+@functools.partial(jax.jit, static_argnames="typical")
+def speculate_along_a_tree(args, state, rows, positions, typical=None):
+    """The same with a tree: the drafter's two likeliest tokens, and two after each of them."""
+    first = jax.lax.top_k(DRAFTER[state.last_tokens], 2)[1].T  # [2, N]
+    second = [jax.lax.top_k(DRAFTER[x], 2)[1].T for x in first]
+    drafts = jnp.concatenate([state.last_tokens[None], first, *second])
+    parents = jnp.array([-1, 0, 0, 1, 1, 2, 2], jnp.int32)
+    nodes = Nodes(drafts, jnp.broadcast_to(parents[:, None], drafts.shape))
+    walk, after = verify_tree(
+        *(TARGET[drafts], args, state, rows, positions, nodes, jnp.ones(N, bool)),
+        max_depth=K,
+        typical=typical,
+    )
+    return walk.counts, two_tokens(walk.tokens, walk.counts, args, after, rows, positions)
+
+
 def two_tokens(tokens, counts, args, state, rows, positions):
     x = sampling.process_logits(TARGET[state.last_tokens], args, state, rows, positions + counts)
     after = sampling.sample(x, args, positions + counts)
@@ -141,6 +160,50 @@ def test_given_drafts_leave_every_token_as_it_is(name):
     assert np.array_equal(pairs, plain)
     assert p_value(plain, exact(CASES[name])) > 0.01
     assert len(np.unique(np.asarray(counts))) > 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_tree_of_drafts_leaves_every_token_as_it_is(name):
+    counts, pairs = speculate_along_a_tree(*start(CASES[name]))
+    assert np.array_equal(pairs, decode(*start(CASES[name])))
+    assert p_value(pairs, exact(CASES[name])) > 0.01
+    assert all(np.mean(np.asarray(counts) == n) > 0.05 for n in (1, 2, 3))
+
+
+def test_typical_acceptance_is_lossy_greedy_rows_apart():
+    """So the test above would see a rule that is biased."""
+    for params, is_lossy in ((CASES["temperature"], True), (SamplingParams(temperature=0), False)):
+        counts, pairs = speculate_along_a_tree(*start(params), typical=(0.09, 0.3))
+        assert np.array_equal(pairs, decode(*start(params))) != is_lossy
+        if is_lossy:
+            assert p_value(pairs, exact(params)) < 1e-6
+            lossless, _ = speculate_along_a_tree(*start(params))
+            assert np.mean(np.asarray(counts)) > np.mean(np.asarray(lossless))
+
+
+def test_typical_acceptance_takes_a_likely_child_and_no_unlikely_one():
+    args, state, rows, positions = jax.tree.map(
+        lambda x: x[:64], start(SamplingParams(temperature=1.0))
+    )
+    p = np.full(V, 1e-9)
+    p[[1, 2, 3]] = [0.9, 0.08, 0.02]  # the threshold is 0.09: alpha exp(-entropy) is more
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (3, 64, V))
+    parents = jnp.broadcast_to(jnp.array([[-1], [0], [0]], jnp.int32), (3, 64))
+
+    @jax.jit
+    def draw(drafts):
+        tokens = jnp.broadcast_to(drafts[:, None], (3, 64))
+        walk, _ = verify_tree(
+            *(logits, args, state, rows, positions, Nodes(tokens, parents), jnp.ones(64, bool)),
+            max_depth=1,
+            typical=(0.09, 0.3),
+        )
+        return walk.tokens[0], walk.counts
+
+    tokens, counts = draw(jnp.array([0, 2, 1]))  # the likely one second
+    assert set(tokens.tolist()) == {1} and set(counts.tolist()) == {2}
+    tokens, _ = draw(jnp.array([0, 3, 4]))  # none is likely: drawn as ever
+    assert 0.7 < np.mean(np.asarray(tokens) == 1) < 1.0
 
 
 @pytest.mark.parametrize("bias", ["accepts too much", "wrong residual"])

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from jinfer import LLM, SamplingParams
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
+from jinfer.spec import medusa
 
 VOCAB = 300
 CONFIG = ModelConfig(
@@ -50,6 +51,29 @@ def make_llm(params):
         return LLM(MODEL, params=params, tokenizer=make_tokenizer(), **{**LIMITS, **options})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def heads(params, tmp_path_factory):
+    """Untrained heads: each repeats the model's own guess, which this model's loops make good."""
+    folder = tmp_path_factory.mktemp("heads")
+    config = medusa.MedusaConfig(
+        num_heads=2, hidden_size=32, vocab_size=VOCAB, shared_unembedding=True
+    )
+    tree = ((0,), (1,), (0, 0), (2,), (1, 0), (0, 1))
+    weights = medusa.init(config, MODEL, params)
+    medusa.save(folder, config, weights, rank_accuracies=[[0.5]], tree=tree)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def config_of(heads):
+    """The `speculative_config` of each method."""
+    return {
+        "ngram": NGRAM,
+        "medusa": {"method": "medusa", "heads": heads},
+        "lookahead": {"method": "lookahead", "window": 2, "ngram_size": 3, "num_guesses": 2},
+    }.__getitem__
 
 
 def make_prompts():
@@ -101,9 +125,19 @@ def assert_same(got, expected):
                 )
 
 
-@pytest.mark.parametrize("pages", [None, 19], ids=["roomy", "tiny"])
-def test_ngram_gives_the_tokens_of_plain_decoding(make_llm, plain, pages):
-    llm = make_llm(num_gpu_blocks_override=pages, speculative_config=NGRAM)
+@pytest.mark.parametrize(
+    ("method", "pages"),
+    [
+        ("ngram", None),
+        ("ngram", 19),
+        pytest.param("medusa", None, marks=pytest.mark.slow),
+        ("medusa", 19),
+        pytest.param("lookahead", None, marks=pytest.mark.slow),
+        ("lookahead", 19),
+    ],
+)
+def test_speculation_gives_the_tokens_of_plain_decoding(make_llm, plain, config_of, method, pages):
+    llm = make_llm(num_gpu_blocks_override=pages, speculative_config=config_of(method))
     outputs = run(llm)
     assert_same(outputs, plain)
     metrics = llm.get_metrics()
@@ -135,8 +169,11 @@ def test_metrics_tell_tokens_a_step(make_llm, plain):
     assert rates == sorted(rates, reverse=True)
 
 
-def test_nothing_compiles_after_warmup(make_llm):
-    llm = make_llm(speculative_config=NGRAM)
+@pytest.mark.parametrize(
+    "method", ["ngram", *(pytest.param(m, marks=pytest.mark.slow) for m in ("medusa", "lookahead"))]
+)
+def test_nothing_compiles_after_warmup(make_llm, config_of, method):
+    llm = make_llm(speculative_config=config_of(method))
     llm.warmup()
     before = llm.num_compilations
     run(llm)
@@ -147,6 +184,13 @@ def test_nothing_compiles_after_warmup(make_llm):
     "config, message",
     [
         ({"method": "oracle"}, "method must be one of ngram"),
+        ({"method": "lookahead", "window": 60}, "must be 1 to 63, got 195"),
+        ({"method": "lookahead", "ngram_size": 1}, "must be 1 to 63, got 0"),
+        ({"method": "medusa"}, 'needs "heads"'),
+        ({"method": "medusa", "heads": "/nowhere"}, "jinfer train-medusa"),
+        ({"method": "medusa", "heads": "x", "acceptance": "some"}, '"lossless" or "typical"'),
+        ({"method": "medusa", "heads": "x", "epsilon": 0}, "epsilon must be above 0"),
+        ({"method": "medusa", "heads": "x", "adaptive": True}, "has no 'adaptive'"),
         ({}, "method must be one of ngram"),
         ({"method": "ngram", "model": "x"}, "has no 'model'"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "must be a positive integer"),
@@ -156,6 +200,31 @@ def test_nothing_compiles_after_warmup(make_llm):
     ],
 )
 def test_what_cannot_be_met_is_refused(make_llm, config, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         make_llm(speculative_config=config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ([[0], [0, 0], [0, 0, 0]], "3 levels deep at node .* and there are 2 heads"),
+        ([[0, 1]], "without its parent"),
+        ("deep", "list of lists of ranks"),
+        ([], "1 to 63 nodes"),
+        ([[300]], "the model has 300 tokens"),
+    ],
+)
+def test_a_tree_that_does_not_suit_is_refused(make_llm, heads, tree, message):
+    with pytest.raises(ValueError, match=message):
+        make_llm(speculative_config={"method": "medusa", "heads": heads, "tree": tree})
+
+
+def test_heads_of_another_width_are_refused(make_llm, params, tmp_path):
+    config = medusa.MedusaConfig(
+        num_heads=1, hidden_size=16, vocab_size=VOCAB, shared_unembedding=True
+    )
+    weights = {"w": np.zeros((1, 16, 16), np.float32), "b": np.zeros((1, 16), np.float32)}
+    medusa.save(tmp_path, config, weights, rank_accuracies=[[0.5]], tree=((0,),))
+    with pytest.raises(ValueError, match=r"hidden_size=16, the model \(llama\) has hidden_size=32"):
+        make_llm(speculative_config={"method": "medusa", "heads": str(tmp_path)})

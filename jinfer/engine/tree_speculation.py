@@ -1,0 +1,167 @@
+"""Speculation with trees of drafts, grown from what each step guesses; knows no device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+from jinfer.config import EngineConfig
+from jinfer.engine.holdings import Holdings
+from jinfer.engine.plan import Drafts, Plan
+from jinfer.engine.request import Request
+from jinfer.engine.speculation import Speculation, make_room
+from jinfer.spec import draft_tree
+from jinfer.spec.lookahead import Lookahead
+from jinfer.spec.medusa_tree import parents_of
+
+
+def make_speculation(config: EngineConfig, now: Callable[[], float]) -> Speculation | None:
+    """Returns what `config` asks for, or None."""
+    if config.speculation is None:
+        return None
+    trees = {"medusa": MedusaSpeculation, "lookahead": LookaheadSpeculation}
+    return trees.get(config.speculation.method, Speculation)(config, now)
+
+
+def draft(
+    speculation: Speculation | None,
+    decodes: list[Request],
+    budget: int,
+    holdings: Holdings,
+    *,
+    is_tree: bool,
+) -> list[Drafts]:
+    """Returns each decode's drafts, see `Speculation.draft`; none if they are not of the kind."""
+    if speculation is None or speculation.is_tree != is_tree:
+        return [Drafts()] * len(decodes)
+    return speculation.draft(decodes, budget, holdings)
+
+
+class TreeSpeculation(Speculation):
+    """Trees of drafts for the sequences of an engine; who knows what may come makes a subclass."""
+
+    is_tree = True
+
+    def draft(self, decodes: list[Request], budget: int, holdings: Holdings) -> list[Drafts]:
+        """Returns each decode's tree, as `Speculation.draft` does."""
+        drafts = []
+        for request in decodes:
+            proposed = cut(self.grow(request), request.num_unplanned_outputs - 1)
+            room = make_room(request, min(len(proposed), max(0, budget)), holdings)
+            most = max(0, min(budget, room))
+            assert proposed.parents is not None
+            drafts.append(Drafts(proposed.token_ids[:most], proposed.parents[:most]))
+            budget -= len(drafts[-1])
+        return drafts
+
+    def grow(self, request: Request) -> Drafts:
+        """Returns the tree to verify after the known tokens, most likely drafts first."""
+        raise NotImplementedError
+
+    def take_guesses(
+        self,
+        plan: Plan,
+        samples: Sequence[Sequence[int]],
+        guesses: Sequence[Sequence[Sequence[int]]],
+    ) -> None:
+        """Takes in what a step guesses, before its samples are committed.
+
+        Args:
+          plan, samples: as of `Scheduler.commit`.
+          guesses: [S][K][R], see `tree_steps.tree_step`.
+        """
+        raise NotImplementedError
+
+
+class MedusaSpeculation(TreeSpeculation):
+    """Trees of the heads' guesses, which come with every step that samples.
+
+    Args:
+      config: limits; `config.speculation.tree` is the tree.
+      now: a clock in seconds.
+    """
+
+    def __init__(self, config: EngineConfig, now: Callable[[], float]) -> None:
+        super().__init__(config, now)
+        assert self.config.tree is not None
+        self._nodes = self.config.tree
+        self._parents = parents_of(self.config.tree)
+        # By request: the guesses, and the length of the text that they follow.
+        self._guesses: weakref.WeakKeyDictionary[Request, tuple[int, Sequence[Sequence[int]]]]
+        self._guesses = weakref.WeakKeyDictionary()
+
+    def grow(self, request: Request) -> Drafts:
+        """Returns the heads' guesses, none if they follow another text than the present one."""
+        length, guesses = self._guesses.get(request, (-1, ()))
+        if length != _num_known(request):
+            return Drafts((), ())
+        tokens = tuple(guesses[len(node) - 1][node[-1]] for node in self._nodes)
+        return Drafts(tokens, self._parents)
+
+    def take_guesses(
+        self,
+        plan: Plan,
+        samples: Sequence[Sequence[int]],
+        guesses: Sequence[Sequence[Sequence[int]]],
+    ) -> None:
+        """Keeps the guesses of the sequences that sampled."""
+        for seq, tokens, found in zip(plan.seqs, samples, guesses):
+            if tokens:
+                self._guesses[seq.request] = _num_known(seq.request) + len(tokens), found
+
+
+class LookaheadSpeculation(TreeSpeculation):
+    """Trees of n-grams and of the window that finds them; each request has its own.
+
+    Args:
+      config: limits, and the sizes in `config.speculation`.
+      now: a clock in seconds.
+    """
+
+    def __init__(self, config: EngineConfig, now: Callable[[], float]) -> None:
+        super().__init__(config, now)
+        # By request, and how large the tree is that it grew last.
+        self._lookaheads: weakref.WeakKeyDictionary[Request, tuple[Lookahead, int]]
+        self._lookaheads = weakref.WeakKeyDictionary()
+
+    def grow(self, request: Request) -> Drafts:
+        """Returns the n-grams that begin with the newest token, and the window."""
+        lookahead, _ = self._lookaheads.get(request, (None, 0))
+        if lookahead is None:
+            config = self.config
+            lookahead = Lookahead(
+                config.window, config.ngram_size, config.num_guesses, seed=request.seed
+            )
+        drafts = Drafts(*lookahead.grow(request.known_token_ids))
+        self._lookaheads[request] = lookahead, len(drafts)
+        return drafts
+
+    def take_guesses(
+        self,
+        plan: Plan,
+        samples: Sequence[Sequence[int]],
+        guesses: Sequence[Sequence[Sequence[int]]],
+    ) -> None:
+        """Takes in what the model said after the nodes of each tree that was verified whole."""
+        for seq, tokens, said in zip(plan.seqs, samples, guesses):
+            lookahead, size = self._lookaheads.get(seq.request, (None, 0))
+            if lookahead is not None and tokens and seq.num_drafts == size > 0:
+                lookahead.learn([ranks[0] for ranks in said], len(tokens))
+
+
+def _num_known(request: Request) -> int:
+    return request.num_prompt_tokens + len(request.output_token_ids)
+
+
+def cut(drafts: Drafts, depth: int) -> Drafts:
+    """Leaves out what is more than `depth` levels below the root."""
+    assert drafts.parents is not None
+    levels = draft_tree.depths(drafts.parents)
+    if max(levels, default=0) <= depth:
+        return drafts
+    kept = [i for i, level in enumerate(levels) if level <= depth]
+    numbers = {0: 0} | {i + 1: n for n, i in enumerate(kept, 1)}
+    return Drafts(
+        tuple(drafts.token_ids[i] for i in kept),
+        tuple(numbers[drafts.parents[i]] for i in kept),
+    )

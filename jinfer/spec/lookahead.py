@@ -1,0 +1,83 @@
+"""Drafts by lookahead: the model's own parallel guesses, kept as n-grams. No heads, no jax.
+
+Fu et al. 2024 (arXiv:2402.02057). Beside the text each step carries a window of W columns and N - 1
+levels of guesses. Level 0 is a line of tokens that may follow; each level below holds what the
+model said after the one above, one step before: Jacobi iteration, whose trajectories are n-grams
+that the model itself finds likely. Here W = 3, N = 4, r the newest token:
+
+    level 0   r - a0 - a1 - a2       what the model says below the last level, c0 c1 c2, makes the
+    level 1       b0   b1   b2       n-grams a0 b0 d0 c0, a1 b1 d1 c1, ..., and the next window:
+    level 2       d0   d1   d2       levels b, d, c
+
+Node d1 sees r a0 a1 b1, its ancestors: the window is a tree, and so are the n-grams that begin with
+the newest token, of which G are drafted. All stand or fall by the same rule, see `tree_accept`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from jinfer.spec.draft_tree import TreeBuilder
+
+
+class Lookahead:
+    """The window and the n-grams of one growing text.
+
+    Args:
+      window: W, columns.
+      ngram_size: N, tokens of an n-gram: a step brings N tokens at most.
+      num_guesses: G, most n-grams drafted in a step, and kept for each first token.
+      seed: of the tokens that fill columns without a guess, drawn from the text.
+    """
+
+    def __init__(self, window: int, ngram_size: int, num_guesses: int, seed: int) -> None:
+        self.window, self.ngram_size, self.num_guesses = window, ngram_size, num_guesses
+        self._random = random.Random(seed)
+        # First token -> what followed it, the newest last (a dict for its order).
+        self._pool: dict[int, dict[tuple[int, ...], None]] = {}
+        self._levels: list[list[int]] = []
+        self._num_read = 0
+        self._last: list[int] = []  # the nodes of the last level in the tree handed out
+
+    def grow(self, text: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns drafts and parents, see `spec.draft_tree`; the newest n-grams first."""
+        self._read(text)
+        if not self._levels:
+            self._levels = [[] for _ in range(self.ngram_size - 1)]
+        for level in self._levels:
+            level += self._random.choices(text, k=self.window - len(level))
+        tree = TreeBuilder()
+        for ngram in reversed(self._pool.get(text[-1], {})):
+            tree.add_path(ngram)
+        self._last, above = [], 0
+        for column in zip(*self._levels):
+            above = tree.add_path(column[:1], above)
+            self._last.append(tree.add_path(column[1:], above))
+        return tuple(tree.tokens), tuple(tree.parents)
+
+    def learn(self, said: Sequence[int], num_tokens: int) -> None:
+        """Takes in a step with the whole tree of the last `grow`.
+
+        Args:
+          said: the likeliest token after each node, the root first.
+          num_tokens: tokens that the step brought: the window moves on by what goes beyond one.
+        """
+        lowest = [said[node] for node in self._last]
+        for column in zip(*self._levels, lowest):
+            self._keep(column)
+        self._levels = [level[num_tokens - 1 :] for level in (*self._levels[1:], lowest)]
+
+    def _read(self, text: Sequence[int]) -> None:
+        """Keeps the n-grams of the text itself."""
+        for end in range(max(self.ngram_size, self._num_read + 1), len(text) + 1):
+            self._keep(text[end - self.ngram_size : end])
+        self._num_read = len(text)
+
+    def _keep(self, ngram: Sequence[int]) -> None:
+        kept = self._pool.setdefault(ngram[0], {})
+        rest = tuple(ngram[1:])
+        kept.pop(rest, None)
+        kept[rest] = None
+        if len(kept) > self.num_guesses:
+            del kept[next(iter(kept))]
