@@ -147,13 +147,31 @@ def move_slots(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCac
     return jax.tree.map(move, kv)
 
 
-def copy_pages(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCache:
-    """Copies whole pages in every layer, all reads before any write; for copy-on-write.
+def copy_pages(
+    kv: KVCache,
+    src: Int[Array, "N"],
+    dst: Int[Array, "N"],
+    num_tokens: Int[Array, "N"] | None = None,
+) -> KVCache:
+    """Copies pages in every layer, all reads before any write; for copy-on-write.
 
     Pairs with dst out of range are dropped. Scales go along.
+
+    Args:
+      num_tokens: places of each page that are copied, from the first on; those behind are zeroed.
+        None copies whole pages.
     """
     src_pages, dst_pages = _in_all_layers(kv, src), _in_all_layers(kv, dst)
-    return jax.tree.map(lambda pool: pool.at[dst_pages].set(pool[src_pages], mode="drop"), kv)
+
+    def copy(pool: Array) -> Array:
+        pages = pool[src_pages]  # [L, N, K, B, ...]
+        if num_tokens is not None:
+            is_copied = jnp.arange(kv.page_size)[None] < num_tokens[:, None]  # [N, B]
+            shape = (1, src.shape[0], 1, kv.page_size, *[1] * (pool.ndim - 3))
+            pages = jnp.where(is_copied.reshape(shape), pages, jnp.zeros((), pool.dtype))
+        return pool.at[dst_pages].set(pages, mode="drop")
+
+    return jax.tree.map(copy, kv)
 
 
 def clear_pages(kv: KVCache, pages: Int[Array, "N"]) -> KVCache:

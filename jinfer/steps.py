@@ -316,9 +316,14 @@ def reset_row(state: SamplerState, row: Int[Array, ""], setup: Any) -> SamplerSt
 
 
 @functools.partial(jax.jit, donate_argnames=("kv",))
-def copy_pages(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCache:
+def copy_pages(
+    kv: KVCache,
+    src: Int[Array, "N"],
+    dst: Int[Array, "N"],
+    num_tokens: Int[Array, "N"] | None = None,
+) -> KVCache:
     """Copies pages of the pool, which is donated; see `kv_cache.copy_pages`."""
-    return kv_cache.copy_pages(kv, src, dst)
+    return kv_cache.copy_pages(kv, src, dst, num_tokens)
 
 
 @functools.partial(jax.jit, donate_argnames=("kv",))

@@ -70,6 +70,7 @@ WITHOUT_JAX = (
     "jinfer.engine.prefix",
     "jinfer.engine.proposers",
     "jinfer.engine.queue",
+    "jinfer.engine.radix",
     "jinfer.engine.recovery",
     "jinfer.engine.request",
     "jinfer.engine.scheduler",

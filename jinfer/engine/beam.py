@@ -191,8 +191,10 @@ class BeamSearcher:
         request.pages += scheduler.prefix.alloc(num_more)
         scheduler.lent.append(request)
         self._active.append(job)
+        self.engine.runner.prepare_pages(*scheduler.holdings.take_page_work())
         self._prefill(request)
-        scheduler.holdings.fill(request)
+        # Not the page in which the prompt ends: the search may hand its place to a later one.
+        scheduler.holdings.fill(request, (), with_part=False)
         job.search = Search(
             self.params,
             num_prompt_tokens=request.num_prompt_tokens,
@@ -205,7 +207,7 @@ class BeamSearcher:
     def _give_back(self, job: _Job) -> None:
         self._active.remove(job)
         self.engine.scheduler.lent.remove(job.request)
-        self.engine.scheduler.holdings.give_back(job.request)
+        self.engine.scheduler.holdings.give_back(job.request, with_part=False)
 
     # ------------------------------------------------------------------ the device
 

@@ -5,13 +5,20 @@ Who finds it reads it in a later plan, or in this very one, where each layer wri
 tokens of the step before any of them attends. A page of generated tokens: when its request leaves
 the device, as far as the last token but one that the host knows. Everything up to there has been
 written by steps that are committed; what steps in flight still write for a request that has ended
-or was preempted lies beyond, so that no cached page changes ever again.
+or was preempted lies beyond, so that no cached token changes ever again.
 
-Why hits of whole pages give the tokens of a cold run: there is no fixed grid of chunks to align
-them to. A chunk is what the budget leaves, so company moves its borders in cold runs, too, and the
-kernels must not care (they sum over keys in blocks at absolute positions, wherever queries begin).
-A hit is one more way of cutting a prompt. It is exact up to the rounding between programs of
-different padded size, as is any change of company.
+Whole pages are shared; the page in which a known prefix ends is copied. A plan's copies are done
+before its step, so a page that the very plan writes to is none to copy from, and the source is
+held until the plan is made: what is given its page then is written by later plans. Places behind
+the shared tokens come out as zeros, whatever NaN others may have left there. Where the source
+itself is the last page that the request needs, its place is worth more than its tokens.
+
+Why hits give the tokens of a cold run, wherever in a page they end: there is no fixed grid of
+chunks to align them to. A chunk is what the budget leaves, so company moves its borders to any
+token in cold runs, too, and the kernels must not care (they sum over keys in blocks at absolute
+positions, wherever queries begin). A hit is one more way of cutting a prompt, and a copy holds the
+bits of its source. It is exact up to the rounding between programs of different padded size, as is
+any change of company.
 """
 
 from __future__ import annotations
@@ -21,6 +28,10 @@ from collections.abc import Sequence
 from jinfer.engine.plan import SchedulerStats
 from jinfer.engine.prefix import PrefixCache
 from jinfer.engine.request import Request
+
+# A copy must save an eighth of a page: a first token in common (most tokenizers begin with one) is
+# computed as quickly as it is copied.
+MIN_COPIED_PART = 8
 
 
 class Holdings:
@@ -46,6 +57,8 @@ class Holdings:
         self.max_cached_tokens = max_cached_tokens
         self.stats = stats
         self._spoilt: set[int] = set()  # pages to clear before anyone computes with them
+        self._copies: list[tuple[int, int, int]] = []  # (from, to, tokens) of the next plan
+        self._being_filled: set[int] = set()  # by the next plan
 
     def num_pages(self, num_tokens: int) -> int:
         """Returns how many pages `num_tokens` tokens fill, the last one perhaps in part."""
@@ -77,25 +90,36 @@ class Holdings:
 
     def num_cached_pages(self, request: Request) -> int:
         """Returns how many pages `take` would find now."""
-        return len(self._find(request)) if self._is_reading(request) else 0
+        return len(self._find_whole(request)) if self._is_reading(request) else 0
 
     def take(self, request: Request, *, num_spare: int) -> bool:
         """Gives a request the pages of all its known tokens; False if too few are free.
 
-        The pages of its longest cached prefix are taken by reference, as if computed; at least the
-        last token is computed in any case, for its logits.
+        The whole pages of its longest cached prefix are taken by reference, as if computed, and of
+        a last part a copy is planned; at least the last token is computed in any case, for its
+        logits.
 
         Args:
           request: holds no pages yet.
           num_spare: pages that must stay available beside.
         """
         is_reading = self._is_reading(request)
-        hit = self._find(request) if is_reading else []
+        hit = self._find_whole(request) if is_reading else []
+        source, num_copied = self._find_part(request, hit) if is_reading else (-1, 0)
         needed = self.num_pages(request.num_tokens) - len(hit)
         if needed + num_spare > self.prefix.num_available_beside(hit):
             return False
-        request.pages = self.prefix.share(hit) + self.prefix.alloc(needed)
-        request.num_computed_tokens = request.num_found_tokens = len(hit) * self.page_size
+        if num_copied and needed + num_spare > self.prefix.num_available_beside([*hit, source]):
+            num_copied = 0
+        request.pages = self.prefix.share(hit)
+        if num_copied:
+            self.prefix.share([source])
+        request.pages += self.prefix.alloc(needed)
+        if num_copied:
+            self._copies.append((source, request.pages[len(hit)], num_copied))
+            self.stats.num_copied_pages += 1
+        num_found = len(hit) * self.page_size + num_copied
+        request.num_computed_tokens = request.num_found_tokens = num_found
         request.cache_epoch = self.prefix.epoch
         if is_reading and request.metrics.first_scheduled_time is None:
             request.num_cached_tokens = request.num_computed_tokens
@@ -103,23 +127,42 @@ class Holdings:
             self.stats.num_cached_tokens += request.num_cached_tokens
         return True
 
-    def fill(self, request: Request) -> None:
-        """Lets others find what a prefill chunk, planned just now, writes."""
+    def fill(self, request: Request, written: Sequence[int], *, with_part: bool = True) -> None:
+        """Lets others find what a prefill chunk writes.
+
+        Args:
+          request: its tokens up to `num_computed_tokens` are written, or the chunk writes them.
+          written: pages that the chunk writes to, if it is part of the plan being made.
+          with_part: whether the page that it fills in part is to be found, too.
+        """
+        self._being_filled.update(written)
         if self._can_fill_cache(request):
-            tokens = self._cacheable_tokens(request, request.num_computed_tokens)
+            tokens = self._cacheable_tokens(request, request.num_computed_tokens, with_part)
             self.prefix.insert(request.cache_namespace, tokens, request.pages)
 
-    def give_back(self, request: Request) -> None:
+    def give_back(self, request: Request, *, with_part: bool = True) -> None:
         """Takes the pages of a request away, and keeps those in the cache that it has filled."""
         if self._can_fill_cache(request):
             num_known = request.num_prompt_tokens + len(request.output_token_ids)
             num_written = min(request.num_computed_tokens, num_known - 1)
-            tokens = self._cacheable_tokens(request, num_written)
+            tokens = self._cacheable_tokens(request, num_written, with_part)
             self.prefix.release(request.cache_namespace, tokens, request.pages)
         else:
             self.prefix.free(request.pages)
         request.pages = []
         request.num_computed_tokens = request.num_prefill_tokens = 0
+
+    def take_page_work(self) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]:
+        """Returns, once, the pages to clear before the next step and those to copy then.
+
+        From here on nothing but later steps may write to the sources: they are let go.
+        """
+        spoilt, self._spoilt = self._spoilt, set()
+        copies, self._copies = self._copies, []
+        for source, _, _ in copies:
+            self.prefix.free([source])
+        self._being_filled.clear()
+        return tuple(sorted(spoilt)), tuple(copies)
 
     # ------------------------------------------------------------------ after errors
 
@@ -141,12 +184,15 @@ class Holdings:
           Those of the other running requests that hold such pages, and must give them back.
         """
         first = start // self.page_size
-        spoilt = {*request.pages[first:]}
+        # Who has left part of a page behind may have computed NaN in the rest of it.
+        pool = self.prefix.pool
+        left = {p for p in written if self.prefix.is_cached(p) and pool.count(p) == 1}
+        spoilt = {*request.pages[first:], *left}
         spoilt.update(
-            self.prefix.forget(request.cache_namespace, request.known_token_ids, first, spoilt)
+            self.prefix.forget(request.cache_namespace, request.known_token_ids, start, spoilt)
         )
         self._spoilt |= spoilt
-        self._spoilt.update(page for page in written if self.prefix.pool.count(page) == 0)
+        self._spoilt.update(page for page in written if pool.count(page) == 0)
         self.spoil(request)
         return [r for r in running if r is not request and not spoilt.isdisjoint(r.pages)]
 
@@ -157,19 +203,21 @@ class Holdings:
         alone = (p for p in request.pages if pool.count(p) == 1 and not self.prefix.is_cached(p))
         self._spoilt.update(alone)
 
-    def take_spoilt_pages(self) -> tuple[int, ...]:
-        """Returns the pages to clear before the next step, once."""
-        spoilt, self._spoilt = self._spoilt, set()
-        return tuple(sorted(spoilt))
-
     # ------------------------------------------------------------------ inside
 
     def _is_reading(self, request: Request) -> bool:
         return self._can_share(request) and request.reads_prefix_cache
 
-    def _find(self, request: Request) -> list[int]:
+    def _find_whole(self, request: Request) -> list[int]:
         max_pages = (request.num_tokens - 1) // self.page_size
         return self.prefix.find(request.cache_namespace, request.known_token_ids, max_pages)
+
+    def _find_part(self, request: Request, hit: list[int]) -> tuple[int, int]:
+        """Returns the page to copy the beginning of behind `hit`, and how much of it: perhaps 0."""
+        tokens = request.known_token_ids[: request.num_tokens - 1]
+        page, count = self.prefix.find_part(request.cache_namespace, tokens, hit)
+        is_worth_it = count * MIN_COPIED_PART >= self.page_size
+        return (page, count) if is_worth_it and page not in self._being_filled else (-1, 0)
 
     def _can_share(self, request: Request) -> bool:
         """Whether the KV of a request's prompt is that of any text which begins with it."""
@@ -180,7 +228,9 @@ class Holdings:
         """Whether a running request's pages may be kept: not what older weights have computed."""
         return self._can_share(request) and request.cache_epoch == self.prefix.epoch
 
-    def _cacheable_tokens(self, request: Request, num_tokens: int) -> list[int]:
+    def _cacheable_tokens(self, request: Request, num_tokens: int, with_part: bool) -> list[int]:
         if self.max_cached_tokens is not None:
             num_tokens = min(num_tokens, self.max_cached_tokens)
+        if not with_part:
+            num_tokens -= num_tokens % self.page_size
         return request.known_token_ids[:num_tokens]

@@ -88,6 +88,8 @@ class Plan:
       is_decode: every sequence is one token wide.
       step_id: counts the plans.
       cleared_pages: pages to zero before the step: they may hold NaN of a request that failed.
+      copied_pages: (from, to, tokens) of pages to copy after that and before the step, as far as
+        they are shared. Earlier plans have written what is copied.
     """
 
     seqs: tuple[ScheduledSeq, ...]
@@ -95,6 +97,7 @@ class Plan:
     is_decode: bool
     step_id: int
     cleared_pages: tuple[int, ...] = ()
+    copied_pages: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def max_drafts(self) -> int:
@@ -131,3 +134,4 @@ class SchedulerStats:
     num_errors: int = 0  # of those, with an error
     num_looked_up_tokens: int = 0  # of prompts, when first admitted, if they may read the cache
     num_cached_tokens: int = 0  # of those, found in the prefix cache
+    num_copied_pages: int = 0  # of which the beginning was found, again and again included

@@ -1,47 +1,29 @@
 """Radix tree of KV pages by the tokens they hold: the longest prefix computed before; no requests.
 
-An edge is one whole page of tokens, so texts part at page borders and nothing is ever split:
+An edge is the tokens of one page, so nothing is ever split; a page filled in part is a leaf:
 
-    page size 2        root --5 6--> page 3 --7 8--> page 0 --1 1--> page 7
+    page size 2        root --5 6--> page 3 --7 8--> page 0 --1--> page 7
                                        \\----7 9--> page 4
 
-    find 5 6 7 9 2 -> pages 3, 4; find 5 6 7 -> page 3; find 5 7 -> none
+    find 5 6 7 9 2 -> pages 3, 4; find 5 6 7 -> page 3, and find_part: page 0 or 4 begins with 7
+
+Whole pages are shared. Where a text parts from all others inside a page, `find_part` says which
+page begins most like it, to be copied. What is written there is what the edge says: who holds a
+page filled in part goes on writing behind that.
 
 The tree holds one reference to each of its pages and requests hold others (`PagePool` counts them).
 Who holds a page of the tree holds all pages above it, for a hit is taken from the root on and a
 running request adds pages only below those that it holds. So a page that the tree alone holds has
 only such pages below it: all of them can be evicted, leaves first, and counting them is enough.
-
-A page that is filled in part is never shared: it is computed again, at most page_size - 1 tokens of
-a hit (and the whole last page, should the hit cover every token). There is no copy-on-write.
 """
 
 from __future__ import annotations
 
-import array
 import heapq
 from collections.abc import Collection, Hashable, Iterator, Sequence
 
 from jinfer.engine.pages import OutOfPages, PageError, PagePool
-
-
-class _Node:
-    """A page of the tree, or a root (page -1, whose edge is its namespace).
-
-    Attributes:
-      last_used: when a request last filled or left the page; it never goes back.
-      is_queued: whether the node is in the heap, once.
-    """
-
-    __slots__ = ("children", "edge", "is_queued", "last_used", "page", "parent")
-
-    def __init__(self, parent: _Node | None, edge: Hashable, page: int, last_used: int) -> None:
-        self.parent = parent
-        self.edge = edge
-        self.page = page
-        self.last_used = last_used
-        self.is_queued = False
-        self.children: dict[bytes, _Node] = {}
+from jinfer.engine.radix import Node, as_edge, num_common
 
 
 class PrefixCache:
@@ -66,14 +48,14 @@ class PrefixCache:
         self.epoch = 0
         self.version = 0
         self.num_evicted = 0
-        self._roots: dict[Hashable, _Node] = {}
-        self._nodes: list[_Node | None] = [None] * pool.num_pages  # by page
+        self._roots: dict[Hashable, Node] = {}
+        self._nodes: list[Node | None] = [None] * pool.num_pages  # by page
         self._num_cached = 0
         self._num_evictable = 0
         # (last_used, page, node), at most one entry a node. Entries grow stale: the node has been
         # used since, or is held, or has children. `_evict` puts the first kind back and drops the
         # others, which `_offer` brings back when their time has come.
-        self._heap: list[tuple[int, int, _Node]] = []
+        self._heap: list[tuple[int, int, Node]] = []
         self._clock = 0
 
     @property
@@ -114,6 +96,26 @@ class PrefixCache:
             pages.append(node.page)
         return pages
 
+    def find_part(
+        self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int]
+    ) -> tuple[int, int]:
+        """Returns a page that begins as `tokens` go on behind `pages`, and for how many tokens.
+
+        Where there are several, one of those with most tokens in common; 0 tokens where none is.
+
+        Args:
+          namespace: as for `find`.
+          tokens: the text, as far as it may be found.
+          pages: what `find` returned for it just now.
+        """
+        node = self._nodes[pages[-1]] if pages else self._roots.get(namespace)
+        begin = len(pages) * self.page_size
+        edge = as_edge(tokens[begin : begin + self.page_size])
+        if node is None or not edge:
+            return -1, 0
+        count, best = max((num_common(edge, other), other) for other in node.neighbours(edge))
+        return (node.children[best].page, count) if count else (-1, 0)
+
     def num_available_beside(self, pages: Sequence[int]) -> int:
         """Returns how many pages `alloc` can hand out once `pages`, just found, are shared."""
         return self.num_available - sum(self.pool.count(page) == 1 for page in pages)
@@ -152,18 +154,18 @@ class PrefixCache:
 
         Args:
           namespace: as for `find`.
-          tokens: the text that the pages hold; a last part of a page is left out.
-          pages: at least as many pages as `tokens` fill.
+          tokens: the text that the pages hold, or will before anyone reads them.
+          pages: at least as many pages as `tokens` fill, the last one perhaps in part.
         """
         self._insert(namespace, tokens, pages, is_held=True)
 
     def release(self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Gives back all pages of a request and keeps those that `tokens` fill, but no doubles."""
+        """Gives back all pages of a request; keeps those that hold `tokens`, but no doubles."""
         self._insert(namespace, tokens, pages, is_held=False)
         self.free(pages)
 
     def free(self, pages: Sequence[int]) -> None:
-        """Takes a holder from each of `pages`; those in the tree stay there.
+        """Takes a holder from each of `pages`, all different; those in the tree stay there.
 
         Raises:
           PageError: a page is free already.
@@ -183,22 +185,38 @@ class PrefixCache:
     ) -> None:
         self._clock += 1
         node = self._roots.get(namespace)
-        for page, edge in zip(pages, self._edges(tokens, len(pages))):
+        for page, edge in zip(pages, self._edges(tokens, len(pages), with_part=True)):
             if node is None:
-                node = self._roots[namespace] = _Node(None, namespace, -1, 0)
+                node = self._roots[namespace] = Node(None, namespace, -1, 0)
             child = node.children.get(edge)
             if child is None:
-                if self._nodes[page] is not None:
-                    raise PageError(f"page {page} is in the prefix cache for another text")
-                self.pool.fork([page])
-                child = _Node(node, edge, page, self._clock)
-                node.children[edge] = self._nodes[page] = child
-                self._num_cached += 1
-                self.version += 1
+                before, behind = node.neighbours(edge)
+                if behind.startswith(edge):  # someone has these tokens, and more
+                    node.children[behind].last_used = self._clock
+                    break
+                child = self._add(node, edge, page, before)
             elif child.page != page and is_held:
                 break
             child.last_used = self._clock
             node = child
+
+    def _add(self, parent: Node, edge: bytes, page: int, before: bytes) -> Node:
+        """Puts a page below `parent`, or lets it grow; what begins it and has less is dropped."""
+        child = self._nodes[page]
+        part = parent.children[before] if before and edge.startswith(before) else None
+        if child is None:
+            self.pool.fork([page])
+            child = self._nodes[page] = Node(parent, edge, page, self._clock)
+            self._num_cached += 1
+        elif child is part:
+            parent.remove(before)
+        else:
+            raise PageError(f"page {page} is in the prefix cache for another text")
+        parent.add(child, edge)
+        if part is not None and part is not child:
+            self._cut(part)
+        self.version += child.is_whole(self.page_size)
+        return child
 
     def reset(self) -> None:
         """Forgets everything. Requests keep the pages they hold; nobody else finds them."""
@@ -213,23 +231,26 @@ class PrefixCache:
     def forget(
         self, namespace: Hashable, tokens: Sequence[int], num_kept: int, spoilt: Collection[int]
     ) -> list[int]:
-        """Forgets the pages of a text from page number `num_kept` on, and all that follow them.
+        """Forgets the pages of a text from token number `num_kept` on, and all that follow them.
 
         Args:
           namespace: as for `find`.
           tokens: the text.
-          num_kept: whole pages of the text that stay.
+          num_kept: tokens of the text that stay, though not all of the page where they end.
           spoilt: pages that must not stay, wherever they are in the tree.
 
         Returns:
           The pages forgotten; who holds them holds them still.
         """
         node = self._roots.get(namespace)
-        edges = self._edges(tokens, num_kept + 1)
-        for _, edge in zip(range(num_kept), edges):
+        begin = num_kept - num_kept % self.page_size
+        for edge in self._edges(tokens, begin // self.page_size):
             node = None if node is None else node.children.get(edge)
-        top = None if node is None else node.children.get(next(edges, b""))
-        pages = [] if top is None else self._cut(top)
+        rest = as_edge(tokens[begin : begin + self.page_size])
+        pages: list[int] = []
+        for edge, child in () if node is None else tuple(node.children.items()):
+            if num_common(edge, rest) > num_kept - begin:
+                pages += self._cut(child)
         for page in spoilt:
             other = self._nodes[page]
             if other is not None:
@@ -238,13 +259,13 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ inside
 
-    def _cut(self, top: _Node) -> list[int]:
+    def _cut(self, top: Node) -> list[int]:
         """Takes a node and everything below it out of the tree; returns the pages."""
         pages, stack = [], [top]
         while stack:
             node = stack.pop()
             stack += node.children.values()
-            node.children = {}
+            node.children, node.order = {}, []
             pages.append(node.page)
             self._num_evictable -= self.pool.count(node.page) == 1
             self._nodes[node.page] = None
@@ -254,27 +275,29 @@ class PrefixCache:
         self._unlink(top)
         return pages
 
-    def _unlink(self, node: _Node) -> None:
+    def _unlink(self, node: Node) -> None:
         """Takes a leaf from its parent, which may then be evicted, too, or is a root to drop."""
         parent = node.parent
         assert parent is not None
-        del parent.children[node.edge]  # pyright: ignore[reportArgumentType]
+        parent.remove(node.edge)
         if parent.page < 0:
             if not parent.children:
                 del self._roots[parent.edge]
         elif self.pool.count(parent.page) == 1:
             self._offer(parent)
 
-    def _edges(self, tokens: Sequence[int], max_pages: int) -> Iterator[bytes]:
-        """Yields the whole pages of `tokens` as bytes: small, quick to hash, equal if and only if.
-
-        (Tuples would keep an object alive for every token.)
-        """
+    def _edges(
+        self, tokens: Sequence[int], max_pages: int, *, with_part: bool = False
+    ) -> Iterator[bytes]:
+        """Yields the whole pages of `tokens`, and with it a last part of a page."""
         size = self.page_size
-        for end in range(size, min(len(tokens), max_pages * size) + 1, size):
-            yield array.array("i", tokens[end - size : end]).tobytes()
+        num_tokens = min(len(tokens), max_pages * size)
+        for end in range(size, num_tokens + 1, size):
+            yield as_edge(tokens[end - size : end])
+        if with_part and num_tokens % size:
+            yield as_edge(tokens[num_tokens - num_tokens % size : num_tokens])
 
-    def _offer(self, node: _Node) -> None:
+    def _offer(self, node: Node) -> None:
         """Puts a leaf that the tree alone holds into the heap, unless it is there."""
         if not node.children and not node.is_queued:
             node.is_queued = True
@@ -312,6 +335,10 @@ class PrefixCache:
             raise PageError("the prefix cache keeps a namespace without pages")
         while stack:
             node = stack.pop()
+            if not node.has_sound_order(self.page_size):
+                raise PageError(
+                    f"the pages below page {node.page} have edges that cannot be theirs"
+                )
             for edge, child in node.children.items():
                 stack.append(child)
                 page, num_cached = child.page, num_cached + 1

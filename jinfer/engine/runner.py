@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
 
-PAGE_BATCH = 16  # pages that one program clears or copies; fewer are padded
+CLEAR_BATCH = 16  # pages that one program clears; fewer are padded
+COPY_BATCH = 4  # likewise copies, through a buffer of so many pages
 
 
 class CompileCounter:
@@ -97,7 +98,7 @@ class Runner:
 
     def launch(self, plan: Plan) -> Launched:
         """Dispatches a plan and returns at once."""
-        self._prepare_pages(plan)
+        self.prepare_pages(plan.cleared_pages, plan.copied_pages)
         for seq in plan.seqs:
             if seq.is_new_row:
                 self._reset_row(seq.request)
@@ -105,12 +106,17 @@ class Runner:
             return self._launch_decode(plan)
         return self._launch_ragged(plan)
 
-    def _prepare_pages(self, plan: Plan) -> None:
-        for begin in range(0, len(plan.cleared_pages), PAGE_BATCH):
-            pages = np.full(PAGE_BATCH, self.cache.num_pages, np.int32)
-            part = plan.cleared_pages[begin : begin + PAGE_BATCH]
-            pages[: len(part)] = part
+    def prepare_pages(self, cleared: Sequence[int], copied: Sequence[tuple[int, int, int]]) -> None:
+        """Clears and copies pages before a step; as in `Plan`."""
+        nowhere = self.cache.num_pages
+        for begin in range(0, len(cleared), CLEAR_BATCH):
+            pages = list(cleared[begin : begin + CLEAR_BATCH])
+            pages += [nowhere] * (CLEAR_BATCH - len(pages))
             self.kv = steps.clear_pages(self.kv, _int32(pages))
+        for begin in range(0, len(copied), COPY_BATCH):
+            copies = list(copied[begin : begin + COPY_BATCH])
+            copies += [(0, nowhere, 0)] * (COPY_BATCH - len(copies))
+            self.kv = steps.copy_pages(self.kv, *map(_int32, zip(*copies)))
 
     def _reset_row(self, request: Request) -> None:
         setup = sampling.pack_row(
@@ -347,8 +353,8 @@ class Runner:
                 assert out.hidden is not None
                 steps.prompt_logprobs(self.model, self.params, out.hidden, targets, k=self.top_k)
                 steps.prompt_log_softmax(self.model, self.params, out.hidden)
-        no_pages = _int32(np.full(PAGE_BATCH, self.cache.num_pages))
-        self.kv = steps.clear_pages(self.kv, no_pages)
+        nowhere = self.cache.num_pages
+        self.prepare_pages([nowhere], [(0, nowhere, 0)])
         setup = sampling.pack_row(SamplingParams(), [0], [], vocab_size=self.vocab_size)
         self.state = steps.reset_row(self.state, _int32(self._num_rows), setup)
         jax.block_until_ready((self.kv, self.state))

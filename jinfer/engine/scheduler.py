@@ -244,8 +244,8 @@ class Scheduler:
             self._schedule_decode(request, num_steps, d) for request, d in zip(decodes, drafts)
         ] + chunks
         is_decode = all(seq.num_tokens == 1 for seq in seqs)
-        cleared = self.holdings.take_spoilt_pages()
-        plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids), cleared)
+        pages = self.holdings.take_page_work()
+        plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids), *pages)
         self._in_flight.append(plan)
         self.stats.num_plans += 1
         self.stats.num_scheduled_tokens += plan.num_tokens
@@ -312,7 +312,7 @@ class Scheduler:
         request.has_used_row = True
         request.num_computed_tokens += n
         request.num_in_flight += seq.num_samples
-        self.holdings.fill(request)
+        self.holdings.fill(request, written)
         return seq
 
     # ------------------------------------------------------------------ pages and rows

@@ -66,7 +66,7 @@ def test_the_prefix_bench_counts_the_prompt_tokens_that_were_computed(tmp_path, 
     rows = bench(tmp_path, "prefix", *argv)
     work = rows["shared", "prefilled_tokens"]
     assert work["peer_value"] == 6 * 160  # cache off: every prompt whole
-    assert work["value"] == 6 * 160 - 5 * 128  # on: two whole pages of the system prompt once
+    assert work["value"] == 6 * 160 - 5 * 150  # on: the system prompt once
     cold = rows["cold", "prefilled_tokens"]
     assert cold["value"] == cold["peer_value"] == 6 * 40
     assert rows["shared", "requests_per_s"]["goal"] == 3

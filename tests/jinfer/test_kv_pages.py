@@ -50,6 +50,18 @@ def test_pages_are_copied_in_every_layer_and_padding_is_dropped(dtype):
         np.testing.assert_array_equal(new, expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_of_a_page_copied_in_part_the_rest_is_zero(dtype):
+    before = leaves(make_pool(dtype))
+    counts = int32(1, 2, 1)
+    after = leaves(steps.copy_pages(make_pool(dtype), int32(1, 2, 2), int32(4, 0, 5), counts))
+    for old, new in zip(before, after):
+        expected = old.copy()
+        expected[:, 4, :, 0], expected[:, 4, :, 1] = old[:, 1, :, 0], 0
+        expected[:, 0] = old[:, 2]
+        np.testing.assert_array_equal(new, expected)
+
+
 def test_pages_are_cleared_in_every_layer():
     for old, new in zip(
         leaves(make_pool("float32")),

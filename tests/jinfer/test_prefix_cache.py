@@ -29,7 +29,7 @@ LIMITS = {
     "max_num_seqs": 4,
     "max_num_batched_tokens": CHUNK,
     "block_size": PAGE,
-    "num_gpu_blocks_override": 64,
+    "num_gpu_blocks_override": 96,
     "skip_tokenizer_init": True,
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -82,17 +82,55 @@ LENGTHS = sorted({k * n + d for k in (1, 2, 3) for n in (PAGE, CHUNK) for d in (
 
 
 def test_warm_tokens_are_cold_tokens_around_every_multiple_of_page_and_chunk(cold, warm):
-    prompts = [make_prompt(length, length) for length in LENGTHS]
+    prompts = [[i, *make_prompt(n, n - 1)] for i, n in enumerate(LENGTHS)]
     expected = [run(cold, [prompt]) for prompt in prompts]
     assert all(cached == [0] for _, cached in expected)
     for prompt, (tokens, _) in zip(prompts, expected):
         assert run(warm, [prompt]) == (tokens, [0])
-        hit = (len(prompt) - 1) // PAGE * PAGE
-        assert run(warm, [prompt]) == (tokens, [hit])
+        assert run(warm, [prompt]) == (tokens, [len(prompt) - 1])
     # All of them at once, cut otherwise by their company.
     tokens, cached = run(warm, prompts)
     assert tokens == [first for ([first], _) in expected]
-    assert cached == [(length - 1) // PAGE * PAGE for length in LENGTHS]
+    assert cached == [length - 1 for length in LENGTHS]
+
+
+def test_texts_that_part_anywhere_in_a_page_have_the_tokens_of_a_cold_run(cold, warm):
+    known = make_prompt(70, 3 * PAGE)
+    run(warm, [known])
+    before = warm.get_metrics()["num_copied_pages"]
+    for num_shared in range(PAGE - 1, 2 * CHUNK):
+        own = [1 + known[num_shared] % 210] if num_shared < len(known) else []
+        text = known[:num_shared] + own + make_prompt(num_shared, 4)
+        tokens, cached = run(warm, [text])
+        assert cached == [min(num_shared, len(known))]
+        assert run(cold, [text])[0] == tokens
+        warm.reset_prefix_cache()
+        run(warm, [known])
+    assert warm.get_metrics()["num_copied_pages"] - before > PAGE
+
+
+@pytest.mark.slow  # compiles an engine each; that scales are copied, test_kv_pages shows
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "int4"])
+def test_copies_bring_the_scales_of_quantized_pages_along(params, dtype):
+    llm = LLM(MODEL, params=params, kv_cache_dtype=dtype, **LIMITS)
+    cold = SamplingParams(temperature=0, max_tokens=6, skip_reading_prefix_cache=True)
+    prompts = [make_prompt(80 + n, n) for n in (PAGE - 1, PAGE + 5, CHUNK)]
+    expected = run(llm, prompts, cold)
+    assert expected[1] == [0, 0, 0]
+    assert run(llm, prompts) == (expected[0], [len(prompt) - 1 for prompt in prompts])
+
+
+def test_a_sample_that_comes_later_copies_the_page_that_another_goes_on_in(cold, warm):
+    prompt = make_prompt(90, PAGE + 5)
+    many = SamplingParams(temperature=1.0, seed=2, max_tokens=12)
+    [[expected], _] = run(cold, [prompt], many)
+    warm.add_request("first", prompt, many)
+    for name in ("second", "third"):
+        warm.step()
+        warm.add_request(name, prompt, many)
+    outputs = [output for _ in range(40) for output in warm.step() if output.finished]
+    assert [output.num_cached_tokens for output in outputs] == [0, *[len(prompt) - 1] * 2]
+    assert [output.outputs[0].token_ids for output in outputs] == [expected] * 3
 
 
 def test_warm_logprobs_are_cold_logprobs_up_to_rounding(cold, warm):
@@ -115,7 +153,7 @@ def test_the_next_turn_finds_what_was_generated(cold, warm):
     [[answer], _] = run(warm, [prompt], params)
     turn = prompt + answer + make_prompt(2, 5)
     tokens, cached = run(warm, [turn])
-    assert cached == [(13 + 15 - 1) // PAGE * PAGE]
+    assert cached == [13 + 15 - 1]
     assert run(cold, [turn])[0] == tokens
 
 
@@ -216,7 +254,7 @@ def test_ropes_that_look_at_the_length_share_nothing_beyond_it(scaling, factors)
     )
     prompt = make_prompt(60, 2 * CHUNK)
     many = SamplingParams(temperature=0, max_tokens=12)
-    for length, expected in ((20, 0), (32, 16), (29, 24)):
+    for length, expected in ((20, 0), (32, 20), (29, 28)):
         text = prompt[:length]
         tokens, cached = run(warm, [text], many)
         assert cached == [expected]

@@ -29,11 +29,12 @@ from hypothesis.stateful import (
 )
 
 from jinfer.config import EngineConfig
-from jinfer.engine import recovery
+from jinfer.engine import prefix, recovery
 from jinfer.engine.holdings import Holdings
 from jinfer.engine.pages import PagePool
 from jinfer.engine.plan import ScheduledSeq
 from jinfer.engine.prefix import PrefixCache
+from jinfer.engine.radix import TOKEN_BYTES, num_common
 from jinfer.engine.request import Request
 from jinfer.engine.scheduler import Scheduler
 from jinfer.sampling_params import SamplingParams
@@ -93,6 +94,11 @@ class SimulatedDevice:
         for page in plan.cleared_pages:
             begin = page * self.page_size
             self.places[begin : begin + self.page_size] = [None] * self.page_size
+        size = self.page_size
+        for source, page, count in plan.copied_pages:
+            copied = self.places[source * size :][:count]
+            assert None not in copied, "what is copied was written before"
+            self.places[page * size : (page + 1) * size] = copied + [None] * (size - count)
         for seq in plan.seqs:
             if seq.is_new_row:
                 assert seq.request.num_in_flight == seq.num_samples, "outputs must be known"
@@ -165,6 +171,7 @@ class Harness:
         like=None,
         salt=None,
         nan_at=None,
+        prompt=None,
         **params,
     ):
         """Queues a request whose prompt begins with as much as fits of the text of number `like`.
@@ -173,7 +180,7 @@ class Harness:
         `nan_at` on is NaN.
         """
         rng = random.Random(seed)
-        prompt = [rng.randrange(1000) for _ in range(num_prompt_tokens)]
+        prompt = prompt or [rng.randrange(1000) for _ in range(num_prompt_tokens)]
         if like is not None and self.requests:
             before = self.requests[like % len(self.requests)]
             shared = before.known_token_ids[: rng.randint(0, num_prompt_tokens)]
@@ -194,6 +201,15 @@ class Harness:
         self.scheduler.add(request)
         self.requests.append(request)
         return request
+
+    def fork(self, i, count, num_dropped):
+        """Queues `count` requests with the text of number `i` but for its last tokens."""
+        before = self.requests[i % len(self.requests)]
+        text = before.known_token_ids[: max(1, len(before.known_token_ids) - num_dropped)]
+        capacity = self.scheduler.pool.num_pages * self.scheduler.page_size
+        if len(text) < min(self.config.max_model_len, capacity):
+            for _ in range(count):
+                self.add(1, before.params.max_tokens, seed=len(self.requests), prompt=text)
 
     def launch(self):
         plan = self.scheduler.plan()
@@ -237,7 +253,9 @@ class Harness:
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         size = self.scheduler.page_size
         for place, value in enumerate(self.device.places):
-            assert value != NAN or not self.scheduler.prefix.is_cached(place // size)
+            node = self.scheduler.prefix._nodes[place // size]
+            is_known = node is not None and place % size < len(node.edge) // TOKEN_BYTES
+            assert value != NAN or not is_known
 
     def check_plan(self, plan):
         config = self.config
@@ -271,8 +289,16 @@ class Harness:
                 place = (page, position % self.scheduler.page_size)
                 assert place not in places
                 places.add(place)
-                assert seq.is_prefill or self.scheduler.pool.count(page) == 1
+                node = self.scheduler.prefix._nodes[page]
+                if not seq.is_prefill:
+                    assert self.scheduler.pool.count(page) == 1 + (node is not None)
+                    assert node is None or place[1] >= len(node.edge) // TOKEN_BYTES
                 assert page in seq.pages
+        sources = {source for source, _, _ in plan.copied_pages}
+        targets = {page for _, page, _ in plan.copied_pages}
+        assert len(targets) == len(plan.copied_pages)
+        for seq in plan.seqs:  # only a decode may go on in a page whose beginning is copied
+            assert not seq.is_prefill or sources.isdisjoint(seq.pages)
 
     def check(self):
         """Invariants, from the requests' own books rather than by `Scheduler.check`."""
@@ -306,10 +332,11 @@ class Harness:
             node, text = stack.pop()
             places = self.device.places[node.page * size : (node.page + 1) * size]
             if node.page >= 0:
-                for token in array.array("i", node.edge):
+                tokens = array.array("i", node.edge)
+                for token in tokens:
                     before = text[-1] if text else None
                     text = [*text, write_place(before, token, 0, 0, None)]
-                assert places == text[-size:]
+                assert places[: len(tokens)] == text[-len(tokens) :]
             stack += [(child, text) for child in node.children.values()]
 
     def check_tokens(self):
@@ -487,6 +514,12 @@ class EngineMachine(RuleBasedStateMachine):
             else:
                 self.harness.add(num_prompt_tokens, seed=seed, **fields)
 
+    @precondition(lambda self: self.harness.requests)
+    @rule(i=st.integers(0, 100), n=st.integers(1, 3), dropped=st.integers(0, 3))
+    def fork(self, i, n, dropped):
+        """More samples of a request, which go on from its text, or from some tokens before."""
+        self.harness.fork(i, n, dropped)
+
     @rule(n=st.integers(1, 6))
     def steps(self, n):
         for _ in range(n):
@@ -567,6 +600,7 @@ def test_any_order_of_events_keeps_the_books_whole(max_examples):
     assert EngineMachine.counts["num_discarded_tokens"] > 50
     assert EngineMachine.counts["num_cached_tokens"] > 50
     assert EngineMachine.counts["num_evicted"] > 50
+    assert EngineMachine.counts["num_copied_pages"] > 50
 
 
 # ---------------------------------------------------------------------- seeded bugs must be seen
@@ -667,7 +701,7 @@ def evicted_pages_still_found(monkeypatch):
 
 def pages_inserted_one_token_too_early(monkeypatch):
     monkeypatch.setattr(
-        Holdings, "_cacheable_tokens", lambda self, request, n: request.known_token_ids[: n + 1]
+        Holdings, "_cacheable_tokens", lambda self, request, n, _: request.known_token_ids[: n + 1]
     )
 
 
@@ -688,8 +722,38 @@ def found_pages_counted_as_available(monkeypatch):
 def lengths_that_change_the_kv_ignored(monkeypatch):
     monkeypatch.setattr(Holdings, "_can_share", lambda self, request: self.is_caching)
     monkeypatch.setattr(
-        Holdings, "_cacheable_tokens", lambda self, request, n: request.known_token_ids[:n]
+        Holdings, "_cacheable_tokens", lambda self, request, n, _: request.known_token_ids[:n]
     )
+
+
+def sources_of_copies_not_counted(monkeypatch):
+    find_part, share = Holdings._find_part, PrefixCache.share
+    sources = set()
+
+    def find_and_note(self, request, hit):
+        source, count = find_part(self, request, hit)
+        sources.add((source,))
+        return source, count
+
+    def share_hits_only(self, pages):
+        return list(pages) if tuple(pages) in sources else share(self, pages)
+
+    monkeypatch.setattr(Holdings, "_find_part", find_and_note)
+    monkeypatch.setattr(PrefixCache, "share", share_hits_only)
+
+
+def copies_left_out(monkeypatch):
+    take = Holdings.take_page_work
+    monkeypatch.setattr(Holdings, "take_page_work", lambda self: (take(self)[0], ()))
+
+
+def pages_copied_while_they_are_filled(monkeypatch):
+    fill = Holdings.fill
+    monkeypatch.setattr(Holdings, "fill", lambda self, request, _: fill(self, request, ()))
+
+
+def one_token_too_many_copied(monkeypatch):
+    monkeypatch.setattr(prefix, "num_common", lambda a, b: num_common(a, b) + (a[:4] == b[:4]))
 
 
 def nan_kept_in_the_cache(monkeypatch):
@@ -701,6 +765,10 @@ def requests_in_flight_not_told_of_lost_steps(monkeypatch):
 
 
 MUTATIONS = [
+    sources_of_copies_not_counted,
+    copies_left_out,
+    pages_copied_while_they_are_filled,
+    one_token_too_many_copied,
     nan_kept_in_the_cache,
     requests_in_flight_not_told_of_lost_steps,
     cached_pages_freed_twice,
