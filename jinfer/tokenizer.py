@@ -48,7 +48,7 @@ _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?|\p{{N}}{{1,3}}" + _SLASH_TAIL,
 )
-_SPLITS: dict[str, tuple[str, ...]] = {
+BYTE_LEVEL_SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "exaone4"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (r"\p{N}", _GPT2)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), _LLAMA3),
@@ -62,7 +62,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 that the one before it left."""
 
 # These look a whole word up before they merge, and start with bos unless the file says otherwise.
-_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
+WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
 
 
 def load_tokenizer(
@@ -197,23 +197,27 @@ def _byte_level(
     if pre is None:
         logger.warning("%s names no pre-tokenizer, assuming llama.cpp's default", get.file.path)
         pre = "default"
-    if pre not in _SPLITS:
+    if pre not in BYTE_LEVEL_SPLITS:
         raise ValueError(
-            f"{get.file.path} needs the pre-tokenizer {pre!r}; supported: {', '.join(_SPLITS)}"
+            f"{get.file.path} needs the pre-tokenizer {pre!r}; supported: "
+            f"{', '.join(BYTE_LEVEL_SPLITS)}"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]
     model = models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
         merges=_known(merges, tokens),
-        ignore_merges=pre in _WHOLE_WORDS_FIRST,
+        ignore_merges=pre in WHOLE_WORDS_FIRST,
     )
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in _SPLITS[pre]]
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated")
+            for split in BYTE_LEVEL_SPLITS[pre]
+        ]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    return backend, pre in _WHOLE_WORDS_FIRST
+    return backend, pre in WHOLE_WORDS_FIRST
 
 
 def _known(merges: list[tuple[str, ...]], tokens: list[str]) -> list[tuple[str, str]]:

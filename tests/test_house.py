@@ -39,6 +39,7 @@ FLOORS = {
     "jinfer.spec": 3,
     "jinfer.weights": 3,
     "jinfer.functional": 4,
+    "jinfer.gguf_vocabulary": 4,
     "jinfer.steps": 4,
     "jinfer.tree_steps": 4,
     "jinfer.tokenizer": 4,

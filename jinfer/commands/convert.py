@@ -1,45 +1,74 @@
-"""`jinfer convert`: a quantized folder in another format, codes and scales unchanged."""
+"""`jinfer convert`: quantized folders in another format without loss, any model as GGUF."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import Any
 
-from jinfer.commands.quantize import EXPORTS
+from jinfer.commands import quantize
 from jinfer.commands.terminal import say
 
-SUMMARY = "write quantized weights in another format, without loss"
+SUMMARY = "write weights in another format, without loss or as a GGUF type"
+TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer convert`."""
-    parser.add_argument("--model", required=True, help="folder of quantized weights, or hub name")
+    parser.add_argument("--model", required=True, help="folder, hub name; for gguf any model")
     parser.add_argument("--revision", help="of a hub model")
-    parser.add_argument("--export", required=True, choices=EXPORTS, help="format to write")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to be made")
+    parser.add_argument("--export", required=True, choices=quantize.EXPORTS, help="what to write")
+    parser.add_argument(
+        "--output", required=True, type=pathlib.Path, help="folder to be made; for gguf the file"
+    )
+    gguf = parser.add_argument_group("gguf")
+    gguf.add_argument(
+        "--type", choices=TYPES, help="round the linears so (not at all: only what fits exactly)"
+    )
+    gguf.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text or JSONL, plain or .gz, or self: text that the model generates; says which "
+        "inputs matter when rounding (all alike)",
+    )
+    gguf.add_argument("--num-sequences", type=int, default=32, help="(32)")
+    gguf.add_argument("--length", type=int, default=512, help="tokens a sequence (512)")
+    gguf.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.set_defaults(held_out=0)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the weights of a quantized folder in another format.
+    """Writes the weights of a model in another format.
 
-    Codes, scales and zero points keep their bits, other tensors their bytes; what the format cannot
-    hold so is refused by name. The result is read back and compared before it gets its name.
+    A quantized folder keeps the bits of its codes, scales and zero points, and the bytes of its
+    other tensors; what the format cannot hold so is refused by name. The result is read back and
+    compared before it gets its name.
+
+    A GGUF file can be made of any model: without --type only of what it holds exactly, with --type
+    by rounding the linears, so that their expected outputs change least if --calibration says which
+    inputs matter. Rows that are no multiple of 256 take Q5_0 for Q4_K and Q8_0 for Q6_K.
     """
-    from tqdm import tqdm
+    from jinfer.weights.load import open_checkpoint
+
+    if args.export == "gguf":
+        return _to_gguf(args, open_checkpoint)
+    for flag in ("type", "calibration"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag} is for --export gguf; {args.export} is written as it is")
 
     from jinfer.weights.convert import convert_folder
     from jinfer.weights.hf import HFCheckpoint
-    from jinfer.weights.load import open_checkpoint
     from jinfer.weights.save import check_free
 
     check_free(args.output)
     checkpoint = open_checkpoint(args.model, revision=args.revision)
     if not isinstance(checkpoint, HFCheckpoint):
         raise ValueError(
-            f"{checkpoint.path} is a GGUF file; convert takes folders of quantized safetensors"
+            f"{checkpoint.path} is a GGUF file; only --export gguf takes those, the others take "
+            f"folders of quantized safetensors"
         )
     total = len(checkpoint.quantized_names)
-    with tqdm(total=total, desc="converting", unit="module", disable=None) as bar:
+    with quantize.progress_bar(total, "converting", "module") as bar:
         done = convert_folder(
             checkpoint, args.output, args.export, on_module=lambda _: bar.update()
         )
@@ -48,4 +77,39 @@ def run(args: argparse.Namespace) -> int:
         f"tensors, read back and found the same"
     )
     say(f"wrote {args.output} ({done.num_bytes / 2**20:.1f} MiB)")
+    return 0
+
+
+def _to_gguf(args: argparse.Namespace, open_checkpoint: Any) -> int:
+    import numpy as np
+
+    from jinfer.models.model import Model
+    from jinfer.weights.fill import fill
+    from jinfer.weights.gguf_write import write_gguf
+
+    if args.calibration is not None and args.type is None:
+        raise ValueError("--calibration is for rounding: give a --type too")
+    if args.output.exists():
+        raise FileExistsError(f"{args.output} exists: choose another output file")
+    checkpoint = open_checkpoint(args.model, revision=args.revision)
+    model = Model(checkpoint.config)
+    params = fill(checkpoint, np.dtype(np.float32))
+    importance = None
+    if args.calibration is not None:
+        from jinfer.quant.importance import measure_importance
+
+        tokens, _ = quantize.sequences(args, model, params, True)
+        with quantize.progress_bar(model.config.num_layers, "calibrating", "layer") as bar:
+            importance = measure_importance(model, params, tokens, on_layer=lambda _: bar.update())
+    counts = write_gguf(
+        args.output,
+        model,
+        params,
+        kind=args.type,
+        importance=importance,
+        tokenizer=quantize.vocabulary(args, model),
+        name=checkpoint.path.stem,
+    )
+    say(", ".join(f"{n} tensors of {kind}" for kind, n in sorted(counts.items())))
+    say(f"wrote {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)")
     return 0

@@ -12,7 +12,7 @@ from jinfer.commands.terminal import say
 
 SUMMARY = "quantize a model and report what it cost"
 METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
-EXPORTS = ("native", "gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes")
+EXPORTS = ("native", "gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes", "gguf")
 _OPTIONS = ("mse", "order", "damp", "alpha", "clip")
 
 
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     model = Model(checkpoint.config)
     params = fill(checkpoint, resolve_dtype(None, checkpoint.dtype))
     sequential = args.method != "awq" if args.sequential is None else args.sequential
-    tokens, held_out = _sequences(args, model, params, recipe.needs_calibration)
+    tokens, held_out = sequences(args, model, params, recipe.needs_calibration)
     calibration = {}
     if recipe.needs_calibration:
         calibration = {"source": args.calibration, "sequences": len(tokens)}
@@ -129,9 +129,10 @@ def run(args: argparse.Namespace) -> int:
         held_out_source=f"{args.calibration}, not used for calibration",
         is_sequential=sequential,
         files=_tokenizer_files(args),
+        vocabulary=vocabulary(args, model) if args.export == "gguf" else None,
         versions={"jinfer": jinfer.__version__, "jax": jax.__version__},
     )
-    with _progress_bar(model.config.num_layers, "quantizing", "layer") as bar:
+    with progress_bar(model.config.num_layers, "quantizing", "layer") as bar:
         report = run_job(job, checkpoint, model, params, on_layer=lambda i, rows: bar.update())
     for line in report.summary():
         say(line)
@@ -154,7 +155,7 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: bool) -> Any:
+def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: bool) -> Any:
     """Calibration and held-out sequences, i32 [n, T] and [m, T] or None."""
     wanted = args.num_sequences if calibrates else 0
     total = wanted + args.held_out
@@ -196,7 +197,7 @@ def _own_text(model: Any, params: Any, num: int, length: int, seed: int) -> Any:
     start = jnp.full((batch, 1), first, jnp.int32)
     keys = jax.random.split(jax.random.key(seed), -(-num // batch))
     texts = []
-    with _progress_bar(num, "the model writes", "text") as bar:
+    with progress_bar(num, "the model writes", "text") as bar:
         for i, key in enumerate(keys):
             texts.append(np.asarray(sample_texts(model, params, start, key, length)))
             bar.update(min(batch, num - i * batch))
@@ -214,7 +215,18 @@ def _tokenizer_files(args: argparse.Namespace) -> dict[str, bytes]:
         return {f.name: f.read_bytes() for f in pathlib.Path(folder).iterdir() if f.is_file()}
 
 
-def _progress_bar(total: int, what: str, unit: str) -> Any:
+def vocabulary(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The tokenizer as a GGUF file's metadata."""
+    from jinfer.gguf_vocabulary import tokenizer_metadata
+    from jinfer.tokenizer import load_tokenizer
+    from jinfer.weights.gguf_write import architecture_of
+
+    tokenizer = load_tokenizer(args.model, revision=args.revision)
+    architecture = architecture_of(model.config)
+    return tokenizer_metadata(tokenizer, model.config.vocab_size, architecture=architecture)
+
+
+def progress_bar(total: int, what: str, unit: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit=unit, disable=None)

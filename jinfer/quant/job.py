@@ -47,6 +47,7 @@ class Job:
       is_sequential: see `pipeline.quantize_model`.
       files: others to write into the folder, such as the tokenizer's.
       versions: of the software, for the report.
+      vocabulary: the tokenizer as metadata, for a GGUF file.
     """
 
     output: pathlib.Path
@@ -60,6 +61,7 @@ class Job:
     is_sequential: bool = True
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vocabulary: Mapping[str, Any] | None = None
 
 
 def run_job(
@@ -142,6 +144,7 @@ def run_job(
         export=job.export,
         dtype=stored,
         files={**job.files, **texts},
+        vocabulary=job.vocabulary,
     )
     seconds["save"] = time.perf_counter() - start
     report = dataclasses.replace(report, disk_bytes=size, seconds=seconds)

@@ -23,6 +23,7 @@ from jinfer.weights.awq_format import awq_config, write_awq
 from jinfer.weights.bnb_format import bnb_config, write_bnb
 from jinfer.weights.ct_format import ct_config, write_ct
 from jinfer.weights.fp8_format import fp8_config, write_fp8
+from jinfer.weights.gguf_write import check_gguf, write_gguf
 from jinfer.weights.gptq_format import gptq_config, write_gptq
 from jinfer.weights.hf import INDEX
 from jinfer.weights.native_format import native_config, write_native
@@ -48,6 +49,7 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+GGUF = "gguf"
 SHARD_BYTES = 4 * 2**30
 
 
@@ -61,19 +63,21 @@ def save_folder(
     dtype: str = "float16",
     kv_scales: Mapping[int, Mapping[str, float]] | None = None,
     files: Mapping[str, str | bytes] | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
 ) -> int:
-    """Writes config.json and safetensors; all or nothing.
+    """Writes config.json and safetensors, or one GGUF file; all or nothing.
 
     Args:
       folder: must not exist, or be empty.
       model: the model.
       params: its parameters; QTensor leaves go to `export`'s format, layers as a tuple.
       hf: config.json of the float model (`checkpoint.hf`).
-      export: one of `EXPORTS`.
+      export: one of `EXPORTS`, or "gguf".
       dtype: of float matrices, and of norms and biases that it holds exactly; those that it does
         not, such as a norm into which scales were folded, stay f32.
       kv_scales: {layer: {"k" or "v": scale}} of an fp8 KV cache (`HFCheckpoint.kv_scales`).
       files: others to write beside, such as a report or the tokenizer's: name -> content.
+      vocabulary: the tokenizer as metadata of a GGUF file.
 
     Returns:
       Bytes written.
@@ -82,7 +86,13 @@ def save_folder(
       FileExistsError: the folder is there and not empty.
       ValueError: the format cannot hold one of the weights, named with it.
     """
-    require(export in EXPORTS, f"export must be one of {', '.join(EXPORTS)}, got {export!r}")
+    _check_name(export)
+    if export == GGUF:
+        require(not kv_scales, "a GGUF file has no place for scales of a KV cache")
+        with new_folder(pathlib.Path(folder)) as partial:
+            held = _in_dtype(params, dtype)
+            write_gguf(partial / "model.gguf", model, held, tokenizer=vocabulary)
+            return _finish(partial, files)
     config = {k: v for k, v in hf.items() if k != "quantization_config"}
     tied = model.config.tie_word_embeddings
     config |= {"tie_word_embeddings": tied, "dtype": dtype}
@@ -108,9 +118,29 @@ def save_folder(
         tensors = _tensors(model, params, quantized, export, dtype)
         write_tensors(partial, itertools.chain(tensors, _kv_tensors(kv_scales or {})))
         write_text(partial / "config.json", json.dumps(config, indent=2))
-        for name, content in (files or {}).items():
-            write_text(partial / name, content)
-        return sum(file.stat().st_size for file in partial.iterdir())
+        return _finish(partial, files)
+
+
+def _finish(folder: pathlib.Path, files: Mapping[str, str | bytes] | None) -> int:
+    for name, content in (files or {}).items():
+        write_text(folder / name, content)
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _in_dtype(params: Params, dtype: str) -> Params:
+    """The float matrices outside QTensors rounded to `dtype`."""
+
+    def keep(x: Any) -> Any:
+        if isinstance(x, QTensor) or x.ndim < 2:
+            return x
+        return x.astype(dtype).astype("float32")
+
+    return jax.tree.map(keep, params, is_leaf=lambda x: isinstance(x, QTensor))
+
+
+def _check_name(export: str) -> None:
+    names = (*EXPORTS, GGUF)
+    require(export in names, f"export must be one of {', '.join(names)}, got {export!r}")
 
 
 def quantization_config(
@@ -138,14 +168,18 @@ def check_export(model: Model, params: Params, export: str) -> None:
       model: the model.
       params: its parameters or stand-ins: only QTensors among the linears are looked at, equal ones
         (the same object) once.
-      export: one of `EXPORTS`.
+      export: one of `EXPORTS`, or "gguf".
 
     Raises:
       ValueError: it could not; the message names the first module.
     """
-    require(export in EXPORTS, f"export must be one of {', '.join(EXPORTS)}, got {export!r}")
-    write, make_config = EXPORTS[export]
+    _check_name(export)
     quantized = _quantized_modules(model, params)
+    if export == GGUF:
+        for module, weight in quantized.items():
+            check_gguf(module, weight)
+        return
+    write, make_config = EXPORTS[export]
     make_config(quantized)
     seen: set[int] = set()
     for module, weight in quantized.items():

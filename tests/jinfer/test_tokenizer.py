@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jinfer.tokenizer import _SPLITS, load_tokenizer, tokenizer_from_gguf
+from jinfer.tokenizer import BYTE_LEVEL_SPLITS, load_tokenizer, tokenizer_from_gguf
 from jinfer.weights.gguf_file import GGUFFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -142,7 +142,7 @@ def byte_level():
     return tokens, [" ".join(merge) for merge in model["merges"]]
 
 
-@pytest.mark.parametrize("pre", sorted(_SPLITS))
+@pytest.mark.parametrize("pre", sorted(BYTE_LEVEL_SPLITS))
 def test_every_pre_tokenizer_keeps_the_text(pre, byte_level, tmp_path):
     tokens, merges = byte_level
     path = write_vocabulary(tmp_path / "v.gguf", "gpt2", tokens, merges=merges, pre=pre)
@@ -453,6 +453,6 @@ def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch):
 
 
 def test_every_split_is_a_valid_expression():
-    for splits in _SPLITS.values():
+    for splits in BYTE_LEVEL_SPLITS.values():
         for split in splits:
             assert Regex(split)

@@ -1,0 +1,195 @@
+"""Tokenizers through GGUF metadata and back, and models through `jinfer convert --export gguf`."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from jinfer.cli import main
+from jinfer.gguf_vocabulary import SAMPLES, tokenizer_metadata
+from jinfer.models.families import assemble, config_from_hf, expected_shapes, tensor_names
+from jinfer.tokenizer import BYTE_LEVEL_SPLITS, load_tokenizer
+from jinfer.weights.gguf_file import GGUFFile
+
+TEXTS = [*SAMPLES, "the quick brown fox jumps over the lazy dog, then the other foxes"] * 2
+
+
+def byte_level(pre):
+    backend = Tokenizer(models.BPE())
+    splits = [
+        pre_tokenizers.Split(Regex(split), behavior="isolated") for split in BYTE_LEVEL_SPLITS[pre]
+    ]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    backend.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ messages[0]['content'] }}",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def sentencepiece():
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokens += ["▁", *"abcdefghijklmnopqrstuvwxyz,"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("q", "u"), ("o", "x"), ("f", "ox")]
+    tokens += ["".join(merge) for merge in merges]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("pre", ["smollm", "qwen2", "gpt-2", "gpt-4o"])
+def test_the_pre_tokenizer_is_found_by_its_splits(pre):
+    metadata = tokenizer_metadata(byte_level(pre), 330, architecture="llama")
+    assert metadata["tokenizer.ggml.pre"] == pre
+    types = metadata["tokenizer.ggml.token_type"]
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert types[tokens.index("<tool>")] == 4 and types[0] == types[1] == 3
+    assert tokens[-1] == "[PAD329]" and types[-1] == 5
+
+
+def test_sentencepiece_merges_become_scores():
+    metadata = tokenizer_metadata(sentencepiece(), 300, architecture="llama")
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
+    best = sorted(("the", "th", "▁the", "qu"), key=lambda t: -scores[tokens.index(t)])
+    assert best == ["th", "the", "▁the", "qu"]
+    assert metadata["tokenizer.ggml.add_space_prefix"] is True
+    assert metadata["tokenizer.ggml.token_type"][tokens.index("<0x41>")] == 6
+
+
+def test_what_gguf_cannot_say_is_refused():
+    with pytest.raises(ValueError, match="ids up to 320, the model only 300"):
+        tokenizer_metadata(byte_level("smollm"), 300, architecture="llama")
+    odd = byte_level("smollm")
+    odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("[aeiou]"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    with pytest.raises(ValueError, match="no pre-tokenizer that GGUF names"):
+        tokenizer_metadata(odd, 330, architecture="llama")
+    odd = byte_level("smollm")
+    odd.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match=r"GGUF cannot hold this tokenizer: .* would become"):
+        tokenizer_metadata(odd, 330, architecture="llama")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama of width 288, no multiple of 256, with a tokenizer."""
+    hf = {
+        "model_type": "llama",
+        **{"vocab_size": 330, "hidden_size": 288, "intermediate_size": 256},
+        **{"num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3},
+        **{"max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        **{"bos_token_id": 0, "eos_token_id": 1},
+    }
+    config, rng = config_from_hf(hf), np.random.default_rng(0)
+    flat = {
+        path: (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float16)
+        for path, shape in expected_shapes(config).items()
+    }
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    tensors = {
+        name: np.ascontiguousarray(assemble(config, name, flat.__getitem__))
+        for name in tensor_names(config)
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf))
+    byte_level("smollm").save_pretrained(folder)
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    return folder
+
+
+def run(*argv):
+    return main([*map(str, argv), "--debug"])
+
+
+def test_convert_writes_gguf_that_loads_with_tokenizer_and_template(folder, tmp_path):
+    out = tmp_path / "m.gguf"
+    calibration = ("--calibration", folder / "text.txt", "--num-sequences", 4, "--length", 16)
+    run(
+        "convert",
+        "--model",
+        folder,
+        "--export",
+        "gguf",
+        "--output",
+        out,
+        "--type",
+        "Q4_K",
+        *calibration,
+    )
+    file = GGUFFile(out)
+    types = {name: tensor.type_name for name, tensor in file.tensors.items()}
+    assert types["blk.0.attn_q.weight"] == "Q5_0" and types["blk.1.ffn_down.weight"] == "Q4_K"
+    assert types["token_embd.weight"] == "Q8_0" and types["output_norm.weight"] == "F32"
+    meant, found = load_tokenizer(folder), load_tokenizer(out)
+    for text in TEXTS:
+        assert meant.encode(text) == found.encode(text)
+    messages = [{"role": "user", "content": "fox"}]
+    assert found.apply_chat_template(messages, tokenize=False) == "fox"
+    other = gguf.GGUFReader(out)  # the package's own
+    assert {t.name for t in other.tensors} == types.keys()
+    plain = tmp_path / "plain.gguf"
+    run("convert", "--model", folder, "--export", "gguf", "--output", plain, "--type", "Q4_K")
+    name = "blk.0.attn_q.weight"
+    assert not np.array_equal(GGUFFile(plain).read(name), file.read(name))
+
+
+def test_quantize_exports_gguf_without_rounding_twice(folder, tmp_path):
+    out = tmp_path / "q"
+    argv = ("quantize", "--model", folder, "--method", "rtn", "--output", out, "--held-out", 0)
+    run(*argv, "--format", "int8-g32", "--export", "gguf")
+    kinds = {t.type_name for t in GGUFFile(out / "model.gguf").tensors.values()}
+    assert kinds == {"F32", "F16", "Q8_0"}
+    assert (out / "quantization.md").is_file()
+    with pytest.raises(ValueError, match="no zero points"):
+        run(*argv[:-3], tmp_path / "r", "--format", "int4-g32-asym", "--export", "gguf")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--export", "gptq", "--type", "Q4_0"), "--type is for --export gguf"),
+        (("--export", "gguf", "--calibration", "self"), "give a --type too"),
+    ],
+)
+def test_options_without_effect_are_refused(folder, tmp_path, argv, words):
+    with pytest.raises(ValueError, match=words):
+        run("convert", "--model", folder, "--output", tmp_path / "o", *argv)
