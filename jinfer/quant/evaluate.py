@@ -43,7 +43,8 @@ class Evaluation:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Model, params: Params, tokens: Array) -> Array:
+def window_logits(model: Model, params: Params, tokens: Array) -> Array:
+    """f32 [T, V] logits of one window [T]: what `evaluate` scores."""
     return model.logits(params, tokens[None])[0]
 
 
@@ -67,7 +68,7 @@ def evaluate(
     params: Params,
     windows: np.ndarray,
     *,
-    against: tuple[Model, Params] | None = None,
+    against: tuple[Model, Params] | np.ndarray | None = None,
     on_window: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Scores windows i32 [n, T] one by one, without special tokens.
@@ -76,25 +77,37 @@ def evaluate(
       model: the model.
       params: its parameters, quantized or not.
       windows: token ids.
-      against: a reference with the same vocabulary.
+      against: a reference with the same vocabulary, or its logits or logprobs [n, T, V] of these
+        windows, of any float dtype, such as a memory-mapped file.
       on_window: called with the number of windows done.
 
     Raises:
       ValueError: the vocabularies differ, or scores are not finite.
     """
-    if against is not None and against[0].config.vocab_size != model.config.vocab_size:
+    vocab_size = model.config.vocab_size
+    if isinstance(against, np.ndarray):
+        shape = (*windows.shape, vocab_size)
+        if against.shape != shape:
+            raise ValueError(
+                f"the reference's logits must be {list(shape)}, got {list(against.shape)}"
+            )
+    elif against is not None and against[0].config.vocab_size != vocab_size:
         raise ValueError(
             f"the reference has {against[0].config.vocab_size} tokens, the model "
-            f"{model.config.vocab_size}: their distributions cannot be compared"
+            f"{vocab_size}: their distributions cannot be compared"
         )
     start = time.perf_counter()
     nll, kl, same = [], [], []
     for i, window in enumerate(windows):
         tokens = jnp.asarray(window, jnp.int32)
-        logits = _logits(model, params, tokens)
+        logits = window_logits(model, params, tokens)
         nll.append(float(_nll(logits, tokens)))
         if against is not None:
-            pair = _divergence(_logits(*against, tokens), logits)
+            if isinstance(against, np.ndarray):
+                reference = jnp.asarray(against[i].astype(np.float32))
+            else:
+                reference = window_logits(*against, tokens)
+            pair = _divergence(reference, logits)
             kl.append(float(pair[0]))
             same.append(float(pair[1]))
         if on_window is not None:

@@ -44,6 +44,17 @@ def test_a_model_is_no_distance_from_itself(make_model):
     assert alone.kl is alone.kl_se is alone.top1 is None
 
 
+def test_logits_computed_before_serve_as_reference(make_model):
+    model, params = make_model("llama")
+    other = jax.tree.map(lambda a: a * 1.02, params)
+    kept = np.asarray(model.logits(params, jnp.asarray(WINDOWS)))
+    got = evaluate(model, other, WINDOWS, against=kept)
+    expected = evaluate(model, other, WINDOWS, against=(model, params))
+    assert got.kl == pytest.approx(expected.kl, rel=1e-4) and got.top1 == expected.top1
+    with pytest.raises(ValueError, match=r"must be \[3, 16, 96\], got \[2, 16, 96\]"):
+        evaluate(model, other, WINDOWS, against=kept[:2])
+
+
 def test_other_vocabularies_and_infinite_logits_are_refused(make_model):
     model, params = make_model("llama")
     small = Model(ModelConfig(**{**vars(model.config), "vocab_size": 64}))
