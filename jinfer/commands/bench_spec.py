@@ -23,11 +23,17 @@ SUMMARY = "speculative decoding beside plain decoding"
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "adaptive": False},
     "ngram-adaptive": {"method": "ngram", "adaptive": True},
+    "medusa": {"method": "medusa"},
+    "lookahead": {"method": "lookahead"},
 }
 # The least that an adaptive method may do to the speed.
 LEAST_SPEEDUP = 0.95
 # Tokens a step that were aimed at.
-GOALS = {("ngram", "overall"): 1.3, ("ngram", "summarization"): 1.8}
+GOALS = {
+    ("ngram", "overall"): 1.3,
+    ("ngram", "summarization"): 1.8,
+    ("medusa", "overall"): 1.6,
+}
 # The categories of MT-Bench, which Spec-Bench counts as one.
 _CHAT = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
 
@@ -60,8 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='JSONL of {"category": ..., "turns": [...]}; first turns are asked',
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--num-speculative-tokens", type=int, default=4, help="(4)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, help="default: all, medusa if there are --heads"
+    )
+    parser.add_argument("--heads", metavar="DIR", help="for medusa: see jinfer train-medusa")
+    parser.add_argument("--num-speculative-tokens", type=int, default=4, help="of chains (4)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="(1 8)")
     parser.add_argument("--limit", type=int, default=8, help="prompts a category (8)")
     parser.add_argument("--output-tokens", type=int, default=64, help="(64)")
@@ -73,6 +82,11 @@ def run(args: argparse.Namespace) -> int:
     from jinfer import LLM, load
     from jinfer.tokenizer import load_tokenizer
 
+    methods = {
+        name: _config(name, args)
+        for name in args.methods or METHODS
+        if args.methods or args.heads or name != "medusa"
+    }
     tokenizer = load_tokenizer(args.model)
     chats = read_chats(args.prompts, tokenizer, args.limit, args.max_model_len - args.output_tokens)
     model, params = load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
@@ -86,8 +100,7 @@ def run(args: argparse.Namespace) -> int:
             "skip_tokenizer_init": True,
         }
         plain = LLM(model, **common)
-        for method in args.methods:
-            config = METHODS[method] | {"num_speculative_tokens": args.num_speculative_tokens}
+        for method, config in methods.items():
             llm = LLM(model, speculative_config=config, **common)
             for prompts in chats.values():
                 for engine in (plain, llm, plain, llm):  # cold, then as they will be measured
@@ -104,13 +117,26 @@ def run(args: argparse.Namespace) -> int:
     finish(
         rows,
         command=f"jinfer bench spec --model {args.model} --prompts {args.prompts.name} --methods "
-        f"{' '.join(args.methods)} --num-speculative-tokens {args.num_speculative_tokens} "
+        f"{' '.join(methods)} --num-speculative-tokens {args.num_speculative_tokens} "
         f"--batch-sizes {' '.join(map(str, args.batch_sizes))} --limit {args.limit} "
-        f"--output-tokens {args.output_tokens}",
+        f"--output-tokens {args.output_tokens}"
+        + (f" --heads {Path(args.heads).name}" if "medusa" in methods else ""),
         json_file=args.json,
         workload={name: [len(p) for p in prompts] for name, prompts in chats.items()},
     )
     return 0
+
+
+def _config(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the `speculative_config` of a method."""
+    config = dict(METHODS[name])
+    if "adaptive" in config:
+        config["num_speculative_tokens"] = args.num_speculative_tokens
+    if name == "medusa":
+        if args.heads is None:
+            raise ValueError("method medusa needs --heads DIR, see jinfer train-medusa")
+        config["heads"] = args.heads
+    return config
 
 
 def read_chats(path: Path, tokenizer: Any, limit: int, longest: int) -> dict[str, list[list[int]]]:
@@ -223,7 +249,7 @@ def _rows(
                 peer="plain decoding",
                 peer_value=plain_rate,
                 ratio=rate / plain_rate,
-                goal=LEAST_SPEEDUP if METHODS[method]["adaptive"] else None,
+                goal=LEAST_SPEEDUP if METHODS[method].get("adaptive") else None,
             ),
             Row(case=case, metric="prompts with the same tokens", unit="", value=float(same)),
         ]

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shared-unembedding",
         action=flags.BOOL,
         default=None,
-        help="heads without a linear of their own; default: where it would outweigh the model",
+        help="heads without a linear of their own; default: where these would add more than a "
+        "quarter to the model",
     )
     parser.add_argument("--steps", type=int, help="default: two epochs")
     parser.add_argument("--batch-size", type=int, default=8, help="windows a step (8)")
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains heads that guess the tokens after the next one; the model's weights stay as they are.
 
     --data is a JSONL file whose lines have "text", learnt as it is, or a prompt ("prompt",
-    "messages" or "prompt_token_ids"), learnt with the model's own answer; or any other file, learnt
-    as one text.
+    "messages" or "prompt_token_ids"), of which the model's own answer is learnt; or any other file,
+    learnt as one text.
     Without it the model writes texts of its own. A tenth of the windows is kept apart to measure
     each head on. --output gets heads.safetensors and medusa.json, with the accuracies and a tree of
     guesses fitted to them, and "data.npz" and "checkpoints", from which the same command goes on
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     model, params = load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
     shared = args.shared_unembedding
     if shared is None:
-        shared = args.num_heads * model.config.vocab_size * model.config.hidden_size > _size(params)
+        linears = args.num_heads * model.config.vocab_size * model.config.hidden_size
+        shared = 4 * linears > _size(params)
     config = medusa.MedusaConfig(
         num_heads=args.num_heads,
         hidden_size=model.config.hidden_size,
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     )
     args.output.mkdir(parents=True, exist_ok=True)
     _check_same_run(args, args.output / "run.json")
-    tokens, lens = _data(args, model, params, args.output / "data.npz")
+    tokens, spans = _data(args, model, params, args.output / "data.npz")
     num_held = max(1, len(tokens) // 10)
     if len(tokens) <= num_held:
         raise ValueError(f"{len(tokens)} windows of {args.window} tokens are too few to learn from")
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
                 params,
                 heads,
                 tokens[num_held:],
-                lens[num_held:],
+                spans[num_held:],
                 training,
                 checkpoints=checkpoints,
                 on_step=advance,
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         checkpoints.close()
     accuracies = medusa_training.rank_accuracies(
-        model, params, heads, tokens[:num_held], lens[:num_held], batch_size=args.batch_size
+        model, params, heads, tokens[:num_held], spans[:num_held], batch_size=args.batch_size
     )
     tree = fit_tree(accuracies.tolist(), num_nodes=args.tree_nodes)
     medusa.save(args.output, config, heads, rank_accuracies=accuracies.tolist(), tree=tree)
@@ -149,18 +151,18 @@ def _data(args: argparse.Namespace, model: Any, params: Any, file: Path) -> tupl
 
     if file.is_file():
         with np.load(file) as arrays:
-            return arrays["tokens"], arrays["lens"]
+            return arrays["tokens"], arrays["spans"]
     llm = LLM(model, params=params, tokenizer=args.model, generation_config="none")
-    tokens, lens = windows(list(_texts(args, llm)), args.window)
+    tokens, spans = windows(list(_texts(args, llm)), args.window)
     order = np.random.default_rng(args.seed).permutation(len(tokens))
-    tokens, lens = tokens[order], lens[order]
-    np.savez(file.with_suffix(".tmp.npz"), tokens=tokens, lens=lens)
+    tokens, spans = tokens[order], spans[order]
+    np.savez(file.with_suffix(".tmp.npz"), tokens=tokens, spans=spans)
     file.with_suffix(".tmp.npz").replace(file)
-    return tokens, lens
+    return tokens, spans
 
 
-def _texts(args: argparse.Namespace, llm: Any) -> Iterator[list[int]]:
-    """The token ids of each text: read, or written by the model."""
+def _texts(args: argparse.Namespace, llm: Any) -> Iterator[tuple[list[int], int]]:
+    """The token ids of each text, read or written by the model, and how many are its prompt."""
     tokenizer = llm.get_tokenizer()
     if args.data is None:
         start = tokenizer.bos_token_id
@@ -169,14 +171,14 @@ def _texts(args: argparse.Namespace, llm: Any) -> Iterator[list[int]]:
         yield from _answers(args, llm, [[start]] * args.max_texts)
         return
     if args.data.suffix != ".jsonl":
-        yield tokenizer.encode(args.data.read_text())
+        yield tokenizer.encode(args.data.read_text()), 0
         return
     prompts = []
     lines = [line for line in args.data.read_text().splitlines() if line.strip()]
     for number, line in enumerate(lines[: args.max_texts], 1):
         entry = json.loads(line)
         if "text" in entry:
-            yield tokenizer.encode(entry["text"])
+            yield tokenizer.encode(entry["text"]), 0
         elif "messages" in entry:
             text = tokenizer.apply_chat_template(
                 entry["messages"], tokenize=False, add_generation_prompt=True
@@ -193,7 +195,9 @@ def _texts(args: argparse.Namespace, llm: Any) -> Iterator[list[int]]:
     yield from _answers(args, llm, prompts)
 
 
-def _answers(args: argparse.Namespace, llm: Any, prompts: list[list[int]]) -> Iterator[list[int]]:
+def _answers(
+    args: argparse.Namespace, llm: Any, prompts: list[list[int]]
+) -> Iterator[tuple[list[int], int]]:
     from jinfer import SamplingParams
 
     if not prompts:
@@ -203,7 +207,7 @@ def _answers(args: argparse.Namespace, llm: Any, prompts: list[list[int]]) -> It
     params = [SamplingParams(**fields, seed=args.seed + i) for i in range(len(prompts))]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=True)
     for prompt, output in zip(prompts, outputs, strict=True):
-        yield [*prompt, *output.outputs[0].token_ids]
+        yield [*prompt, *output.outputs[0].token_ids], len(prompt)
 
 
 def _print_report(accuracies: Any, num_windows: int) -> None:

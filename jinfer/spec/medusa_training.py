@@ -66,22 +66,29 @@ class TrainingConfig:
 
 
 def windows(
-    texts: Sequence[Sequence[int]], length: int
-) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N"]]:
+    texts: Sequence[tuple[Sequence[int], int]], length: int
+) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N 2"]]:
     """Cuts texts into rows of at most `length` tokens.
 
-    Rows of fewer than 3 tokens, which teach no head anything, are left out.
+    Rows with fewer than 3 tokens to learn, which teach no head anything, are left out.
+
+    Args:
+      texts: each with the number of tokens at its beginning that are only read: a prompt.
+      length: T.
 
     Returns:
-      tokens [N, T] i32, zeros after a row's end, and the rows' lengths [N].
+      tokens [N, T] i32, zeros after a row's end, and the rows' spans to learn: first token, end.
     """
-    pieces = [text[i : i + length] for text in texts for i in range(0, len(text), length)]
-    pieces = [piece for piece in pieces if len(piece) >= 3]
-    require(bool(pieces), "there is nothing to learn from: no text has 3 tokens or more")
-    tokens = np.zeros((len(pieces), length), np.int32)
-    for row, piece in zip(tokens, pieces):
-        row[: len(piece)] = piece
-    return tokens, np.array([len(piece) for piece in pieces], np.int32)
+    tokens, spans = [], []
+    for text, num_read in texts:
+        for i in range(0, len(text), length):
+            piece = text[i : i + length]
+            span = max(0, num_read - i), len(piece)
+            if span[1] - span[0] >= 3:
+                tokens.append([*piece, *[0] * (length - len(piece))])
+                spans.append(span)
+    require(bool(tokens), "there is nothing to learn from: no text has 3 tokens or more")
+    return np.array(tokens, np.int32), np.array(spans, np.int32)
 
 
 def batch_rows(step: int, num_rows: int, config: TrainingConfig) -> np.ndarray:
@@ -105,10 +112,11 @@ def hidden_states(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Ar
     return jax.lax.stop_gradient(hidden)
 
 
-def _targets(tokens: Array, lens: Array, k: int) -> tuple[Array, Array]:
+def _targets(tokens: Array, spans: Array, k: int) -> tuple[Array, Array]:
     """Returns what head k should say at each place, and whether there is such a token, [B, T]."""
-    places = jnp.arange(tokens.shape[1])[None]
-    return jnp.roll(tokens, -(k + 2), axis=1), places + k + 2 < lens[:, None]
+    places = jnp.arange(tokens.shape[1])[None] + k + 2
+    is_there = (places >= spans[:, :1]) & (places < spans[:, 1:])
+    return jnp.roll(tokens, -(k + 2), axis=1), is_there
 
 
 def losses(
@@ -116,13 +124,13 @@ def losses(
     params: Params,
     heads: dict[str, Array],
     tokens: Int[Array, "B T"],
-    lens: Int[Array, "B"],
+    spans: Int[Array, "B 2"],
 ) -> Float[Array, "K"]:
     """Returns each head's mean cross entropy over the places that have a target, in nats."""
     hidden = hidden_states(model, params, tokens)
 
     def loss(k: int) -> Array:
-        targets, is_there = _targets(tokens, lens, k)
+        targets, is_there = _targets(tokens, spans, k)
 
         @jax.checkpoint  # the logits, by far the largest array, are computed twice, not kept
         def total(heads: dict[str, Array]) -> Array:
@@ -142,13 +150,13 @@ def train_step(
     params: Params,
     state: tuple[dict[str, Array], Any],
     tokens: Int[Array, "B T"],
-    lens: Int[Array, "B"],
+    spans: Int[Array, "B 2"],
 ) -> tuple[tuple[dict[str, Array], Any], Float[Array, "K"]]:
     """Returns (heads, optimizer state), donated, after one AdamW step, and the losses before it."""
     heads, opt_state = state
 
     def weighed(heads: dict[str, Array]) -> tuple[Array, Array]:
-        each = losses(model, params, heads, tokens, lens)
+        each = losses(model, params, heads, tokens, spans)
         decay = config.loss_decay ** jnp.arange(each.shape[0], dtype=jnp.float32)
         return jnp.sum(each * decay), each
 
@@ -165,7 +173,7 @@ def count_ranks(
     params: Params,
     heads: dict[str, Array],
     tokens: Int[Array, "B T"],
-    lens: Int[Array, "B"],
+    spans: Int[Array, "B 2"],
     *,
     num_ranks: int,
 ) -> tuple[Int[Array, "K R"], Int[Array, "K"]]:
@@ -173,7 +181,7 @@ def count_ranks(
     hidden = hidden_states(model, params, tokens)
     hits, places = [], []
     for k in range(heads["w"].shape[0]):
-        targets, is_there = _targets(tokens, lens, k)
+        targets, is_there = _targets(tokens, spans, k)
         logits = medusa.head_logits(model, params, heads, k, hidden)
         _, guesses = jax.lax.top_k(logits, num_ranks)
         is_hit = (guesses == targets[:, :, None]) & is_there[:, :, None]
@@ -187,7 +195,7 @@ def rank_accuracies(
     params: Params,
     heads: dict[str, Array],
     tokens: Int[np.ndarray, "N T"],
-    lens: Int[np.ndarray, "N"],
+    spans: Int[np.ndarray, "N 2"],
     *,
     num_ranks: int = 10,
     batch_size: int = 8,
@@ -198,8 +206,9 @@ def rank_accuracies(
     for begin in range(0, len(tokens), batch_size):
         rows = np.arange(begin, begin + batch_size)
         part: Any = np.take(tokens, rows, axis=0, mode="clip")
-        part_lens: Any = np.where(rows < len(tokens), np.take(lens, rows, mode="clip"), 0)
-        found = count_ranks(model, params, heads, part, part_lens, num_ranks=num_ranks)
+        part_spans: Any = np.take(spans, rows, axis=0, mode="clip")
+        part_spans[rows >= len(tokens)] = 0
+        found = count_ranks(model, params, heads, part, part_spans, num_ranks=num_ranks)
         hits, places = hits + np.asarray(found[0]), places + np.asarray(found[1])
     return hits / np.maximum(places, 1)[:, None]
 
@@ -239,7 +248,7 @@ def train(
     params: Params,
     heads: dict[str, Array],
     tokens: Int[np.ndarray, "N T"],
-    lens: Int[np.ndarray, "N"],
+    spans: Int[np.ndarray, "N 2"],
     config: TrainingConfig,
     *,
     checkpoints: Checkpoints | None = None,
@@ -251,7 +260,7 @@ def train(
       model: of the backbone.
       params: its weights, which stay as they are.
       heads: where to start; see `medusa.init`. They are copied.
-      tokens, lens: see `windows`.
+      tokens, spans: see `windows`.
       config: of the training.
       checkpoints: where states are kept and found.
       on_step: called after each step with the number of steps done and each head's loss before it.
@@ -262,7 +271,7 @@ def train(
     start, state = found if found is not None else (0, state)
     for step in range(start, config.num_steps):
         rows = batch_rows(step, len(tokens), config)
-        part: Any = tokens[rows], lens[rows]
+        part: Any = tokens[rows], spans[rows]
         state, each = train_step(model, config, params, state, *part)
         if on_step is not None:
             on_step(step + 1, np.asarray(each))

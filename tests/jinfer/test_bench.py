@@ -178,3 +178,9 @@ def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     assert 0.0 < got["ngram/overall/b1", "acceptance"]["value"] < 1.0
     speedup = got["ngram/qa/b1", "speedup"]
     assert speedup["value"] == pytest.approx(speedup["ratio"] * speedup["peer_value"])
+
+
+def test_the_speculation_bench_asks_for_heads(tmp_path, capsys):
+    argv = ["bench", "spec", "--prompts", str(tmp_path), "--methods", "medusa"]
+    assert cli.main(argv) == 2
+    assert "needs --heads DIR" in capsys.readouterr().err

@@ -57,6 +57,7 @@ def test_heads_from_texts_that_the_model_writes_and_a_second_run_does_nothing(
     report = capsys.readouterr().out
     config, heads, tree = medusa.load(tmp_path, MODEL.config)
     assert config.num_heads == heads["w"].shape[0] == 2 and 1 <= len(tree) <= 5
+    assert config.shared_unembedding  # of a model as small as this
     assert "top-1" in report and f"tree of {len(tree)} guesses" in report
 
     def refuse(*args, **options):

@@ -42,7 +42,7 @@ def params():
 def data():
     """Texts that count upwards from a random start: easy to foretell."""
     starts = np.random.default_rng(0).integers(0, VOCAB, 16)
-    texts = [((start + np.arange(20)) % VOCAB).tolist() for start in starts]
+    texts = [(((start + np.arange(20)) % VOCAB).tolist(), 0) for start in starts]
     return medusa_training.windows(texts, 16)
 
 
@@ -96,12 +96,27 @@ def test_heads_learn_the_token_that_is_theirs(params, data, trained):
 def test_padding_teaches_nothing(params):
     heads = medusa.init(CONFIG, MODEL, params)
     tokens = np.arange(16, dtype=np.int32)[None] + 1
-    lens = np.array([9], np.int32)
+    spans = np.array([[0, 9]], np.int32)
     other = np.where(np.arange(16)[None] < 9, tokens, 50)
     losses = jax.jit(medusa_training.losses, static_argnums=0)
-    got = losses(MODEL, params, heads, tokens, lens)
-    want = losses(MODEL, params, heads, other, lens)
+    got = losses(MODEL, params, heads, tokens, spans)
+    want = losses(MODEL, params, heads, other, spans)
     np.testing.assert_array_equal(got, want)
+
+
+def test_of_a_prompt_nothing_is_learnt(params):
+    _, spans = medusa_training.windows([(list(range(10)), 3)], 6)
+    assert spans.tolist() == [[3, 6], [0, 4]]
+    heads = medusa.init(CONFIG, MODEL, params)
+    tokens = np.arange(16, dtype=np.int32)[None] + 1
+    losses = jax.jit(medusa_training.losses, static_argnums=0)
+
+    def total(begin, end):
+        num_targets = np.array([end - max(begin, k + 2) for k in range(HEADS)], np.float32)
+        span = np.array([[begin, end]], np.int32)
+        return num_targets * losses(MODEL, params, heads, tokens, span)
+
+    np.testing.assert_allclose(total(0, 9), total(0, 5) + total(5, 9), rtol=1e-5)
 
 
 def test_a_run_that_was_cut_ends_with_the_same_bits(params, data, trained, tmp_path):
@@ -195,4 +210,4 @@ def test_each_window_comes_once_before_any_comes_twice():
     for epoch in rows.reshape(3, 5):
         assert sorted(epoch) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="nothing to learn from"):
-        medusa_training.windows([[1, 2]], 8)
+        medusa_training.windows([([1, 2], 0)], 8)
