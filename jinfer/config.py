@@ -205,6 +205,8 @@ _SPECULATIVE_FIELDS = {
     "ngram": ("num_speculative_tokens", "adaptive", "prompt_lookup_max", "prompt_lookup_min"),
     "medusa": ("heads", "tree", "acceptance", "epsilon", "alpha"),
     "lookahead": ("window", "ngram_size", "num_guesses"),
+    "self": ("num_speculative_tokens", "adaptive", "format"),
+    "draft": ("num_speculative_tokens", "adaptive", "model", "params", "tokenizer"),
 }
 TREE_METHODS = ("medusa", "lookahead")
 MAX_TREE_NODES = 63
@@ -215,13 +217,17 @@ class SpeculativeConfig:
     """How several tokens are drafted and then verified in one step of the model.
 
     Attributes:
-      method: "ngram": what followed the last time that the text ended alike. "medusa": a tree of
-        the guesses of trained heads. "lookahead": the model's own parallel guesses, as n-grams.
+      method: "ngram": what followed the last time that the text ended alike. "self": the model
+        itself, its linears rounded to fewer bits, drafts in the same KV pages. "draft": another
+        model of the same vocabulary drafts. "medusa": a tree of the guesses of trained heads.
+        "lookahead": the model's own parallel guesses, as n-grams.
       num_speculative_tokens: most drafts a sequence and step; those of a tree are its nodes.
-      adaptive: ("ngram") carry fewer, or none, where steps with drafts are measured to bring fewer
-        tokens a second; otherwise all that there are.
+      adaptive: (not of trees) carry fewer, or none, where steps with drafts are measured to bring
+        fewer tokens a second; otherwise all that there are.
       prompt_lookup_max, prompt_lookup_min: ("ngram") tokens at the end of the text that are looked
         for, as many as can be found.
+      format: ("self") of the rounded weights, as `LLM(quantization=)` has it.
+      model, params, tokenizer: ("draft") as `LLM` takes them.
       heads: ("medusa") the folder that `jinfer train-medusa` wrote.
       tree: ("medusa") guesses to verify, each a list of ranks, see `spec.medusa_tree`; None: the
         tree that was fitted to the heads.
@@ -237,6 +243,10 @@ class SpeculativeConfig:
     adaptive: bool = True
     prompt_lookup_max: int = 3
     prompt_lookup_min: int = 1
+    format: str = "int4-g128"
+    model: Any = None
+    params: Any = dataclasses.field(default=None, repr=False, compare=False)
+    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False)
     heads: str | None = None
     tree: tuple[tuple[int, ...], ...] | None = None
     acceptance: str = "lossless"
@@ -267,6 +277,10 @@ class SpeculativeConfig:
             self.prompt_lookup_min <= self.prompt_lookup_max,
             f"speculative_config: prompt_lookup_min ({self.prompt_lookup_min}) must not exceed "
             f"prompt_lookup_max ({self.prompt_lookup_max})",
+        )
+        require(
+            self.method != "draft" or self.model is not None,
+            'speculative_config: method "draft" needs a "model"',
         )
         require(
             self.acceptance in ("lossless", "typical"),

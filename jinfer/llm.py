@@ -12,9 +12,11 @@ from typing import Any
 from jinfer import beam_search as beams
 from jinfer import llm_options as options
 from jinfer.beam_params import BeamSearchParams
+from jinfer.drafting import take_drafter
+from jinfer.engine.compile_counter import compile_counter
 from jinfer.engine.core import Engine
 from jinfer.engine.explain import explain
-from jinfer.engine.runner import Runner, compile_counter
+from jinfer.engine.runner import Runner
 from jinfer.groups import LogprobFormatter, RequestGroup
 from jinfer.models.model import Model
 from jinfer.outputs import BeamSearchOutput, RequestOutput
@@ -114,8 +116,10 @@ class LLM:
         if not skip_tokenizer_init:
             self._tokenizer = options.take_tokenizer(tokenizer, self._source, revision)
         self._default_fields = options.sampling_defaults(self._source, generation_config)
-
         speculative_config, heads = options.take_heads(speculative_config, model.config)
+        speculation, drafter = take_drafter(
+            speculative_config, model, params, self._tokenizer, dtype, linear_impl
+        )
         self.config, cache = options.resolve(
             model.config,
             params if heads is None else {**params, "medusa": heads},
@@ -134,9 +138,10 @@ class LLM:
             seed=seed,
             attention_impl=attention_impl,
             linear_impl=linear_impl,
-            speculative_config=speculative_config,
+            speculation=speculation,
+            drafter=drafter,
         )
-        self._runner = Runner(model, params, cache, self.config, heads)
+        self._runner = Runner(model, params, cache, self.config, heads, drafter)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
         self._format_logprobs = LogprobFormatter(self._tokenizer)
         self._groups: dict[str, RequestGroup] = {}

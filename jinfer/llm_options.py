@@ -22,6 +22,7 @@ from jinfer.config import (
     kv_format,
     require,
 )
+from jinfer.engine.drafter import Drafter
 from jinfer.models.model import Model
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import array_bytes
@@ -65,7 +66,8 @@ def resolve(
     seed: int,
     attention_impl: str,
     linear_impl: str,
-    speculative_config: Mapping[str, Any] | None,
+    speculation: SpeculativeConfig | None,
+    drafter: Drafter | None,
 ) -> tuple[EngineConfig, CacheConfig]:
     """Resolves the arguments of `LLM`; None stands for the platform's default.
 
@@ -99,24 +101,31 @@ def resolve(
         max_tokens=max_num_seqs * (max_model_len or model.max_context_len),
         num_tokens=budget,
         num_seqs=max_num_seqs,
+        drafter=drafter,
         gpu_memory_utilization=gpu_memory_utilization,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         num_gpu_blocks_override=num_gpu_blocks_override,
     )
     max_model_len = _resolve_max_model_len(max_model_len, model, num_pages * block_size)
+    own = None if drafter is None else drafter.own_kv_config
+    if own is not None and own.max_context_len < max_model_len:
+        raise ValueError(
+            f"speculative_config: the draft model was made for {own.max_context_len} positions, "
+            f"fewer than max_model_len={max_model_len}: lower it to that"
+        )
     if max_num_batched_tokens is None and not enable_chunked_prefill:
         budget = max(budget, max_model_len)
     if num_decode_steps is None:
         num_decode_steps = 1 if on_cpu else 8
-    speculation = None
-    if speculative_config is not None:
-        speculation = SpeculativeConfig.of(speculative_config)
-        sees = model.sliding_window
-        require(
-            sees is None or not speculation.is_tree or speculation.num_levels < sees,
-            f"trees of {speculation.num_levels} levels do not fit a sliding window of {sees} "
-            "tokens: give a smaller tree or window",
-        )
+    sees = model.sliding_window
+    require(
+        sees is None
+        or speculation is None
+        or not speculation.is_tree
+        or speculation.num_levels < sees,
+        f"trees of {0 if speculation is None else speculation.num_levels} levels do not fit a "
+        f"sliding window of {sees} tokens: give a smaller tree or window",
+    )
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -297,11 +306,12 @@ def _num_pages(
     max_tokens: int,
     num_tokens: int,
     num_seqs: int,
+    drafter: Drafter | None,
     gpu_memory_utilization: float,
     kv_cache_memory_bytes: int | None,
     num_gpu_blocks_override: int | None,
 ) -> int:
-    """Sizes the KV pool."""
+    """Sizes the KV pool, and with it that of a drafting model: both have as many pages."""
     if num_gpu_blocks_override is not None:
         if num_gpu_blocks_override < 1:
             raise ValueError(
@@ -310,11 +320,21 @@ def _num_pages(
         return num_gpu_blocks_override
     if kv_cache_memory_bytes is None:
         stats = jax.local_devices()[0].memory_stats() or {}
+        used_bytes = sum(array_bytes(leaf) for leaf in jax.tree.leaves(params))
+        if drafter is not None:
+            used_bytes += drafter.num_weight_bytes(params)
         kv_cache_memory_bytes = memory.kv_budget_bytes(
             device_bytes=stats.get("bytes_limit"),
-            used_bytes=sum(array_bytes(leaf) for leaf in jax.tree.leaves(params)),
+            used_bytes=used_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
             reserved_bytes=memory.temp_bytes(config, num_tokens=num_tokens, num_seqs=num_seqs),
+        )
+    page_bytes = memory.page_bytes(config, page_size, dtype)
+    if drafter is not None and drafter.own_kv_config is not None:
+        draft_page_bytes = memory.page_bytes(drafter.own_kv_config, page_size, dtype)
+        # The target's share of what there is.
+        kv_cache_memory_bytes = (
+            kv_cache_memory_bytes * page_bytes // (page_bytes + draft_page_bytes)
         )
     num_pages = memory.num_pages(
         config,
@@ -325,8 +345,7 @@ def _num_pages(
     )
     if num_pages < 1:
         raise ValueError(
-            f"no room for a KV cache: one page takes "
-            f"{memory.page_bytes(config, page_size, dtype)} bytes, left are "
+            f"no room for a KV cache: one page takes {page_bytes} bytes, left are "
             f"{kv_cache_memory_bytes}; raise kv_cache_memory_bytes or gpu_memory_utilization"
         )
     return num_pages

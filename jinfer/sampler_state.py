@@ -28,6 +28,8 @@ BIAS = 2
 ALLOWED = 4
 BAD_WORDS = 8
 MIN_TOKENS = 16
+STATE = PENALTIES | BIAS | ALLOWED | BAD_WORDS | MIN_TOKENS
+SEEDED = 32  # no part of the state: the request brings a seed, which decides every token
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 _NEUTRAL_FLOATS = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32)
@@ -69,7 +71,7 @@ class SampleArgs:
       floats: [S, 6] f32, columns temperature (0 = greedy), top_p, min_p, presence, frequency,
         repetition.
       ints: [S, 5] u32, columns top_k (0 = all), min_position (stop tokens are banned at smaller
-        positions), seed_high, seed_low, flags (the bits PENALTIES to MIN_TOKENS).
+        positions), seed_high, seed_low, flags (the bits PENALTIES to SEEDED).
     """
 
     floats: Float[Array, "S 6"]
@@ -117,7 +119,7 @@ class SampleArgs:
         return self.floats[:, 0] == 0.0
 
     def has(self, bit: int) -> Bool[Array, "S"]:
-        """Whether each sequence needs the part of the state that `bit` names."""
+        """Whether each sequence has a flag; of STATE: whether it needs that part of the state."""
         return (self.ints[:, 4] & jnp.uint32(bit)) != jnp.uint32(0)
 
 
@@ -146,7 +148,8 @@ def arg_row(params: SamplingParams, *, seed: int, prompt_len: int) -> ArgRow:
         params.repetition_penalty,
     )
     min_position = prompt_len + params.min_tokens if params.min_tokens else 0
-    ints = (params.top_k, min_position, seed >> 32, seed & 0xFFFFFFFF, state_flags(params))
+    flags = state_flags(params) | SEEDED * (params.seed is not None)
+    ints = (params.top_k, min_position, seed >> 32, seed & 0xFFFFFFFF, flags)
     return ArgRow(np.array(floats, np.float32), np.array(ints, np.uint32))
 
 

@@ -20,6 +20,7 @@ from jinfer.sampler_state import (
     BIAS,
     MIN_TOKENS,
     PENALTIES,
+    STATE,
     SampleArgs,
     SamplerState,
 )
@@ -92,7 +93,7 @@ def process_logits(
     if token_mask is not None:
         x = jnp.where(_unpack_bits(token_mask, x.shape[1]), x, _NEG_INF)
     rows = jnp.clip(rows, 0, state.num_rows - 1)
-    needs_state = jnp.any(args.ints[:, 4] != jnp.uint32(0))
+    needs_state = jnp.any(args.has(STATE))
     x = lax.cond(
         needs_state,
         lambda x: _apply_state(x, args, state, rows, positions),

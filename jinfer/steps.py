@@ -162,6 +162,7 @@ def verify_step(
     sampled: Bool[Array, "S"],
     num_drafts: Int[Array, "S"],
     token_mask: UInt32[Array, "K1 S W"] | None = None,
+    draft_logits: Float[Array, "K S V"] | None = None,
     *,
     max_drafts: int,
     impl: str = "auto",
@@ -174,6 +175,7 @@ def verify_step(
       model, params, kv, state, batch, args, sampled, impl: as in `forward_step`.
       num_drafts: [S] drafts at the end of each sequence's tokens.
       token_mask: one packed mask a verified place, or None.
+      draft_logits: what the drafts were drawn from, see `accept.verify`; None for given ones.
       max_drafts: static K, the height of the result less one.
     """
     hidden, kv = run_blocks(model, params, kv, state, batch, impl)
@@ -193,11 +195,32 @@ def verify_step(
             drafts,
             num_drafts,
             sampled,
-            token_mask=token_mask,
+            draft_logits,
+            token_mask,
         )
     is_good = is_sound(hidden, batch) & jnp.all(is_finite(logits), axis=0)
     tokens = jnp.where(is_good, tokens, NOT_FINITE)
     return StepOutput(tokens, logits, hidden, counts), kv, state
+
+
+def one_token_each(
+    batch: StepBatch | DecodeBatch, tokens: Array, positions: Array, active: Array, kv: KVCache
+) -> StepBatch:
+    """Returns the batch in which each of the S sequences that are active [S] computes one token."""
+    seq_ids = jnp.arange(batch.rows.shape[0], dtype=jnp.int32)
+    pages = batch.page_table[seq_ids, jnp.where(active, positions // kv.page_size, 0)]
+    return StepBatch(
+        tokens=tokens,
+        positions=positions,
+        seq_ids=seq_ids,
+        slots=jnp.where(active, pages * kv.page_size + positions % kv.page_size, kv.num_slots),
+        q_starts=jnp.arange(batch.rows.shape[0] + 1, dtype=jnp.int32),
+        kv_lens=jnp.where(active, positions + 1, 0),
+        prompt_lens=batch.prompt_lens,
+        page_table=batch.page_table,
+        rows=batch.rows,
+        max_q_len=1,
+    )
 
 
 @functools.partial(
@@ -233,27 +256,13 @@ def decode_loop(
       `batch.limits[s]`) count; the pool; the state.
     """
     size = batch.rows.shape[0]
-    seq_ids = jnp.arange(size, dtype=jnp.int32)
-    q_starts = jnp.arange(size + 1, dtype=jnp.int32)
 
     def step(carry):
         i, kv, state, out_tokens, _ = carry
         active = i < batch.limits
         positions = batch.positions + i
-        pages = batch.page_table[seq_ids, jnp.where(active, positions // kv.page_size, 0)]
-        slots = jnp.where(active, pages * kv.page_size + positions % kv.page_size, kv.num_slots)
-        here = StepBatch(
-            tokens=jnp.where((i > 0) | (batch.tokens < 0), -1, batch.tokens),
-            positions=positions,
-            seq_ids=seq_ids,
-            slots=slots,
-            q_starts=q_starts,
-            kv_lens=jnp.where(active, positions + 1, 0),
-            prompt_lens=batch.prompt_lens,
-            page_table=batch.page_table,
-            rows=batch.rows,
-            max_q_len=1,
-        )
+        tokens = jnp.where((i > 0) | (batch.tokens < 0), -1, batch.tokens)
+        here = one_token_each(batch, tokens, positions, active, kv)
         hidden, kv = run_blocks(model, params, kv, state, here, impl)
         logits = model.unembed(params, hidden)
         tokens, state = _sample(logits, args, state, here, active, None)

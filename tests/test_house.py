@@ -39,6 +39,7 @@ FLOORS = {
     "jinfer.spec": 3,
     "jinfer.weights": 3,
     "jinfer.functional": 4,
+    "jinfer.draft_steps": 4,
     "jinfer.gguf_vocabulary": 4,
     "jinfer.steps": 4,
     "jinfer.tree_steps": 4,
@@ -46,6 +47,7 @@ FLOORS = {
     "jinfer.engine": 5,
     "jinfer.beam_search": 6,
     "jinfer.build": 6,
+    "jinfer.drafting": 6,
     "jinfer.groups": 6,
     "jinfer.llm": 6,
     "jinfer.llm_options": 6,
@@ -93,6 +95,7 @@ WITHOUT_JAX = (
 # its own step.
 MAY_JIT = (
     "jinfer/steps.py",
+    "jinfer/draft_steps.py",
     "jinfer/tree_steps.py",
     "jinfer/quant/",
     "jinfer/spec/medusa_training.py",

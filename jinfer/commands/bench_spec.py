@@ -25,6 +25,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "ngram-adaptive": {"method": "ngram", "adaptive": True},
     "medusa": {"method": "medusa"},
     "lookahead": {"method": "lookahead"},
+    "self": {"method": "self", "adaptive": False},
+    "self-adaptive": {"method": "self", "adaptive": True},
+    "draft": {"method": "draft", "adaptive": False},
+    "draft-adaptive": {"method": "draft", "adaptive": True},
 }
 # The least that an adaptive method may do to the speed.
 LEAST_SPEEDUP = 0.95
@@ -33,6 +37,7 @@ GOALS = {
     ("ngram", "overall"): 1.3,
     ("ngram", "summarization"): 1.8,
     ("medusa", "overall"): 1.6,
+    ("self", "overall"): 3.0,  # with 4 drafts
 }
 # The categories of MT-Bench, which Spec-Bench counts as one.
 _CHAT = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
@@ -67,9 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='JSONL of {"category": ..., "turns": [...]}; first turns are asked',
     )
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, help="default: all, medusa if there are --heads"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        help="default: all for which there are --heads or a --draft-model",
     )
     parser.add_argument("--heads", metavar="DIR", help="for medusa: see jinfer train-medusa")
+    parser.add_argument("--draft-model", metavar="MODEL", help="for the methods draft*")
+    parser.add_argument("--self-format", default="int4-g64", help="for self* (int4-g64)")
     parser.add_argument("--num-speculative-tokens", type=int, default=4, help="of chains (4)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="(1 8)")
     parser.add_argument("--limit", type=int, default=8, help="prompts a category (8)")
@@ -85,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     methods = {
         name: _config(name, args)
         for name in args.methods or METHODS
-        if args.methods or args.heads or name != "medusa"
+        if args.methods
+        or {"medusa": args.heads, "draft": args.draft_model}.get(METHODS[name]["method"], True)
     }
     tokenizer = load_tokenizer(args.model)
     chats = read_chats(args.prompts, tokenizer, args.limit, args.max_model_len - args.output_tokens)
@@ -120,7 +131,9 @@ def run(args: argparse.Namespace) -> int:
         f"{' '.join(methods)} --num-speculative-tokens {args.num_speculative_tokens} "
         f"--batch-sizes {' '.join(map(str, args.batch_sizes))} --limit {args.limit} "
         f"--output-tokens {args.output_tokens}"
-        + (f" --heads {Path(args.heads).name}" if "medusa" in methods else ""),
+        + (f" --heads {Path(args.heads).name}" if "medusa" in methods else "")
+        + (f" --draft-model {args.draft_model}" if args.draft_model else "")
+        + (f" --self-format {args.self_format}" if args.self_format != "int4-g64" else ""),
         json_file=args.json,
         workload={name: [len(p) for p in prompts] for name, prompts in chats.items()},
     )
@@ -136,6 +149,12 @@ def _config(name: str, args: argparse.Namespace) -> dict[str, Any]:
         if args.heads is None:
             raise ValueError("method medusa needs --heads DIR, see jinfer train-medusa")
         config["heads"] = args.heads
+    if config["method"] == "self":
+        config["format"] = args.self_format
+    if config["method"] == "draft":
+        if args.draft_model is None:
+            raise ValueError(f"method {name} needs a --draft-model")
+        config["model"] = args.draft_model
     return config
 
 

@@ -228,6 +228,7 @@ class BeamSearcher:
             self._place(batch, 0, request, request.pages[:num_prompt_pages])
             batch.slots[:count] = self._slots(batch.page_table[0], positions)
             no_samples: Any = np.zeros(size, np.bool_)
+            runner.feed_drafter(batch)
             _, runner.kv, runner.state = steps.forward_step(
                 runner.model,
                 runner.params,

@@ -13,12 +13,14 @@ from jinfer.config import SpeculativeConfig
 from jinfer.engine.request import Request
 from jinfer.spec.ngram import NgramIndex
 
+ON_DEVICE = -1  # stands for a draft that the step makes
+
 
 class Proposer(Protocol):
     """Proposes drafts of what follows a request's known tokens."""
 
     def propose(self, request: Request, limit: int) -> tuple[int, ...]:
-        """Returns at most `limit` drafts, `limit` being 1 or more.
+        """Returns at most `limit` drafts, `limit` being 1 or more; ON_DEVICE for ids not known.
 
         Asked once for each decode of a plan; all tokens of the request are known to the host.
         """
@@ -42,6 +44,14 @@ class NgramProposer:
         return tuple(index.propose(request.known_token_ids, limit))
 
 
+class DeviceProposer:
+    """Leaves the drafts to a model that writes them inside the step."""
+
+    def propose(self, request: Request, limit: int) -> tuple[int, ...]:
+        """Returns as many as there may be: a model can always go on."""
+        return (ON_DEVICE,) * limit
+
+
 def make_proposer(config: SpeculativeConfig) -> Proposer:
     """Returns the proposer of `config.method`."""
-    return NgramProposer(config)
+    return NgramProposer(config) if config.method == "ngram" else DeviceProposer()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,11 @@ from jinfer import kv_cache, qkernels, sampling, steps, tree_steps
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.config import CacheConfig, EngineConfig
 from jinfer.engine import buckets, results, tree_batch
+from jinfer.engine.drafter import Drafter
 from jinfer.engine.plan import Plan
 from jinfer.engine.request import Request
 from jinfer.engine.results import Launched, StepResult
+from jinfer.kv_cache import KVCache
 from jinfer.models.model import Model
 from jinfer.sampling import ArgRow, SampleArgs
 from jinfer.sampling_params import SamplingParams
@@ -31,21 +33,6 @@ logger = logging.getLogger(__name__)
 
 CLEAR_BATCH = 16  # pages that one program clears; fewer are padded
 COPY_BATCH = 4  # likewise copies, through a buffer of so many pages
-
-
-class CompileCounter:
-    """Counts every program that XLA compiles (or loads from its cache) in this process."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.count += 1
-
-
-compile_counter = CompileCounter()
 
 
 class Runner:
@@ -58,6 +45,7 @@ class Runner:
       cache: size of the KV pool.
       config: engine limits.
       heads: Medusa heads, if `config.speculation` is with them.
+      drafter: drafts inside the steps, for the methods of speculation that have one.
     """
 
     def __init__(
@@ -67,11 +55,14 @@ class Runner:
         cache: CacheConfig,
         config: EngineConfig,
         heads: Mapping[str, jax.Array] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.model = model
         self.params = qkernels.prepare_params(params, impl=config.linear_impl)
         self.cache = cache
         self.config = config
+        self.drafter = drafter
+        self._own_kv = drafter is not None and drafter.has_own_kv
         self.buckets = buckets.Buckets.of(config)
         self.max_pages = -(-config.max_model_len // cache.page_size)
         self.vocab_size = model.config.vocab_size
@@ -83,16 +74,19 @@ class Runner:
         self.reset()
 
     def reset(self) -> None:
-        """Makes an empty pool and an empty sampler state; the old ones go first."""
+        """Makes empty pools and an empty sampler state; the old ones go first."""
         self.__dict__.pop("kv", None)
         self.__dict__.pop("state", None)
+        if self.drafter is not None:
+            self.drafter.reset(self.cache)
         self.kv = kv_cache.init(self.model.config, self.cache)
         self.state = sampling.init_state(self._num_rows, self.vocab_size)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV pool, scales included."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.kv))
+        """Bytes of the KV pools, scales included."""
+        pools = self.kv, None if self.drafter is None else self.drafter.kv
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(pools))
 
     # ------------------------------------------------------------------ launching
 
@@ -102,7 +96,8 @@ class Runner:
         for seq in plan.seqs:
             if seq.is_new_row:
                 self._reset_row(seq.request)
-        if not self._is_tree and plan.is_decode and all(seq.num_samples > 0 for seq in plan.seqs):
+        is_decode = plan.is_decode and all(seq.num_samples > 0 for seq in plan.seqs)
+        if is_decode and not self._own_kv and not self._is_tree:
             return self._launch_decode(plan)
         return self._launch_ragged(plan)
 
@@ -112,11 +107,16 @@ class Runner:
         for begin in range(0, len(cleared), CLEAR_BATCH):
             pages = list(cleared[begin : begin + CLEAR_BATCH])
             pages += [nowhere] * (CLEAR_BATCH - len(pages))
-            self.kv = steps.clear_pages(self.kv, _int32(pages))
+            self._change_pools(steps.clear_pages, _int32(pages))
         for begin in range(0, len(copied), COPY_BATCH):
             copies = list(copied[begin : begin + COPY_BATCH])
             copies += [(0, nowhere, 0)] * (COPY_BATCH - len(copies))
-            self.kv = steps.copy_pages(self.kv, *map(_int32, zip(*copies)))
+            self._change_pools(steps.copy_pages, *map(_int32, zip(*copies)))
+
+    def _change_pools(self, change: Callable[..., KVCache], *pages: Any) -> None:
+        self.kv = change(self.kv, *pages)
+        if self.drafter is not None and self.drafter.kv is not None:
+            self.drafter.kv = change(self.drafter.kv, *pages)
 
     def _reset_row(self, request: Request) -> None:
         setup = sampling.pack_row(
@@ -164,7 +164,7 @@ class Runner:
         max_drafts = buckets.fit(self.buckets.drafts, plan.max_drafts) if plan.max_drafts else 0
         if self._is_tree and not is_prefill:
             max_drafts = self.buckets.drafts[-1]
-        if max_drafts and not is_prefill:
+        if not is_prefill:
             size = buckets.fit(self.buckets.decode, len(plan.seqs))
             batch = self._verify_padding(size, max_drafts)
         else:
@@ -225,7 +225,13 @@ class Runner:
         """Returns the batch of a bucket with nothing in it."""
         return DecodeBatch.padding(size, max_pages=self.max_pages, num_rows=self._num_rows)
 
+    def feed_drafter(self, batch: StepBatch) -> None:
+        """Has a drafter with a pool of its own compute a step's tokens, too, before that step."""
+        if self.drafter is not None:
+            self.drafter.feed(self.state, batch, self.config.attention_impl)
+
     def _forward(self, batch: StepBatch, args: SampleArgs, sampled: Any) -> steps.StepOutput:
+        self.feed_drafter(batch)
         out, self.kv, self.state = steps.forward_step(
             self.model,
             self.params,
@@ -241,6 +247,13 @@ class Runner:
     def _verify(
         self, batch: StepBatch, args: SampleArgs, sampled: Any, num_drafts: Any, max_drafts: int
     ) -> steps.StepOutput:
+        if self.drafter is not None:
+            out, self.kv, self.state = self.drafter.draft_and_verify(
+                *(self.model, self.params, self.kv, self.state, batch, args, sampled, num_drafts),
+                max_drafts=max_drafts,
+                impl=self.config.attention_impl,
+            )
+            return out
         out, self.kv, self.state = steps.verify_step(
             self.model,
             self.params,
@@ -334,8 +347,12 @@ class Runner:
                 max_drafts = self.buckets.drafts[-1]
                 self._warm_tree(self._verify_padding(size, max_drafts), max_drafts)
                 continue
-            out = self._decode(self.decode_padding(size), sampling.pack_args([], size), 1)
-            self._warm_logprobs(out)
+            args = sampling.pack_args([], size)
+            if self._own_kv:
+                batch = self._verify_padding(size, 0)
+                self._warm_logprobs(self._forward(batch, args, np.zeros(size, np.bool_)))
+            else:
+                self._warm_logprobs(self._decode(self.decode_padding(size), args, 1))
             for max_drafts in self.buckets.drafts:
                 self._warm_verification(self._verify_padding(size, max_drafts), max_drafts)
         for num_tokens in self.buckets.tokens:
@@ -398,6 +415,8 @@ class Runner:
                     f"weight {jax.tree_util.keystr(path)} must be {before.dtype}"
                     f"{list(before.shape)}, got {after.dtype}{list(jnp.shape(after))}"
                 )
+        if self.drafter is not None:
+            self.drafter.update_weights(params)
         self.params = params
 
 

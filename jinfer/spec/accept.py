@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jinfer import sampling
+from jinfer.sampler_state import SEEDED
 from jinfer.sampling import SampleArgs, SamplerState
 
 # Folded into a position's key: streams beside the plain draw's own. Beyond any token id, so that no
@@ -44,7 +45,10 @@ def verify(
     Without `draft_logits` the drafts are given tokens (a distribution that is all at one point):
     the token that plain sampling draws at that place is the result, and the draft stands if it is
     the same. This is rejection sampling for such drafts, and it gives, seed for seed, the tokens of
-    plain decoding. So it is for greedy rows always.
+    plain decoding. So it is always for greedy rows, and for those with a seed of their own, whose
+    tokens must not depend on how many drafts there were: their drafts are drawn with the noise that
+    the plain draw has at that place, so that both mostly agree (Daliri et al. 2024,
+    arXiv:2408.07978; a little less often than rejection sampling accepts).
 
     Args:
       logits: the target's raw logits after 0, 1, .., K drafts.
@@ -121,23 +125,24 @@ def draw(
         # All zero only where p and q are equal but for rounding.
         rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0.0, jnp.log(rest), log_p)
         other = _sample(rest, _keys(args, positions, RESIDUAL))
-        is_random = has_draft & ~args.is_greedy
         return jnp.where(is_random, jnp.where(stands, draft, other), plain)
 
-    return lax.cond(jnp.any(has_draft & ~args.is_greedy), reject, lambda plain: plain, plain)
+    is_random = has_draft & ~args.is_greedy & ~args.has(SEEDED)
+    return lax.cond(jnp.any(is_random), reject, lambda plain: plain, plain)
 
 
 def draw_draft(
     draft_logits: Float[Array, "S V"], args: SampleArgs, positions: Int[Array, "S"]
 ) -> Int[Array, "S"]:
     """Draws each sequence's draft from the drafter's processed distribution."""
-    greedy = jnp.argmax(draft_logits, axis=-1).astype(jnp.int32)
+    plain = sampling.sample(draft_logits, args, positions)
 
-    def sample(greedy: Array) -> Array:
+    def redraw(plain: Array) -> Array:
         tokens = _sample(draft_logits, _keys(args, positions, DRAFT))
-        return jnp.where(args.is_greedy, greedy, tokens)
+        return jnp.where(is_random, tokens, plain)
 
-    return lax.cond(jnp.any(~args.is_greedy), sample, lambda greedy: greedy, greedy)
+    is_random = ~args.is_greedy & ~args.has(SEEDED)
+    return lax.cond(jnp.any(is_random), redraw, lambda plain: plain, plain)
 
 
 def _keys(args: SampleArgs, positions: Array, tag: int) -> Array:

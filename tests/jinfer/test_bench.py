@@ -184,3 +184,9 @@ def test_the_speculation_bench_asks_for_heads(tmp_path, capsys):
     argv = ["bench", "spec", "--prompts", str(tmp_path), "--methods", "medusa"]
     assert cli.main(argv) == 2
     assert "needs --heads DIR" in capsys.readouterr().err
+
+
+def test_the_speculation_bench_wants_a_model_for_its_draft_methods(tmp_path, capsys):
+    argv = ["bench", "spec", "--prompts", str(tmp_path), "--methods", "draft"]
+    assert cli.main(argv) == 2
+    assert "method draft needs a --draft-model" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Speculation in the engine: whatever is drafted, the tokens are those of plain decoding."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -28,6 +30,8 @@ CONFIG = ModelConfig(
 MODEL = Model(CONFIG)
 LIMITS = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 24, "block_size": 8}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False}
+SELF = {**NGRAM, "method": "self", "format": "int4-g32"}
+SLOW = ("self", "draft", "medusa", "lookahead")
 
 
 def make_tokenizer():
@@ -67,10 +71,24 @@ def heads(params, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config_of(heads):
+def draft(params):
+    """A drafter of one layer, the target's first: right now and then."""
+    model = Model(dataclasses.replace(CONFIG, num_layers=1, layer_types=CONFIG.layer_types[:1]))
+    return {
+        **NGRAM,
+        "method": "draft",
+        "model": model,
+        "params": {**params, "layers": params["layers"][:1]},
+    }
+
+
+@pytest.fixture(scope="module")
+def config_of(heads, draft):
     """The `speculative_config` of each method."""
     return {
         "ngram": NGRAM,
+        "self": SELF,
+        "draft": draft,
         "medusa": {"method": "medusa", "heads": heads},
         "lookahead": {"method": "lookahead", "window": 2, "ngram_size": 3, "num_guesses": 2},
     }.__getitem__
@@ -134,6 +152,10 @@ def assert_same(got, expected):
         ("medusa", 19),
         pytest.param("lookahead", None, marks=pytest.mark.slow),
         ("lookahead", 19),
+        pytest.param("self", None, marks=pytest.mark.slow),
+        ("self", 19),
+        pytest.param("draft", None, marks=pytest.mark.slow),
+        ("draft", 19),
     ],
 )
 def test_speculation_gives_the_tokens_of_plain_decoding(make_llm, plain, config_of, method, pages):
@@ -170,7 +192,7 @@ def test_metrics_tell_tokens_a_step(make_llm, plain):
 
 
 @pytest.mark.parametrize(
-    "method", ["ngram", *(pytest.param(m, marks=pytest.mark.slow) for m in ("medusa", "lookahead"))]
+    "method", ["ngram", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)]
 )
 def test_nothing_compiles_after_warmup(make_llm, config_of, method):
     llm = make_llm(speculative_config=config_of(method))
@@ -197,6 +219,9 @@ def test_nothing_compiles_after_warmup(make_llm, config_of, method):
         ({"method": "ngram", "num_speculative_tokens": 99}, "at most"),
         ({"method": "ngram", "adaptive": 1}, "true or false"),
         ({"method": "ngram", "prompt_lookup_min": 5}, "must not exceed"),
+        ({"method": "self", "prompt_lookup_min": 1}, "has no 'prompt_lookup_min'"),
+        ({"method": "self", "format": "int4-g32:gptq"}, "'int4-g32:gptq' does not suit this model"),
+        ({"method": "draft"}, 'needs a "model"'),
     ],
 )
 def test_what_cannot_be_met_is_refused(make_llm, config, message):
@@ -228,3 +253,36 @@ def test_heads_of_another_width_are_refused(make_llm, params, tmp_path):
     medusa.save(tmp_path, config, weights, rank_accuracies=[[0.5]], tree=((0,),))
     with pytest.raises(ValueError, match=r"hidden_size=16, the model \(llama\) has hidden_size=32"):
         make_llm(speculative_config={"method": "medusa", "heads": str(tmp_path)})
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused_with_both_named(make_llm, draft, params):
+    other = Model(dataclasses.replace(draft["model"].config, vocab_size=310))
+    config = {**draft, "model": other, "params": other.init(jax.random.key(0))}
+    with pytest.raises(ValueError, match=r"the draft model has a vocabulary of 310 tokens.*of 300"):
+        make_llm(speculative_config=config)
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused_with_both_named(make_llm, draft):
+    other = make_tokenizer()
+    other.add_tokens(["<more>"])
+    with pytest.raises(ValueError, match=r"tokenizer of the draft model .* '<more>' is 300 there"):
+        make_llm(speculative_config={**draft, "tokenizer": other})
+
+
+def test_a_draft_model_with_a_shorter_context_is_refused(make_llm, draft):
+    short = Model(dataclasses.replace(draft["model"].config, max_position_embeddings=64))
+    with pytest.raises(ValueError, match="made for 64 positions, fewer than max_model_len=128"):
+        make_llm(speculative_config={**draft, "model": short})
+
+
+def test_quantized_weights_do_not_draft_for_themselves(make_llm):
+    with pytest.raises(ValueError, match="quantized already"):
+        make_llm(speculative_config=SELF, quantization="int8")
+
+
+def test_new_weights_are_rounded_anew_for_the_drafts(make_llm, params):
+    llm = make_llm(speculative_config=SELF)
+    other = MODEL.init(jax.random.key(4))
+    llm.update_weights(other)
+    got = llm._runner.drafter.params["layers"][0]["mlp"]["up"]["w"]
+    assert 0.0 < np.max(np.abs(got - other["layers"][0]["mlp"]["up"]["w"])) < 0.2

@@ -1,0 +1,104 @@
+"""The drafter that a `speculative_config` names: loaded or made, or refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jinfer import llm_options as options
+from jinfer import qkernels
+from jinfer.config import SpeculativeConfig
+from jinfer.engine.drafter import Drafter
+from jinfer.models.model import Model
+from jinfer.qtensor import QTensor
+from jinfer.typing import Params
+
+
+def take_drafter(
+    fields: Mapping[str, Any] | None,
+    model: Model,
+    params: Params,
+    tokenizer: Any | None,
+    dtype: str,
+    linear_impl: str,
+) -> tuple[SpeculativeConfig | None, Drafter | None]:
+    """Reads a `speculative_config` and returns it with the model that drafts, if there is one.
+
+    Args:
+      fields: as given to `LLM`.
+      model, params, tokenizer: the target's.
+      dtype: of a draft model's weights, as for `LLM`.
+      linear_impl: as for `LLM`.
+
+    Raises:
+      ValueError: the fields are not understood, or that model cannot draft for this one.
+    """
+    if fields is None:
+        return None, None
+    config = SpeculativeConfig.of(fields)
+    if config.method == "self":
+        return config, _self_drafter(config, model, params, linear_impl)
+    if config.method == "draft":
+        return config, _draft_model(config, model, tokenizer, dtype, linear_impl)
+    return config, None
+
+
+def _self_drafter(
+    config: SpeculativeConfig, model: Model, params: Params, linear_impl: str
+) -> Drafter:
+    leaves = jax.tree.leaves(params, is_leaf=_is_quantized)
+    if any(map(_is_quantized, leaves)):
+        raise ValueError(
+            f'speculative_config: method "self" rounds float weights to {config.format}, and these '
+            "are quantized already: load the model without quantization, or draft otherwise"
+        )
+
+    def follow(params: Params) -> Params:
+        try:
+            rounded = options.prepare(params, config.format, linear_impl)
+        except ValueError as error:
+            raise ValueError(
+                f"speculative_config: format {config.format!r} does not suit this model ({error})"
+            ) from error
+        return qkernels.prepare_params(rounded, impl=linear_impl)
+
+    return Drafter(model, follow(params), follow)
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, (QTensor, qkernels.PreparedWeight))
+
+
+def _draft_model(
+    config: SpeculativeConfig, target: Model, tokenizer: Any | None, dtype: str, linear_impl: str
+) -> Drafter:
+    draft, params = options.take_model(
+        config.model, config.params, dtype, None, quantization=None, linear_impl=linear_impl
+    )
+    name = "the draft model" if isinstance(config.model, Model) else str(config.model)
+    sizes = draft.config.vocab_size, target.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"speculative_config: {name} has a vocabulary of {sizes[0]} tokens, the model that it "
+            f"is to draft for one of {sizes[1]}: they must be the same"
+        )
+    source = None if isinstance(config.model, Model) else config.model
+    if tokenizer is not None and (config.tokenizer is not None or source is not None):
+        own = options.take_tokenizer(config.tokenizer, source, None)
+        _check_tokenizers(own, tokenizer, name)
+    return Drafter(draft, qkernels.prepare_params(params, impl=linear_impl))
+
+
+def _check_tokenizers(own: Any, target: Any, name: str) -> None:
+    """Refuses a drafter that gives other ids to some tokens."""
+    ours, theirs = own.get_vocab(), target.get_vocab()
+    if ours == theirs:
+        return
+    token = min(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))
+    raise ValueError(
+        f"speculative_config: the tokenizer of {name} ({type(own).__name__}) differs from the "
+        f"model's ({type(target).__name__}): token {token!r} is {ours.get(token)} there and "
+        f"{theirs.get(token)} here"
+    )
