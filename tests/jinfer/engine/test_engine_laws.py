@@ -28,7 +28,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jinfer.config import EngineConfig
+from jinfer.config import EngineConfig, SpeculativeConfig
 from jinfer.engine import prefix, recovery
 from jinfer.engine.holdings import Holdings
 from jinfer.engine.pages import PagePool
@@ -116,33 +116,61 @@ class SimulatedDevice:
         return self.places[self._place(seq.request.pages, last)] != NAN
 
     def _run(self, seq):
-        request, row, pages = seq.request, seq.request.row, seq.request.pages
+        request, row = seq.request, seq.request.row
         if seq.is_prefill:
             known = request.prompt_token_ids + request.output_token_ids
             inputs = known[seq.start : seq.start + seq.num_tokens]
         else:
-            inputs = [self.last_tokens[row]]
+            inputs = [self.last_tokens[row], *seq.drafts.token_ids]
         assert len(inputs) == seq.num_tokens
-        position, samples = seq.start, []
-        for step in range(max(1, seq.num_samples)):
-            for token in inputs:
-                before = self.places[self._place(pages, position - 1)] if position else None
-                self.places[self._place(pages, position)] = write_place(
-                    before, token, request.num_prompt_tokens, position, self.max_cached_tokens
-                )
+        self._write(request, seq.start, inputs)
+        if seq.num_drafts:  # behind each, up to the first that falls
+            samples = [self._draw(request, seq.start + 1)]
+            for i, draft in enumerate(seq.drafts.token_ids):
+                if draft != samples[-1]:
+                    break
+                samples.append(self._draw(request, seq.start + 2 + i))
+            return samples
+        position, samples = seq.start + len(inputs), []
+        for step in range(seq.num_samples):
+            if step:
+                assert seq.num_tokens == 1
+                self._write(request, position, samples[-1:])
                 position += 1
-            if seq.num_samples:
-                context = [self.places[self._place(pages, p)] for p in range(position)]
-                token = next_token(context, request.seed, request.num_prompt_tokens, self.rows[row])
-                self.rows[row].append(token)
-                self.last_tokens[row] = token
-                samples.append(token)
-                inputs = [token]
-            assert step == 0 or seq.num_tokens == 1
+            samples.append(self._draw(request, position))
         return samples
+
+    def _write(self, request, position, tokens):
+        for token in tokens:
+            before = self.places[self._place(request.pages, position - 1)] if position else None
+            self.places[self._place(request.pages, position)] = write_place(
+                before, token, request.num_prompt_tokens, position, self.max_cached_tokens
+            )
+            position += 1
+
+    def _draw(self, request, num_tokens):
+        """Samples behind the first `num_tokens` tokens."""
+        row = self.rows[request.row]
+        context = [self.places[self._place(request.pages, p)] for p in range(num_tokens)]
+        row.append(next_token(context, request.seed, request.num_prompt_tokens, row))
+        self.last_tokens[request.row] = row[-1]
+        return row[-1]
 
     def _place(self, pages, position):
         return pages[position // self.page_size] * self.page_size + position % self.page_size
+
+
+class Foresight:
+    """Proposes what a request will say, with wrong tokens here and there."""
+
+    def __init__(self, max_cached_tokens):
+        self.rng = random.Random(0)
+        self.max_cached_tokens = max_cached_tokens
+
+    def propose(self, request, limit):
+        num_known, limit = len(request.output_token_ids), self.rng.randint(0, limit)
+        text = run_alone(request, num_known + limit, self.max_cached_tokens)[num_known:]
+        return tuple(VOCAB_SIZE if self.rng.random() < 0.2 else token for token in text)
 
 
 class Harness:
@@ -156,6 +184,8 @@ class Harness:
         self.device = SimulatedDevice(
             num_pages, page_size, self.config.max_num_seqs, max_cached_tokens
         )
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation._proposer = Foresight(max_cached_tokens)
         self.lag = lag
         self.in_flight = collections.deque()
         self.requests = []
@@ -265,7 +295,8 @@ class Harness:
         assert kinds == sorted(kinds), "decodes come first"
         assert plan.is_decode == all(seq.num_tokens == 1 for seq in plan.seqs)
         assert plan.num_steps == 1 or not any(kinds)
-        assert plan.num_steps == max([1, *(seq.num_samples for seq in plan.seqs)])
+        num_samples = max([1, *(seq.num_samples - seq.num_drafts for seq in plan.seqs)])
+        assert plan.num_steps == num_samples
         assert len({seq.request.row for seq in plan.seqs}) == len(plan.seqs)
         self.widest = max(self.widest, plan.num_steps)
         for seq in plan.seqs:
@@ -424,6 +455,17 @@ def test_tokens_without_the_cache_are_the_same():
     for seed in range(20):
         run = random_load(seed, 1, enable_prefix_caching=False)
         assert run.scheduler.prefix.num_cached == run.scheduler.stats.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_the_same_with_drafts(lag):
+    drafts = SpeculativeConfig(method="self", num_speculative_tokens=4, adaptive=False)
+    runs = [random_load(seed, lag, speculation=drafts) for seed in range(30)]
+    metrics = [run.scheduler.speculation.metrics() for run in runs]
+    drafted = sum(m["num_drafted_tokens"] for m in metrics)
+    assert 300 < sum(m["num_accepted_tokens"] for m in metrics) < drafted - 300
+    assert sum(run.scheduler.stats.num_preemptions for run in runs) > 10
+    assert sum(run.scheduler.stats.num_cached_tokens for run in runs) > 50
 
 
 @pytest.mark.parametrize("lag", [0, 2])

@@ -152,10 +152,8 @@ def assert_same(got, expected):
         ("medusa", 19),
         pytest.param("lookahead", None, marks=pytest.mark.slow),
         ("lookahead", 19),
-        pytest.param("self", None, marks=pytest.mark.slow),
-        ("self", 19),
-        pytest.param("draft", None, marks=pytest.mark.slow),
-        ("draft", 19),
+        *(pytest.param("self", pages, marks=pytest.mark.slow) for pages in (None, 19)),
+        *(pytest.param("draft", pages, marks=pytest.mark.slow) for pages in (None, 15)),
     ],
 )
 def test_speculation_gives_the_tokens_of_plain_decoding(make_llm, plain, config_of, method, pages):
@@ -170,6 +168,19 @@ def test_speculation_gives_the_tokens_of_plain_decoding(make_llm, plain, config_
     assert metrics["num_running"] == 0
     llm.check_integrity()
     assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
+
+
+@pytest.mark.parametrize("method", ["self", pytest.param("draft", marks=pytest.mark.slow)])
+def test_models_draft_the_tokens_of_plain_decoding(make_llm, plain, config_of, method):
+    """As above in fewer programs: two sequences at most, two drafts."""
+    config = {**config_of(method), "num_speculative_tokens": 2}
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "num_gpu_blocks_override": 13}
+    llm = make_llm(speculative_config=config, **limits)
+    assert_same(run(llm), plain)
+    metrics = llm.get_metrics()
+    assert metrics["num_drafted_tokens"] > metrics["num_accepted_tokens"] > 20
+    assert metrics["num_preemptions"] > 0 and metrics["num_cached_tokens"] > 0
+    llm.check_integrity()
 
 
 def test_an_adaptive_number_of_drafts_changes_no_token(make_llm, plain):
