@@ -1,5 +1,6 @@
 """Acceptance: what comes out is distributed as the target alone samples, whatever was drafted."""
 
+import dataclasses
 import functools
 
 import jax
@@ -150,6 +151,13 @@ def test_drawn_drafts_leave_the_distribution_of_the_next_two_tokens(name):
     assert all(np.mean(np.asarray(counts) == n) > 0.05 for n in (1, 2, 3))
     fell = np.asarray(counts) == 1
     assert np.all(np.asarray(tokens)[0, fell] != np.asarray(drafts)[0, fell])
+
+
+def test_drawn_drafts_leave_every_token_of_a_request_with_a_seed_as_it_is():
+    params = dataclasses.replace(CASES["penalties"], seed=1)
+    _, counts, pairs, _ = speculate(*start(params))
+    assert np.array_equal(pairs, decode(*start(params)))
+    assert np.mean(np.asarray(counts) == 3) > 0.3  # both drafts stood
 
 
 @pytest.mark.parametrize("name", CASES)
