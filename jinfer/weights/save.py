@@ -150,7 +150,13 @@ def quantization_config(
     skipped: tuple[str, ...] = (),
     has_kv_scales: bool = False,
 ) -> dict[str, Any]:
-    """Returns what config.json says of quantized modules; their formats count, not their values."""
+    """Returns what config.json says of quantized modules; their formats count, not their values.
+
+    A head that is not quantized is skipped even where it is tied and no tensor of the file: other
+    libraries build a linear for it.
+    """
+    if "lm_head" not in (*weights, *skipped):
+        skipped = (*skipped, "lm_head")
     more = {"has_kv_scales": True} if has_kv_scales and export == "compressed-tensors" else {}
     return EXPORTS[export][1](weights, skipped=skipped, **more)
 

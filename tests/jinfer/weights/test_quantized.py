@@ -141,7 +141,7 @@ def test_a_saved_folder_keeps_kv_scales_and_dtypes(tiny, write_hf, tmp_path):
         assert saved[name].dtype == tensor.dtype, name
         assert saved[name].tobytes() == tensor.tobytes(), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["kv_cache_scheme"]["num_bits"] == 8 and config["ignore"] == []
+    assert config["kv_cache_scheme"]["num_bits"] == 8 and config["ignore"] == ["lm_head"]
     assert open_checkpoint(tmp_path / "out").kv_scales == checkpoint.kv_scales
 
 
