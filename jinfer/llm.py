@@ -39,7 +39,8 @@ class LLM:
       dtype: of weights and activations: "auto" (the checkpoint's on accelerators, float32 on
         CPUs), "float32", "bfloat16" or "float16".
       quantization: quantize the linears of the blocks as they are loaded, without data: "fp8",
-        "int8" (W8A8), "nf4", "int4-g64:rtn", ...; quantized checkpoints are loaded as they are.
+        "int8" (W8A8), "nf4", "int4-g64:rtn", ...; quantized checkpoints are loaded as they are, and
+        "gguf" keeps a GGUF file's Q4_0, Q5_0, Q8_0 and Q6_K so (else all floats).
       kv_cache_dtype: of K and V: "auto" (that of the weights), one of the above, or quantized with
         a scale for each token and head: "fp8" (e4m3), "int8", "int4".
       revision: branch, tag or commit of a hub name.

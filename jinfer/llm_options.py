@@ -189,6 +189,8 @@ def take_model(
     if isinstance(model, Model):
         if params is None:
             raise ValueError("a Model needs its weights: pass params=")
+        if quantization == "gguf":
+            raise ValueError("quantization 'gguf' keeps the types of a GGUF file: pass its path")
         return model, prepare(params, quantization, linear_impl)
     if params is not None:
         raise ValueError("params go with a Model; a path or name brings its own")
@@ -205,8 +207,11 @@ def take_model(
 
 
 def prepare(params: Params, how: str | None, impl: str) -> Params:
-    """Returns params quantized if `how` says so, and laid out for a CPU unless `impl` is named."""
-    if how is not None:
+    """Returns params quantized if `how` says so, and laid out for a CPU unless `impl` is named.
+
+    "gguf" was for the file that the first ones came from: others are taken as they are.
+    """
+    if how not in (None, "gguf"):
         from jinfer.quant.on_load import quantize_params
 
         params = quantize_params(params, how)

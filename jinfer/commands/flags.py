@@ -66,7 +66,7 @@ GENERATE_FLAGS: Flags = (
 )
 ENGINE_FLAGS: Flags = (
     ("dtype", {"help": "of weights and activations, such as float32 or bfloat16"}),
-    ("quantization", {"metavar": "HOW", "help": "while loading: fp8, int8, nf4, int4-g64:rtn"}),
+    ("quantization", {"metavar": "HOW", "help": "fp8, int8, nf4, int4-g64:rtn, gguf"}),
     ("kv-cache-dtype", {"help": "of K and V: auto (that of the weights), fp8, int8, int4, ..."}),
     ("max-model-len", {"type": int, "help": "context in tokens, prompt and output together"}),
     ("max-num-seqs", {"type": int, "help": "sequences decoded together"}),

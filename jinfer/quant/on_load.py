@@ -15,6 +15,9 @@ from jinfer.quant.recipe import parse_quantization
 from jinfer.quant.solve import solve_group
 from jinfer.typing import Params
 
+KEEP_GGUF = "gguf"
+"""LLM(quantization=...) that quantizes nothing: a GGUF file's own types stay."""
+
 
 def quantizer(quantization: str) -> Callable[[str, Array | QTensor], QTensor]:
     """Returns what makes a QTensor of a linear's weight, given its name and [I, O] or [E, I, O].

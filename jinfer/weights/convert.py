@@ -97,6 +97,8 @@ def convert_folder(
     with new_folder(pathlib.Path(output)) as partial:
         write_tensors(partial, tensors())
         config = {k: v for k, v in checkpoint.hf.items() if k != "quantization_config"}
+        if isinstance(text := config.get("text_config"), Mapping):
+            config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
         config["quantization_config"] = quantization_config(
             export,
             stand_ins,

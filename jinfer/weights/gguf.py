@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from jinfer.config import ModelConfig
-from jinfer.models.families import Path, config_from_hf, placements
+from jinfer.models.families import Path, config_from_hf, is_linear, placements
+from jinfer.qtensor import QTensor
+from jinfer.weights.gguf_blocks import FORMATS, qtensor_of, read_blocks
 from jinfer.weights.gguf_file import GGUFFile
 
 ARCHITECTURES = {
@@ -308,13 +310,18 @@ def _frequency_divisors(
 class GGUFCheckpoint:
     """A GGUF file as a `Checkpoint`.
 
+    Args:
+      path: of the file.
+      keeps_quantized: whether linears of the types in `gguf_blocks.FORMATS` stay as they are.
+
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: truncated, one of several parts, or of an unknown architecture, type or tensor.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, keeps_quantized: bool = False) -> None:
         self._file = GGUFFile(path)
+        self._keeps_quantized = keeps_quantized
         self.path = pathlib.Path(path)
         num_parts = int(self._file.metadata.get("split.count", 1))
         if num_parts > 1:
@@ -365,15 +372,28 @@ class GGUFCheckpoint:
         tensor = self._file.read(stored, np.float32 if is_gamma else dtype)
         if is_gamma:
             tensor -= 1.0
-        part = stored.split(".")[-2]
-        if self.config.family in ("llama", "mixtral") and part in ("attn_q", "attn_k"):
-            # [heads, head_dim / 2, 2, ...] -> [heads, 2, head_dim / 2, ...]
-            halves = tensor.reshape(-1, self.config.head_dim // 2, 2, *tensor.shape[1:])
-            tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
-        return tensor
+        return self._in_halves(stored, tensor)
 
-    def read_quantized(self, name: str) -> None:
-        """All tensors are dequantized in `read`."""
+    def _in_halves(self, stored: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of a "llama" file's q and k as Hugging Face orders them."""
+        part = stored.split(".")[-2]
+        if self.config.family not in ("llama", "mixtral") or part not in ("attn_q", "attn_k"):
+            return rows
+        # [heads, head_dim / 2, 2, ...] -> [heads, 2, head_dim / 2, ...]
+        halves = rows.reshape(-1, self.config.head_dim // 2, 2, *rows.shape[1:])
+        return halves.swapaxes(1, 2).reshape(rows.shape)
+
+    def read_quantized(self, name: str) -> QTensor | None:
+        """A linear of a block whose type can stay, if that was asked for."""
+        stored = self._stored[name]
+        type_name = self._file.tensors[stored].type_name
+        places = placements(self.config, name)
+        is_kept = self._keeps_quantized and type_name in FORMATS
+        if not is_kept or not all(is_linear(place.path) for place in places):
+            return None
+        parts = read_blocks(self._file.stored(stored), type_name)
+        codes, scale = (self._in_halves(stored, part) for part in parts)
+        return qtensor_of(codes, scale, type_name)
 
     def label(self, name: str) -> str:
         return self._stored[name]

@@ -168,6 +168,13 @@ class GGUFFile:
             tensors[name] = GGUFTensor(name, shape, type_name, data_start + offset, num_bytes)
         return tensors
 
+    def stored(self, name: str) -> np.ndarray:
+        """Returns the bytes of tensor `name`, uint8 [..., bytes of a row], a read-only view."""
+        tensor = self.tensors[name]
+        rows = (*tensor.shape[:-1], -1)
+        flat = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,))
+        return np.asarray(flat).reshape(rows)
+
     def read(self, name: str, dtype: np.dtype[Any] | type = np.float32) -> np.ndarray:
         """Returns tensor `name` as a fresh array of its shape in `dtype`, dequantized by chunks."""
         from gguf.constants import GGMLQuantizationType

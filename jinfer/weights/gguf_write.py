@@ -95,7 +95,7 @@ def write_gguf(
     counts: dict[str, int] = {}
     writer = GGUFWriter(partial, architecture, use_temp_file=True)
     try:
-        for key, value in {**metadata_of(config, name), **(tokenizer or {})}.items():
+        for key, value in metadata_of(config, name, tokenizer).items():
             _add(writer, key, value)
         for tensor_name, data, type_name in _tensors(config, params, kind, importance or {}):
             dtype = GGMLQuantizationType[type_name]
@@ -154,8 +154,15 @@ def _check_config(meant: ModelConfig, found: ModelConfig) -> None:
     )
 
 
-def metadata_of(config: ModelConfig, name: str = "") -> dict[str, Any]:
-    """A config as a file's metadata, tokenizer aside."""
+def metadata_of(
+    config: ModelConfig, name: str = "", tokenizer: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A config as a file's metadata, with those of its tokenizer.
+
+    Raises:
+      ValueError: more than three tokens end a text, or a rope scaling that GGUF does not know.
+    """
+    vocabulary = dict(tokenizer or {})
     arch, rope = ARCHITECTURES[config.family], config.rope
     own: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
@@ -187,10 +194,14 @@ def metadata_of(config: ModelConfig, name: str = "") -> dict[str, Any]:
         own["expert_weights_norm"] = config.norm_topk_prob
     out: dict[str, Any] = {f"{arch}.{key}": value for key, value in own.items()}
     out |= {"general.quantization_version": 2} | ({"general.name": name} if name else {})
-    ids = dict(zip(("eos", "eot", "eom"), config.eos_token_ids, strict=False))
+    # The tokenizer's own end goes first: chat templates write it.
+    own_end = vocabulary.get("tokenizer.ggml.eos_token_id")
+    ends = [i for i in dict.fromkeys((own_end, *config.eos_token_ids)) if i is not None]
+    require(len(ends) <= 3, f"a GGUF file names three tokens that end a text, these are {ends}")
+    ids = dict(zip(("eos", "eot", "eom"), ends, strict=False))
     ids |= {"bos": config.bos_token_id, "padding": config.pad_token_id}
     named = {f"tokenizer.ggml.{key}_token_id": i for key, i in ids.items() if i is not None}
-    return out | named
+    return out | named | vocabulary
 
 
 def _scaling(rope: RopeConfig) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def load(
         checkpoint's own on accelerators (bfloat16 for GGUF files, unless all F32), float32 on CPUs.
       revision: branch, tag or commit of a hub name.
       quantization: how to quantize the linears of the blocks while they are loaded, one by one and
-        without data: see `quant.recipe.parse_quantization`.
+        without data: see `quant.recipe.parse_quantization`. Or "gguf": those that a GGUF file holds
+        as Q4_0, Q5_0, Q8_0 or Q6_K stay as they are.
 
     Returns:
       The model, and its params on the default device.
@@ -42,10 +43,23 @@ def load(
       FileNotFoundError: nothing is there, or nothing by that name can be fetched.
       ValueError: it cannot be loaded; one line says which part, and what is supported.
     """
+    if quantization == on_load.KEEP_GGUF:
+        checkpoint = _open_as_it_is(path_or_name, revision)
+        return Model(checkpoint.config), fill(checkpoint, resolve_dtype(dtype, checkpoint.dtype))
     quantize = None if quantization is None else on_load.quantizer(quantization)
     checkpoint = open_checkpoint(path_or_name, revision=revision)
     params = fill(checkpoint, resolve_dtype(dtype, checkpoint.dtype), quantize=quantize)
     return Model(checkpoint.config), params
+
+
+def _open_as_it_is(path_or_name: str | os.PathLike[str], revision: str | None) -> Checkpoint:
+    path = locate(path_or_name, revision)
+    if path is None or not path.is_file():
+        raise ValueError(
+            f"quantization 'gguf' keeps the types of a GGUF file, {path_or_name} is none; "
+            f"quantized folders are always loaded as they are"
+        )
+    return GGUFCheckpoint(path, keeps_quantized=True)
 
 
 def open_checkpoint(

@@ -122,6 +122,17 @@ def test_a_config_that_no_file_holds_is_refused(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_every_end_of_text_is_kept_the_tokenizers_first(tiny, tmp_path):
+    made = tiny("llama", eos_token_id=[2, 5])
+    own = {"tokenizer.ggml.eos_token_id": 5}
+    write_gguf(tmp_path / "m.gguf", Model(made.config), made.params, tokenizer=own)
+    assert load(tmp_path / "m.gguf")[0].config.eos_token_ids == (5, 2)
+    many = tiny("llama", eos_token_id=[2, 5, 6])
+    with pytest.raises(ValueError, match=r"three tokens that end a text, these are \[7, 2, 5, 6\]"):
+        own = {"tokenizer.ggml.eos_token_id": 7}
+        write_gguf(tmp_path / "n.gguf", Model(many.config), many.params, tokenizer=own)
+
+
 def test_llama3_scaling_becomes_divisors(tiny, tmp_path):
     scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
     made = tiny("llama", rope_scaling={**scaling, "low_freq_factor": 1.0, "high_freq_factor": 4.0})
