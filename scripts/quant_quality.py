@@ -106,6 +106,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--cases", help="only those whose name holds this")
     parser.add_argument(
+        "--report", action="store_true", help="measure nothing; print what has been measured"
+    )
+    parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "quant-quality", help="cells, float logits"
     )
     add_json_argument(parser)
@@ -130,7 +133,11 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.work / "cells.jsonl"
     done = read_cells(file, sizes)
-    if any(key not in done for key in [("float", None), *wanted]):
+    if args.report:
+        if ("float", None) not in done:
+            parser.error(f"{file} has no cells of these sizes")
+        wanted = [key for key in wanted if key in done]
+    elif any(key not in done for key in [("float", None), *wanted]):
         done = measure(args, sizes, cases, wanted, file)
     report(args, done, wanted)
     return 0

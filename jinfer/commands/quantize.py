@@ -13,6 +13,7 @@ from jinfer.commands.terminal import say
 SUMMARY = "quantize a model and report what it cost"
 METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
 EXPORTS = ("native", "gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes", "gguf")
+_MEASURED_TOKENS = 1024  # of the calibration text, for --target-bits
 _OPTIONS = ("mse", "order", "damp", "alpha", "clip")
 
 
@@ -31,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="gptq", choices=METHODS, help="(gptq)")
     parser.add_argument("--format", help="such as int4-g64, int4-g64-asym, int8-channel:dyn")
     parser.add_argument("--recipe", type=pathlib.Path, metavar="FILE", help="methods by pattern")
+    parser.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="choose 3, 4, 5, 6 or 8 bits for each group of linears by what rounding it alone does "
+        "to the model, BITS a weight on average with scales; the rest of --format stays",
+    )
     parser.add_argument("--export", default="native", choices=EXPORTS, help="of the files (native)")
     options = parser.add_argument_group("method")
     options.add_argument(
@@ -97,13 +105,16 @@ def run(args: argparse.Namespace) -> int:
 
     import jinfer
     from jinfer.models.model import Model
-    from jinfer.quant.job import Job, run_job
+    from jinfer.quant import sensitivity
+    from jinfer.quant.job import Job, check_job, run_job
     from jinfer.quant.recipe import Recipe, make_method
     from jinfer.weights.fill import fill, resolve_dtype
     from jinfer.weights.load import open_checkpoint
     from jinfer.weights.save import check_free
 
     check_free(args.output)
+    if args.target_bits is not None and args.recipe is not None:
+        raise ValueError("--target-bits makes a recipe, --recipe gives one: use one of them")
     options = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     method = make_method(args.method, args.format, **options)
     recipe, label = Recipe.uniform(method), f"{args.method} {method.format}"
@@ -111,9 +122,27 @@ def run(args: argparse.Namespace) -> int:
         recipe, label = Recipe.read(args.recipe, method), f"recipe {args.recipe.name}, else {label}"
     checkpoint = open_checkpoint(args.model, revision=args.revision)
     model = Model(checkpoint.config)
+    if args.target_bits is not None:
+        sensitivity.check(model, method, args.target_bits)
+        recipe = sensitivity.mixed(method)
+        label = f"{args.method} {method.format} at {args.target_bits:g} bits"
+    # What cannot work is found before the weights are read and text is written.
+    check_job(Job(output=args.output, recipe=recipe, label=label, export=args.export), model)
     params = fill(checkpoint, resolve_dtype(None, checkpoint.dtype))
     sequential = args.method != "awq" if args.sequential is None else args.sequential
-    tokens, held_out = sequences(args, model, params, recipe.needs_calibration)
+    measures = args.target_bits is not None
+    tokens, held_out = sequences(args, model, params, recipe.needs_calibration or measures)
+    choices = []
+    if measures:
+        with progress_bar(4 * model.config.num_layers, "measuring", "group") as bar:
+            recipe, choices = sensitivity.choose(
+                model,
+                params,
+                method,
+                args.target_bits,
+                tokens[: -(-_MEASURED_TOKENS // args.length)],
+                on_unit=lambda _: bar.update(),
+            )
     calibration = {}
     if recipe.needs_calibration:
         calibration = {"source": args.calibration, "sequences": len(tokens)}
@@ -130,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         is_sequential=sequential,
         files=_tokenizer_files(args),
         vocabulary=vocabulary(args, model) if args.export == "gguf" else None,
+        choices=choices,
         versions={"jinfer": jinfer.__version__, "jax": jax.__version__},
     )
     with progress_bar(model.config.num_layers, "quantizing", "layer") as bar:

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import SequenceKey
 
-from jinfer.models.families import is_linear
+from jinfer.models.families import is_linear, names_of
 from jinfer.models.model import Model
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import QTensor, array_bytes
@@ -22,10 +22,12 @@ from jinfer.quant.evaluate import Evaluation, evaluate
 from jinfer.quant.pipeline import linear_names, quantize_model
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.report import Report
+from jinfer.quant.sensitivity import Choice
 from jinfer.quant.solve import Row, stand_in
 from jinfer.quant.unfinished import Unfinished
 from jinfer.typing import Params
 from jinfer.weights.fill import Checkpoint
+from jinfer.weights.hf import read_safetensors_header
 from jinfer.weights.save import check_export, check_free, save_folder
 
 REPORT_NAMES = ("quantization.json", "quantization.md", "quantization.svg")
@@ -61,6 +63,7 @@ class Job:
     is_sequential: bool = True
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    choices: Sequence[Choice] = ()
     vocabulary: Mapping[str, Any] | None = None
 
 
@@ -93,15 +96,19 @@ def run_job(
             on_layer(index, rows)
 
     tokens = None if job.tokens is None else jnp.asarray(job.tokens, jnp.int32)
-    quantized, rows = quantize_model(
-        model,
-        params,
-        job.recipe,
-        tokens,
-        is_sequential=job.is_sequential,
-        done=done,
-        on_layer=keep,
-    )
+    try:
+        quantized, rows = quantize_model(
+            model,
+            params,
+            job.recipe,
+            tokens,
+            is_sequential=job.is_sequential,
+            done=done,
+            on_layer=keep,
+        )
+    except ValueError:  # it would come again: there is nothing to go on from
+        unfinished.remove()
+        raise
     rows = [*old_rows, *rows]
     seconds["quantize"] = time.perf_counter() - start
 
@@ -127,11 +134,14 @@ def run_job(
         other_params=sum(x.size for x in others),
         other_bytes=sum(array_bytes(x) for x in others),
         disk_bytes=0,
+        quantized_disk_bytes=0,
         seconds=seconds,
         peak_bytes=peak_memory(),
         quality=quality,
         held_out=job.held_out_source,
         versions=job.versions,
+        choices=job.choices,
+        rules=job.recipe.to_rows(),
     )
     # A GGUF file's float matrices come of 8-bit blocks: f16 holds them better than bf16.
     stored = "float16" if checkpoint.path.is_file() else checkpoint.dtype
@@ -147,7 +157,12 @@ def run_job(
         vocabulary=job.vocabulary,
     )
     seconds["save"] = time.perf_counter() - start
-    report = dataclasses.replace(report, disk_bytes=size, seconds=seconds)
+    report = dataclasses.replace(
+        report,
+        disk_bytes=size,
+        quantized_disk_bytes=_quantized_disk_bytes(job.output, model, rows),
+        seconds=seconds,
+    )
     for name, text in zip(REPORT_NAMES, (report.to_json(), report.to_markdown())):
         (job.output / name).write_text(text, encoding="utf-8")
     unfinished.remove()
@@ -185,6 +200,24 @@ def _stand_ins(model: Model, recipe: Recipe) -> dict[str, Any]:
 
 def _leaves(params: Params) -> list[Any]:
     return jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))
+
+
+def _quantized_disk_bytes(folder: pathlib.Path, model: Model, rows: list[Row]) -> int:
+    """Bytes of the quantized linears in a folder's safetensors files; 0 where it has none."""
+    modules = set()
+    for row in rows:
+        _, index, block, part = row.module.split(".")
+        names = names_of(model.config, ("layers", int(index), block, part, "w"))
+        modules |= {name.removesuffix(".weight") for name in names}
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in read_safetensors_header(file).items():
+            if name.endswith(".bias"):
+                continue
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            total += tensor.read().nbytes if name else 0
+    return total
 
 
 def peak_memory() -> int:

@@ -202,6 +202,21 @@ class Recipe:
                 raise ValueError(f"recipe {path}, rule {i + 1}: {error}") from error
         return cls((*rules, *((("layers.*", default),) if default is not None else ())))
 
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The rules as `read` takes them, with options that differ from the method's own."""
+        rows = []
+        for pattern, method in self.rules:
+            row: dict[str, Any] = {"match": pattern, "method": None}
+            if method is not None:
+                row |= {"method": method.name, "format": str(method.format)}
+                preset = make_method(method.name, method.format)
+                for field in dataclasses.fields(Method):
+                    value = getattr(method, field.name)
+                    if value != getattr(preset, field.name):
+                        row[field.name] = value
+            rows.append(row)
+        return rows
+
     def of(self, module: str) -> Method | None:
         """The method of a module; None: stays in float."""
         for pattern, method in self.rules:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinfer.quant.evaluate import Evaluation
+from jinfer.quant.sensitivity import Choice
 from jinfer.quant.solve import Row
 
 
@@ -24,10 +25,13 @@ class Report:
       quantized_params, quantized_bytes: of the quantized linears, resident on an accelerator.
       other_params, other_bytes: embeddings, norms, head, as resident.
       disk_bytes: all files of the artefact.
+      quantized_disk_bytes: of the quantized linears in them; 0 if unknown (a GGUF file).
       seconds: by phase ("quantize", "evaluate", "save").
       peak_bytes: largest resident memory of the process, 0 if unknown.
       quality: name ("float", "quantized") -> Evaluation on held-out text.
       held_out: where that text is from.
+      choices: what `sensitivity.choose` gave each group of linears; empty without target bits.
+      rules: the recipe, in the form in which `--recipe` reads it.
       versions: of jax and jinfer.
     """
 
@@ -41,23 +45,33 @@ class Report:
     other_params: int
     other_bytes: int
     disk_bytes: int
+    quantized_disk_bytes: int
     seconds: Mapping[str, float]
     peak_bytes: int
     quality: Mapping[str, Evaluation]
     held_out: str
     versions: Mapping[str, str]
+    choices: Sequence[Choice] = ()
+    rules: Sequence[Mapping[str, Any]] = ()
 
     @property
     def bytes_per_param(self) -> float:
         """Resident bytes of a quantized parameter, scales included."""
         return self.quantized_bytes / max(self.quantized_params, 1)
 
+    @property
+    def disk_bytes_per_param(self) -> float | None:
+        """Bytes on disk of a quantized parameter, scales included; None if unknown."""
+        return self.quantized_disk_bytes / max(self.quantized_params, 1) or None
+
     def summary(self) -> list[str]:
         """A few lines for a terminal."""
+        on_disk = self.disk_bytes_per_param
         lines = [
             f"{self.recipe} -> {self.export}: {self.bytes_per_param:.3f} bytes a quantized "
-            f"parameter ({self.bytes_per_param * 8:.2f} bits), {self.quantized_params:,} of them; "
-            f"{self.disk_bytes:,} bytes on disk",
+            f"parameter resident ({self.bytes_per_param * 8:.2f} bits)"
+            + (f", {on_disk:.3f} on disk" if on_disk else "")
+            + f", {self.quantized_params:,} of them; {self.disk_bytes:,} bytes on disk in all",
         ]
         if (ratio := self.error_ratio) is not None:
             lines.append(f"output error {ratio:.2f} times that of round-to-nearest (mean)")
@@ -89,7 +103,8 @@ class Report:
     def to_json(self) -> str:
         """Everything, machine-readable."""
         data = dataclasses.asdict(self)
-        data |= {"bytes_per_param": self.bytes_per_param, "error_ratio": self.error_ratio}
+        for name in ("bytes_per_param", "disk_bytes_per_param", "error_ratio"):
+            data[name] = getattr(self, name)
         return json.dumps(data, indent=1)
 
     def to_markdown(self) -> str:
@@ -107,6 +122,12 @@ class Report:
                 spread = "" if e.kl_se is None else f" ± {e.kl_se:.5f}"
                 top1 = "" if e.top1 is None else f"{e.top1:.2%}"
                 lines.append(f"| {name} | {e.perplexity:.3f} | {kl}{spread} | {top1} |")
+        if self.choices:
+            lines += ["", "| linears | KL of them alone at the lowest width | format |"]
+            lines.append("|---|---|---|")
+            for choice in self.choices:
+                names = ", ".join(choice.modules)
+                lines.append(f"| {names} | {choice.lowest_kl:.2e} | {choice.format} |")
         lines += ["", "| linear | method | format | bits | error | / rtn | notes |"]
         lines.append("|---|---|---|---|---|---|---|")
         for row in self.rows:
