@@ -332,7 +332,8 @@ def report(
     command = (
         f"python scripts/quant_quality.py --model {args.model} --text {args.text.name} "
         f"--calibration {args.calibration.name} --num-sequences {args.num_sequences} --length "
-        f"{args.length} --windows {args.windows} --context {args.context} --seeds {seeds}"
+        f"{args.length} --windows {args.windows} --context {args.context} --held-out "
+        f"{args.held_out} --seeds {seeds}"
     )
     measured = [cell for group in cells.values() for cell in group]
     finish(rows, command=command, json_file=args.json, cells=measured)

@@ -130,10 +130,10 @@ def run(args: argparse.Namespace) -> int:
     check_job(Job(output=args.output, recipe=recipe, label=label, export=args.export), model)
     params = fill(checkpoint, resolve_dtype(None, checkpoint.dtype))
     sequential = args.method != "awq" if args.sequential is None else args.sequential
-    measures = args.target_bits is not None
-    tokens, held_out = sequences(args, model, params, recipe.needs_calibration or measures)
+    needs_text = recipe.needs_calibration or args.target_bits is not None
+    tokens, held_out = sequences(args, model, params, needs_text)
     choices = []
-    if measures:
+    if args.target_bits is not None:
         with progress_bar(4 * model.config.num_layers, "measuring", "group") as bar:
             recipe, choices = sensitivity.choose(
                 model,

