@@ -377,6 +377,7 @@ class EngineConfig:
     attention_impl: str = "auto"
     linear_impl: str = "auto"
     speculation: SpeculativeConfig | None = None
+    num_host_pages: int = 0  # that host memory takes of those evicted from the device
 
     def __post_init__(self) -> None:
         for name in ("attention_impl", "linear_impl"):
@@ -397,6 +398,14 @@ class EngineConfig:
                 isinstance(value, int) and value > 0,
                 f"{name} must be a positive integer, got {value!r}",
             )
+        require(
+            isinstance(self.num_host_pages, int) and self.num_host_pages >= 0,
+            f"num_host_pages must be 0 or a positive integer, got {self.num_host_pages!r}",
+        )
+        require(
+            self.enable_prefix_caching or not self.num_host_pages,
+            "cpu_offload_gb keeps what the prefix cache evicts: it needs enable_prefix_caching",
+        )
         require(
             self.block_size & (self.block_size - 1) == 0,
             f"block_size must be a power of two, got {self.block_size}",

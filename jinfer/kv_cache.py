@@ -8,6 +8,7 @@ The layer is folded into the page index, so that one buffer stays in place throu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -182,6 +183,28 @@ def clear_pages(kv: KVCache, pages: Int[Array, "N"]) -> KVCache:
         return pool.at[pages].set(jnp.zeros((), pool.dtype), mode="drop")
 
     return jax.tree.map(clear, kv)
+
+
+def read_pages(kv: KVCache, pages: Int[Array, "N"]) -> tuple[Any, ...]:
+    """Returns the content of each of N pages: k, v and scales of all layers, [L, K, B, ...] each.
+
+    An array a page, so that each can go its own way. Those out of range hold anything.
+    """
+    ids = _in_all_layers(kv, pages)
+    stacked = [pool[ids] for pool in jax.tree.leaves(kv)]  # [L, N, ...]
+    return tuple(tuple(pool[:, n] for pool in stacked) for n in range(pages.shape[0]))
+
+
+def write_pages(kv: KVCache, contents: Sequence[Any], pages: Int[Array, "N"]) -> KVCache:
+    """Writes what `read_pages` returned into pages of a pool; those out of range are dropped."""
+    ids = _in_all_layers(kv, pages)
+
+    pools, treedef = jax.tree.flatten(kv)
+    pools = [
+        pool.at[ids].set(jnp.stack(new, axis=1), mode="drop")
+        for pool, new in zip(pools, zip(*contents, strict=True), strict=True)
+    ]
+    return jax.tree.unflatten(treedef, pools)
 
 
 def _in_all_layers(kv: KVCache, pages: Int[Array, "N"]) -> Array:

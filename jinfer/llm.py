@@ -49,10 +49,8 @@ class LLM:
       max_num_seqs: most sequences in one step; default 32 on CPUs, 128 elsewhere.
       max_num_batched_tokens: most tokens in one step; default 512 on CPUs, 2048 elsewhere.
       block_size: tokens a page; default 64, on TPUs 128 for quantized K and V.
-      enable_chunked_prefill: split prompts over steps; False needs a token budget that holds the
-        longest prompt.
-      enable_prefix_caching: keep the KV of past prompts and outputs while there is room, for
-        prompts that begin like them.
+      enable_chunked_prefill: split prompts over steps; False needs a budget for the longest.
+      enable_prefix_caching: keep the KV of past texts, for prompts that begin like them.
       num_decode_steps: most decode steps in one program; default 1 on CPUs, 8 elsewhere.
       gpu_memory_utilization: share of the accelerator's memory for weights, pool and temporaries.
       kv_cache_memory_bytes: size of the KV pool, instead of that share.
@@ -66,6 +64,7 @@ class LLM:
       speculative_config: draft several tokens and verify them in one step of the model: a dict
         with "method" and the fields of `config.SpeculativeConfig`. What is generated stays as it
         is.
+      cpu_offload_gb: GiB of host memory for pages of KV evicted from the pool; 0 for none.
       generation_config: "auto": defaults of sampling come from the model's generation_config.json;
         "none": those of `SamplingParams`.
 
@@ -101,6 +100,7 @@ class LLM:
         attention_impl: str = "auto",
         linear_impl: str = "auto",
         speculative_config: Mapping[str, Any] | None = None,
+        cpu_offload_gb: float = 0,
         generation_config: str = "auto",
         **refused: Any,
     ) -> None:
@@ -141,6 +141,7 @@ class LLM:
             linear_impl=linear_impl,
             speculation=speculation,
             drafter=drafter,
+            cpu_offload_gb=cpu_offload_gb,
         )
         self._runner = Runner(model, params, cache, self.config, heads, drafter)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())

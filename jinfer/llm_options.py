@@ -40,7 +40,6 @@ REFUSED = {
     "data_parallel_size": "this engine runs on one device",
     "trust_remote_code": "no code of a model's repository is ever run",
     "enforce_eager": "every step is compiled by XLA",
-    "cpu_offload_gb": "weights and KV stay on the device",
     "logits_processors": "use the fields of SamplingParams, which run on the device",
     "tokenizer_mode": "there is one kind of tokenizer: the fast one",
     "scheduling_policy": "requests are served by priority, then arrival",
@@ -68,6 +67,7 @@ def resolve(
     linear_impl: str,
     speculation: SpeculativeConfig | None,
     drafter: Drafter | None,
+    cpu_offload_gb: float,
 ) -> tuple[EngineConfig, CacheConfig]:
     """Resolves the arguments of `LLM`; None stands for the platform's default.
 
@@ -108,6 +108,10 @@ def resolve(
     )
     max_model_len = _resolve_max_model_len(max_model_len, model, num_pages * block_size)
     own = None if drafter is None else drafter.own_kv_config
+    if own is not None and cpu_offload_gb:
+        raise ValueError(
+            "cpu_offload_gb keeps the KV of one model: drafts here have KV of their own"
+        )
     if own is not None and own.max_context_len < max_model_len:
         raise ValueError(
             f"speculative_config: the draft model was made for {own.max_context_len} positions, "
@@ -139,6 +143,7 @@ def resolve(
         attention_impl=attention_impl,
         linear_impl=linear_impl,
         speculation=speculation,
+        num_host_pages=_num_host_pages(model, block_size, kv_cache_dtype, cpu_offload_gb),
     )
     return config, CacheConfig(num_pages=num_pages, page_size=block_size, dtype=kv_cache_dtype)
 
@@ -354,6 +359,23 @@ def _num_pages(
             f"{kv_cache_memory_bytes}; raise kv_cache_memory_bytes or gpu_memory_utilization"
         )
     return num_pages
+
+
+def _num_host_pages(config: ModelConfig, page_size: int, dtype: str, gib: float) -> int:
+    """Pages of `gib` GiB of host memory."""
+    page_bytes = memory.page_bytes(config, page_size, dtype)
+    num_bytes, most = int(gib * 2**30), memory.host_memory_bytes()
+    if gib < 0 or num_bytes > most:
+        raise ValueError(
+            f"cpu_offload_gb must lie between 0 and this machine's memory of "
+            f"{memory.format_size(most)}, got {gib}"
+        )
+    if 0 < num_bytes < page_bytes or (gib and not num_bytes):
+        raise ValueError(
+            f"cpu_offload_gb={gib} has no room for one page of {memory.format_size(page_bytes)}: "
+            "raise it, or lower block_size"
+        )
+    return num_bytes // page_bytes
 
 
 def _resolve_max_model_len(wanted: int | None, config: ModelConfig, num_slots: int) -> int:

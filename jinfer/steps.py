@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -339,6 +340,18 @@ def copy_pages(
 def clear_pages(kv: KVCache, pages: Int[Array, "N"]) -> KVCache:
     """Zeroes pages of the pool, which is donated; see `kv_cache.clear_pages`."""
     return kv_cache.clear_pages(kv, pages)
+
+
+@jax.jit
+def read_pages(kv: KVCache, pages: Int[Array, "N"]) -> tuple[Any, ...]:
+    """Copies pages out of the pool, which stays; see `kv_cache.read_pages`."""
+    return kv_cache.read_pages(kv, pages)
+
+
+@functools.partial(jax.jit, donate_argnames=("kv",))
+def write_pages(kv: KVCache, contents: Sequence[Any], pages: Int[Array, "N"]) -> KVCache:
+    """Copies pages into the pool, which is donated; see `kv_cache.write_pages`."""
+    return kv_cache.write_pages(kv, contents, pages)
 
 
 @functools.partial(jax.jit, static_argnames=("k",))

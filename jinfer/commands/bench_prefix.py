@@ -1,7 +1,8 @@
 """`jinfer bench prefix`: what the prefix cache gains where prompts share a beginning, and costs.
 
-The peer is the same engine with the cache off. Both live in one process and take turns, so that
-what else the machine does falls on both; each run starts with an empty cache.
+The peer is the same engine with the cache off, or, where more prompts come back than the device can
+keep, without a host tier. Both live in one process and take turns, so that what else the machine
+does falls on both; each run starts with an empty cache.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 from jinfer.commands.bench_report import Row, finish
 from jinfer.commands.flags import DEFAULT_MODEL
 
-SUMMARY = "the prefix cache, on and off"
-CASES = ("shared", "cold", "tree")
-GOALS = {"shared": 3.0, "cold": 0.98}
-WORK_GOAL = 5.0
+SUMMARY = "the prefix cache, on and off, and its host tier"
+CASES = ("shared", "cold", "host", "tree")
+GOALS = {"shared": 3.0, "cold": 0.98, "host": 2.0}
+WORK_GOALS = {"shared": 5.0, "host": 3.0}
+POOL_SHARE = 3  # `host`: the prompts take so many times the pages of the device
+PAGE_SIZE = 64
 MAX_US_PER_PAGE = 50.0
 
 
@@ -35,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--own-tokens", type=int, default=32, help="others a prompt (32)")
     parser.add_argument("--cold-tokens", type=int, default=256, help="a prompt of `cold` (256)")
     parser.add_argument("--output-tokens", type=int, default=16, help="of each request (16)")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of `shared` (1)")
+    parser.add_argument("--host-prompts", type=int, default=12, help="of `host` (12)")
+    parser.add_argument("--host-tokens", type=int, default=512, help="a prompt of `host` (512)")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of `shared`, `host` (1)")
     parser.add_argument("--cold-repeats", type=int, default=5, help="runs of `cold` (5)")
     parser.add_argument("--tree-pages", type=int, default=100_000, help="(100000)")
 
@@ -43,12 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures the prefix cache against the same engine with the cache off.
 
-    shared: requests that begin with one system prompt. cold: requests that share nothing. tree: the
-    radix tree alone, without a model.
+    shared: requests that begin with one system prompt. cold: requests that share nothing. host:
+    prompts that come a second time and take three times the pages of the device. tree: the radix
+    tree alone, without a model.
     """
     rows: list[Row] = []
     times: dict[str, Any] = {}
-    if set(args.case) - {"tree"}:
+    if set(args.case) & {"shared", "cold"}:
         engines = _make_engines(args)
         draw = random.Random(0)
         if "shared" in args.case:
@@ -63,11 +69,21 @@ def run(args: argparse.Namespace) -> int:
                 _draw_tokens(draw, args.cold_tokens - 1, first=i) for i in range(args.requests)
             ]
             rows += _measure("cold", engines, prompts, args, args.cold_repeats, times)
+    if "host" in args.case:
+        draw = random.Random(1)
+        prompts = [
+            _draw_tokens(draw, args.host_tokens - 1, first=i) for i in range(args.host_prompts)
+        ]
+        engines = _make_host_engines(args)
+        rows += _measure("host", engines, prompts, args, args.repeats, times, num_passes=2)
     if "tree" in args.case:
         rows += measure_tree(args.tree_pages)
     workload = {
         name: getattr(args, name)
-        for name in ("requests", "system_tokens", "own_tokens", "cold_tokens", "output_tokens")
+        for name in (
+            *("requests", "system_tokens", "own_tokens", "cold_tokens", "output_tokens"),
+            *("host_prompts", "host_tokens"),
+        )
     }
     finish(
         rows,
@@ -98,6 +114,33 @@ def _make_engines(args: argparse.Namespace) -> dict[str, Any]:
     return engines
 
 
+def _make_host_engines(args: argparse.Namespace) -> dict[str, Any]:
+    """Two engines whose pool holds a third of the prompts; the host has room for all of them."""
+    from jinfer import LLM, load
+
+    model, params = load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
+    longest = args.host_tokens + args.output_tokens
+    num_pages = args.host_prompts * -(-longest // PAGE_SIZE)
+    limits: dict[str, Any] = {
+        "max_model_len": longest,
+        "max_num_seqs": args.max_num_seqs or max(1, args.host_prompts // POOL_SHARE),
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "block_size": PAGE_SIZE,
+        "num_gpu_blocks_override": -(-num_pages // POOL_SHARE),
+        "skip_tokenizer_init": True,
+    }
+    without = LLM(model, params=params, **limits)
+    metrics = without.get_metrics()
+    gib = num_pages * metrics["kv_cache_bytes"] / metrics["num_pages"] / 2**30
+    engines = {
+        "host tier": LLM(model, params=params, cpu_offload_gb=gib, **limits),
+        "no host tier": without,
+    }
+    for llm in engines.values():
+        llm.warmup()
+    return engines
+
+
 def _max_model_len(args: argparse.Namespace) -> int:
     longest = max(args.system_tokens + args.own_tokens, args.cold_tokens)
     return longest + args.output_tokens
@@ -116,27 +159,29 @@ def _measure(
     args: argparse.Namespace,
     repeats: int,
     times: dict[str, Any],
+    num_passes: int = 1,
 ) -> list[Row]:
+    ours, peer = engines
     taken: dict[str, list[float]] = {name: [] for name in engines}
     work: dict[str, float] = {}
     for repeat in range(repeats):
         order = list(engines.items())
         for name, llm in order if repeat % 2 == 0 else reversed(order):
-            seconds, work[name] = _serve(llm, prompts, args.output_tokens)
+            seconds, work[name] = _serve(llm, prompts, args.output_tokens, num_passes)
             taken[name].append(seconds)
     times[case] = taken
     median = {name: statistics.median(seconds) for name, seconds in taken.items()}
     # Each turn against its own neighbour: what slows the machine for a while slows both.
-    pairs = zip(taken["cache off"], taken["cache on"], strict=True)
+    pairs = zip(taken[peer], taken[ours], strict=True)
     ratio = statistics.median(off / on for off, on in pairs)
     return [
         Row(
             case=case,
             metric="requests_per_s",
             unit="requests/s",
-            value=len(prompts) / median["cache on"],
-            peer="cache off",
-            peer_value=len(prompts) / median["cache off"],
+            value=len(prompts) / median[ours],
+            peer=peer,
+            peer_value=len(prompts) / median[peer],
             ratio=ratio,
             goal=GOALS[case],
         ),
@@ -144,27 +189,35 @@ def _measure(
             case=case,
             metric="prefilled_tokens",
             unit="tokens",
-            value=work["cache on"],
-            peer="cache off",
-            peer_value=work["cache off"],
-            ratio=work["cache off"] / work["cache on"],
-            goal=WORK_GOAL if case == "shared" else None,
+            value=work[ours],
+            peer=peer,
+            peer_value=work[peer],
+            ratio=work[peer] / work[ours],
+            goal=WORK_GOALS.get(case),
         ),
     ]
 
 
-def _serve(llm: Any, prompts: list[list[int]], output_tokens: int) -> tuple[float, float]:
-    """Returns seconds for all prompts, from an empty cache, and the prompt tokens computed."""
+def _serve(
+    llm: Any, prompts: list[list[int]], output_tokens: int, num_passes: int = 1
+) -> tuple[float, float]:
+    """Returns seconds of the last pass over all prompts, and the prompt tokens it computed.
+
+    The first pass begins with an empty cache.
+    """
     from jinfer import SamplingParams
 
     params = SamplingParams(
         temperature=0, max_tokens=output_tokens, ignore_eos=True, detokenize=False
     )
+    texts = [{"prompt_token_ids": p} for p in prompts]
     llm.reset_prefix_cache()
+    for _ in range(num_passes - 1):
+        llm.generate(texts, params, use_tqdm=False)
     before = llm.get_metrics()
     gc.collect()
     begin = time.perf_counter()
-    llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    llm.generate(texts, params, use_tqdm=False)
     seconds = time.perf_counter() - begin
     gained = {name: value - before[name] for name, value in llm.get_metrics().items()}
     # The last chunk of a prompt samples a token as well; every other sampled token is a decode.

@@ -90,6 +90,7 @@ ENGINE_FLAGS: Flags = (
         },
     ),
     ("enable-chunked-prefill", {"action": BOOL, "help": "spread prompts over steps"}),
+    ("cpu-offload-gb", {"type": float, "metavar": "GIB", "help": "host memory for evicted KV"}),
     ("enable-prefix-caching", {"action": BOOL, "help": "keep the KV of past prompts"}),
 )
 

@@ -112,6 +112,7 @@ class BeamSearcher:
             arrival=0,
             max_model_len=config.max_model_len,
             cache_salt=cache_salt,
+            kv_format=runner.cache.dtype,
         )
         page_size, max_tokens = runner.cache.page_size, request.max_output_tokens
         needed = num_pages(
@@ -191,7 +192,7 @@ class BeamSearcher:
         request.pages += scheduler.prefix.alloc(num_more)
         scheduler.lent.append(request)
         self._active.append(job)
-        self.engine.runner.prepare_pages(*scheduler.holdings.take_page_work())
+        self.engine.runner.move_pages(scheduler.holdings.take_moves())
         self._prefill(request)
         # Not the page in which the prompt ends: the search may hand its place to a later one.
         scheduler.holdings.fill(request, (), with_part=False)

@@ -59,6 +59,9 @@ class Engine:
             runner.cache.page_size,
             max_cached_tokens=_max_cached_tokens(runner.model.config),
         )
+        self.tier = self.scheduler.prefix.tier
+        if self.tier is not None:
+            self.tier.costs, runner.kv = runner.host.measure(runner.kv, runner.cache.page_size)
         self.watchdog = Watchdog(self.scheduler)
         self.num_failed_steps = 0
         self._num_idle_steps = 0
@@ -188,6 +191,11 @@ class Engine:
             "num_free_pages": scheduler.pool.num_free,
             "num_pages": scheduler.pool.num_pages,
             "kv_cache_bytes": self.runner.kv_bytes,
+            **(
+                {}
+                if self.tier is None
+                else self.tier.metrics(self.runner.kv_bytes // scheduler.pool.num_pages)
+            ),
         }
 
     def has_work(self) -> bool:
@@ -197,6 +205,8 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises PageError if pages, rows and requests do not agree with each other."""
         self.scheduler.check()
+        if self.tier is not None:
+            self.runner.host.check(self.tier.filled_slots())
 
     def step(self) -> list[Progress]:
         """Dispatches what can be dispatched, then waits for the oldest step under way.
@@ -217,6 +227,8 @@ class Engine:
             except BaseException as error:
                 return self._finish_in_flight(plan, error)
             self._in_flight.append(launched)
+            if self.tier is not None:
+                self.tier.costs.begin(plan)
         if not self._in_flight:
             return self._end_deadlock() if self.scheduler.has_work() else []
         self._num_idle_steps = 0
@@ -237,6 +249,8 @@ class Engine:
             result = self.runner.fetch(launched)
         except BaseException as error:
             return self._recover(launched.plan, error)
+        if self.tier is not None:
+            self.tier.costs.end(launched.plan)
         for seq, entries in zip(launched.plan.seqs, result.prompt_logprobs, strict=True):
             for position, entry in entries:
                 seq.request.set_prompt_logprob(position, entry)

@@ -25,9 +25,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jinfer.engine.plan import SchedulerStats
+from jinfer.engine.plan import PageMoves, SchedulerStats
 from jinfer.engine.prefix import PrefixCache
-from jinfer.engine.request import Request
+from jinfer.engine.radix import PageKey
+from jinfer.engine.request import Request, RequestStatus
 
 # A copy must save an eighth of a page: a first token in common (most tokenizers begin with one) is
 # computed as quickly as it is copied.
@@ -105,7 +106,13 @@ class Holdings:
         """
         is_reading = self._is_reading(request)
         hit = self._find_whole(request) if is_reading else []
-        source, num_copied = self._find_part(request, hit) if is_reading else (-1, 0)
+        saved = found = self._find_saved(request, hit) if is_reading else []
+        tier = self.prefix.tier
+        if tier is not None and not tier.costs.is_worth_loading(len(found)):
+            saved = []
+        source, num_copied = -1, 0
+        if is_reading and not saved:
+            source, num_copied = self._find_part(request, hit)
         needed = self.num_pages(request.num_tokens) - len(hit)
         if needed + num_spare > self.prefix.num_available_beside(hit):
             return False
@@ -114,18 +121,36 @@ class Holdings:
         request.pages = self.prefix.share(hit)
         if num_copied:
             self.prefix.share([source])
-        request.pages += self.prefix.alloc(needed)
+        request.pages += self._alloc(needed, saved)
         if num_copied:
             self._copies.append((source, request.pages[len(hit)], num_copied))
             self.stats.num_copied_pages += 1
-        num_found = len(hit) * self.page_size + num_copied
+        num_found = (len(hit) + len(saved)) * self.page_size + num_copied
         request.num_computed_tokens = request.num_found_tokens = num_found
         request.cache_epoch = self.prefix.epoch
+        if saved:
+            self.fill(request, request.pages[len(hit) :][: len(saved)], with_part=False)
+        if tier is not None:
+            tier.note_admission(
+                is_resumed=request.status is RequestStatus.PREEMPTED,
+                num_found=len(found),
+                num_loaded=len(saved),
+                is_computed=2 * num_found < request.num_tokens,
+            )
         if is_reading and request.metrics.first_scheduled_time is None:
             request.num_cached_tokens = request.num_computed_tokens
             self.stats.num_looked_up_tokens += request.num_prompt_tokens
             self.stats.num_cached_tokens += request.num_cached_tokens
         return True
+
+    def _alloc(self, n: int, saved: Sequence[PageKey]) -> list[int]:
+        """Takes `n` pages, the first of which are loaded from the host before the next step."""
+        tier = self.prefix.tier
+        slots = [] if tier is None else tier.pin(saved)  # before what is evicted now is saved
+        pages = self.prefix.alloc(n)
+        if tier is not None:
+            tier.load(slots, pages[: len(slots)])
+        return pages
 
     def fill(self, request: Request, written: Sequence[int], *, with_part: bool = True) -> None:
         """Lets others find what a prefill chunk writes.
@@ -152,8 +177,8 @@ class Holdings:
         request.pages = []
         request.num_computed_tokens = request.num_prefill_tokens = 0
 
-    def take_page_work(self) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]:
-        """Returns, once, the pages to clear before the next step and those to copy then.
+    def take_moves(self) -> PageMoves:
+        """Returns, once, what is to be done with whole pages before the next step.
 
         From here on nothing but later steps may write to the sources: they are let go.
         """
@@ -162,7 +187,8 @@ class Holdings:
         for source, _, _ in copies:
             self.prefix.free([source])
         self._being_filled.clear()
-        return tuple(sorted(spoilt)), tuple(copies)
+        moves = PageMoves(cleared=tuple(sorted(spoilt)), copied=tuple(copies))
+        return moves if self.prefix.tier is None else self.prefix.tier.take(moves)
 
     # ------------------------------------------------------------------ after errors
 
@@ -218,6 +244,12 @@ class Holdings:
         page, count = self.prefix.find_part(request.cache_namespace, tokens, hit)
         is_worth_it = count * MIN_COPIED_PART >= self.page_size
         return (page, count) if is_worth_it and page not in self._being_filled else (-1, 0)
+
+    def _find_saved(self, request: Request, hit: list[int]) -> list[PageKey]:
+        """Returns the whole pages that the host has behind `hit`."""
+        max_pages = (request.num_tokens - 1) // self.page_size
+        known = request.known_token_ids
+        return self.prefix.find_saved(request.cache_namespace, known, hit, max_pages)
 
     def _can_share(self, request: Request) -> bool:
         """Whether the KV of a request's prompt is that of any text which begins with it."""

@@ -23,6 +23,8 @@ def check(scheduler: Scheduler) -> None:
     running, waiting = scheduler.running, scheduler.waiting
     pool.check()
     prefix.check()
+    if prefix.tier is not None:
+        prefix.tier.check()
     held = collections.Counter(page for r in [*running, *scheduler.lent] for page in r.pages)
     counts = {page: pool.count(page) for page in range(pool.num_pages)}
     wrong = [p for p, n in counts.items() if n != held[p] + prefix.is_cached(p)]

@@ -78,6 +78,29 @@ class ScheduledSeq:
 
 
 @dataclasses.dataclass(frozen=True)
+class PageMoves:
+    """What is done with whole pages before a step, in this order.
+
+    Attributes:
+      saved: (page, slot) to copy to host memory, before anyone writes the page anew.
+      cleared: pages to zero: they may hold NaN of a request that failed.
+      copied: (from, to, tokens) of pages to copy as far as they are shared. Earlier plans have
+        written what is copied.
+      loaded: (slot, page) to copy from host memory.
+    """
+
+    saved: tuple[tuple[int, int], ...] = ()
+    cleared: tuple[int, ...] = ()
+    copied: tuple[tuple[int, int, int], ...] = ()
+    loaded: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether pages go to the host or come from it."""
+        return bool(self.saved or self.loaded)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """One step.
 
@@ -87,17 +110,14 @@ class Plan:
         pages for each sequence's `num_samples` tokens are then in its `pages`.
       is_decode: every sequence is one token wide.
       step_id: counts the plans.
-      cleared_pages: pages to zero before the step: they may hold NaN of a request that failed.
-      copied_pages: (from, to, tokens) of pages to copy after that and before the step, as far as
-        they are shared. Earlier plans have written what is copied.
+      moves: of whole pages, before the step.
     """
 
     seqs: tuple[ScheduledSeq, ...]
     num_steps: int
     is_decode: bool
     step_id: int
-    cleared_pages: tuple[int, ...] = ()
-    copied_pages: tuple[tuple[int, int, int], ...] = ()
+    moves: PageMoves = PageMoves()
 
     @property
     def max_drafts(self) -> int:

@@ -20,10 +20,12 @@ only such pages below it: all of them can be evicted, leaves first, and counting
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Collection, Hashable, Iterator, Sequence
 
+from jinfer.engine.host_tier import HostTier
 from jinfer.engine.pages import OutOfPages, PageError, PagePool
-from jinfer.engine.radix import Node, as_edge, num_common
+from jinfer.engine.radix import Node, PageKey, as_edge, num_common
 
 
 class PrefixCache:
@@ -35,15 +37,18 @@ class PrefixCache:
     Args:
       pool: the pages.
       page_size: tokens in a page.
+      num_host_pages: pages that host memory takes of those that are evicted; 0 for no such tier.
 
     Attributes:
+      tier: those pages, or None; it forgets what is forgotten here.
       epoch: counts the resets. Pages filled before the last one must not be inserted after it.
       version: changes whenever `find` may answer otherwise than before.
       num_evicted: pages evicted since the cache was made.
     """
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
+    def __init__(self, pool: PagePool, page_size: int, num_host_pages: int = 0) -> None:
         self.pool = pool
+        self.tier = HostTier(num_host_pages, page_size) if num_host_pages else None
         self.page_size = page_size
         self.epoch = 0
         self.version = 0
@@ -115,6 +120,22 @@ class PrefixCache:
             return -1, 0
         count, best = max((num_common(edge, other), other) for other in node.neighbours(edge))
         return (node.children[best].page, count) if count else (-1, 0)
+
+    def find_saved(
+        self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int], max_pages: int
+    ) -> list[PageKey]:
+        """Returns what the host has of the whole pages of `tokens` behind `pages`, found just now.
+
+        Args:
+          namespace, tokens, max_pages: as for `find`.
+          pages: what it returned.
+        """
+        if self.tier is None:
+            return []
+        node = self._nodes[pages[-1]] if pages else None
+        above = PageKey.root(namespace) if node is None else node.find_key()
+        edges = itertools.islice(self._edges(tokens, max_pages), len(pages), None)
+        return self.tier.find(above, edges)
 
     def num_available_beside(self, pages: Sequence[int]) -> int:
         """Returns how many pages `alloc` can hand out once `pages`, just found, are shared."""
@@ -223,6 +244,8 @@ class PrefixCache:
         self.pool.free([page for page, node in enumerate(self._nodes) if node is not None])
         self.epoch += 1
         self.version += 1
+        if self.tier is not None:
+            self.tier.reset()
         self._roots.clear()
         self._nodes = [None] * self.pool.num_pages
         self._num_cached = self._num_evictable = 0
@@ -244,6 +267,7 @@ class PrefixCache:
         """
         node = self._roots.get(namespace)
         begin = num_kept - num_kept % self.page_size
+        first_edge = as_edge(tokens[: self.page_size])
         for edge in self._edges(tokens, begin // self.page_size):
             node = None if node is None else node.children.get(edge)
         rest = as_edge(tokens[begin : begin + self.page_size])
@@ -251,9 +275,13 @@ class PrefixCache:
         for edge, child in () if node is None else tuple(node.children.items()):
             if num_common(edge, rest) > num_kept - begin:
                 pages += self._cut(child)
+        if self.tier is not None:
+            self.tier.forget_text(namespace, first_edge, begin // self.page_size)
         for page in spoilt:
             other = self._nodes[page]
             if other is not None:
+                if self.tier is not None:
+                    self.tier.forget(other.find_key())
                 pages += self._cut(other)
         return pages
 
@@ -313,6 +341,8 @@ class PrefixCache:
             if last_used == node.last_used:
                 break
             self._offer(node)
+        if self.tier is not None and node.is_whole(self.page_size):
+            self.tier.save(node.find_key(), page)
         self._nodes[page] = None
         self._num_cached -= 1
         self._num_evictable -= 1

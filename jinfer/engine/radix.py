@@ -1,12 +1,13 @@
-"""The nodes of the prefix cache's tree and their edges, tokens as bytes; knows no holders."""
+"""The nodes of the prefix cache's tree, their edges (tokens as bytes) and keys; no holders."""
 
 from __future__ import annotations
 
 import array
 import bisect
+import hashlib
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 TOKEN_BYTES = array.array("i").itemsize
 
@@ -26,6 +27,34 @@ def num_common(a: bytes, b: bytes) -> int:
     return (n - (differing.bit_length() + 7) // 8) // TOKEN_BYTES
 
 
+class PageKey(NamedTuple):
+    """What a page holds.
+
+    Attributes:
+      digest: of the namespace and all tokens up to the page's end, 256 bits of BLAKE2b.
+      first: that of the first page of the text; empty for the root.
+      depth: how many pages the text has; 0 for the root.
+    """
+
+    digest: bytes
+    first: bytes
+    depth: int
+
+    @classmethod
+    def root(cls, namespace: Hashable) -> PageKey:
+        """Returns the key above all texts of a namespace, which is told apart by its `repr`."""
+        return cls(_digest(repr(namespace).encode()), b"", 0)
+
+    def below(self, edge: bytes) -> PageKey:
+        """Returns the key of the page that comes next and holds `edge`."""
+        digest = _digest(self.digest + edge)
+        return PageKey(digest, self.first or digest, self.depth + 1)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).digest()
+
+
 class Node:
     """A page of the tree, or a root (page -1, whose edge is its namespace).
 
@@ -34,10 +63,11 @@ class Node:
     Attributes:
       last_used: when a request last filled or left the page; it never goes back.
       is_queued: whether the node is in the heap of those that may be evicted, once.
+      key: what `find_key` found; None before.
       order: the edges of `children`, sorted: those that begin alike lie side by side.
     """
 
-    __slots__ = ("children", "edge", "is_queued", "last_used", "order", "page", "parent")
+    __slots__ = ("children", "edge", "is_queued", "key", "last_used", "order", "page", "parent")
 
     def __init__(self, parent: Node | None, edge: Any, page: int, last_used: int) -> None:
         self.parent = parent
@@ -45,12 +75,13 @@ class Node:
         self.page = page
         self.last_used = last_used
         self.is_queued = False
+        self.key: PageKey | None = None
         self.children: dict[bytes, Node] = {}
         self.order: list[bytes] = []
 
     def add(self, child: Node, edge: bytes) -> None:
         """Puts a node below this one."""
-        child.edge = edge
+        child.edge, child.key = edge, None
         self.children[edge] = child
         bisect.insort(self.order, edge)
 
@@ -68,6 +99,20 @@ class Node:
         idx = bisect.bisect_left(self.order, edge)
         behind = self.order[idx] if idx < len(self.order) else b""
         return self.order[idx - 1] if idx else b"", behind
+
+    def find_key(self) -> PageKey:
+        """Returns the key of the text down to here, which each node on the way then keeps."""
+        path: list[Node] = []
+        node: Node | None = self
+        while node is not None and node.key is None:
+            path.append(node)
+            node = node.parent
+        key = None if node is None else node.key
+        for below in reversed(path):
+            key = PageKey.root(below.edge) if key is None else key.below(below.edge)
+            below.key = key
+        assert key is not None
+        return key
 
     def is_whole(self, page_size: int) -> bool:
         """Whether this is a root, or a page filled to its end."""

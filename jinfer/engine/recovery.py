@@ -36,7 +36,7 @@ def lose_steps(scheduler: Scheduler, failed: Plan | None, reason: str) -> list[P
     scheduler.prefix.reset()
     for request in tuple(scheduler.running):
         scheduler.send_back(request)
-    scheduler.holdings.take_page_work()  # the pool will be a new one
+    scheduler.holdings.take_moves()  # the pool will be a new one
     live = [] if failed is None else [s.request for s in failed.seqs if not s.request.is_finished]
     suspects = [request for request in live if request.is_suspect]
     ended = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.config import CacheConfig, EngineConfig
 from jinfer.engine import buckets, results, tree_batch
 from jinfer.engine.drafter import Drafter
-from jinfer.engine.plan import Plan
+from jinfer.engine.host_pages import HostPages
+from jinfer.engine.plan import PageMoves, Plan
 from jinfer.engine.request import Request
 from jinfer.engine.results import Launched, StepResult
 from jinfer.kv_cache import KVCache
@@ -81,6 +82,8 @@ class Runner:
             self.drafter.reset(self.cache)
         self.kv = kv_cache.init(self.model.config, self.cache)
         self.state = sampling.init_state(self._num_rows, self.vocab_size)
+        self.host = HostPages(self.config.num_host_pages)
+        self.kv, self.state = self.host.bind((self.kv, self.state))
 
     @property
     def kv_bytes(self) -> int:
@@ -92,7 +95,7 @@ class Runner:
 
     def launch(self, plan: Plan) -> Launched:
         """Dispatches a plan and returns at once."""
-        self.prepare_pages(plan.cleared_pages, plan.copied_pages)
+        self.move_pages(plan.moves)
         for seq in plan.seqs:
             if seq.is_new_row:
                 self._reset_row(seq.request)
@@ -101,17 +104,21 @@ class Runner:
             return self._launch_decode(plan)
         return self._launch_ragged(plan)
 
-    def prepare_pages(self, cleared: Sequence[int], copied: Sequence[tuple[int, int, int]]) -> None:
-        """Clears and copies pages before a step; as in `Plan`."""
+    def move_pages(self, moves: PageMoves) -> None:
+        """Dispatches what is to be done with whole pages before a step."""
         nowhere = self.cache.num_pages
-        for begin in range(0, len(cleared), CLEAR_BATCH):
-            pages = list(cleared[begin : begin + CLEAR_BATCH])
+        if moves.saved:
+            self.host.save(self.kv, moves.saved)
+        for begin in range(0, len(moves.cleared), CLEAR_BATCH):
+            pages = list(moves.cleared[begin : begin + CLEAR_BATCH])
             pages += [nowhere] * (CLEAR_BATCH - len(pages))
             self._change_pools(steps.clear_pages, _int32(pages))
-        for begin in range(0, len(copied), COPY_BATCH):
-            copies = list(copied[begin : begin + COPY_BATCH])
+        for begin in range(0, len(moves.copied), COPY_BATCH):
+            copies = list(moves.copied[begin : begin + COPY_BATCH])
             copies += [(0, nowhere, 0)] * (COPY_BATCH - len(copies))
             self._change_pools(steps.copy_pages, *map(_int32, zip(*copies)))
+        if moves.loaded:
+            self.kv = self.host.load(self.kv, moves.loaded)
 
     def _change_pools(self, change: Callable[..., KVCache], *pages: Any) -> None:
         self.kv = change(self.kv, *pages)
@@ -371,7 +378,8 @@ class Runner:
                 steps.prompt_logprobs(self.model, self.params, out.hidden, targets, k=self.top_k)
                 steps.prompt_log_softmax(self.model, self.params, out.hidden)
         nowhere = self.cache.num_pages
-        self.prepare_pages([nowhere], [(0, nowhere, 0)])
+        self.move_pages(PageMoves(cleared=(nowhere,), copied=((0, nowhere, 0),)))
+        self.kv = self.host.warmup(self.kv)
         setup = sampling.pack_row(SamplingParams(), [0], [], vocab_size=self.vocab_size)
         self.state = steps.reset_row(self.state, _int32(self._num_rows), setup)
         jax.block_until_ready((self.kv, self.state))

@@ -77,7 +77,7 @@ class Scheduler:
         self.config = config
         self.page_size = page_size
         self.pool = PagePool(num_pages)
-        self.prefix = PrefixCache(self.pool, page_size)
+        self.prefix = PrefixCache(self.pool, page_size, config.num_host_pages)
         self.stats = SchedulerStats()
         self.holdings = Holdings(
             self.prefix, config.enable_prefix_caching, max_cached_tokens, self.stats
@@ -244,8 +244,8 @@ class Scheduler:
             self._schedule_decode(request, num_steps, d) for request, d in zip(decodes, drafts)
         ] + chunks
         is_decode = all(seq.num_tokens == 1 for seq in seqs)
-        pages = self.holdings.take_page_work()
-        plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids), *pages)
+        moves = self.holdings.take_moves()
+        plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids), moves)
         self._in_flight.append(plan)
         self.stats.num_plans += 1
         self.stats.num_scheduled_tokens += plan.num_tokens

@@ -11,6 +11,7 @@ import jinfer
 from jinfer import cli
 from jinfer.commands import bench_kv, bench_soak
 from jinfer.config import ModelConfig
+from jinfer.engine.costs import TransferCosts
 from jinfer.models.model import Model
 
 FIELDS = {"case", "metric", "unit", "value", "peer", "peer_value", "ratio", "goal", "limit", "own"}
@@ -70,6 +71,16 @@ def test_the_prefix_bench_counts_the_prompt_tokens_that_were_computed(tmp_path, 
     cold = rows["cold", "prefilled_tokens"]
     assert cold["value"] == cold["peer_value"] == 6 * 40
     assert rows["shared", "requests_per_s"]["goal"] == 3
+
+
+def test_the_prefix_bench_counts_what_comes_back_from_the_host(tmp_path, tiny_model, monkeypatch):
+    for name in ("is_worth_loading", "is_worth_saving"):
+        monkeypatch.setattr(TransferCosts, name, lambda *args: True)
+    argv = ("--host-prompts", 6, "--host-tokens", 70, "--output-tokens", 2, "--case", "host")
+    rows = bench(tmp_path, "prefix", *argv, "--max-num-batched-tokens", 16)
+    work = rows["host", "prefilled_tokens"]
+    assert work["value"] == 6 * (70 - 64)  # each prompt's first page was on one side or the other
+    assert work["peer_value"] > 2 * work["value"] and work["goal"] == 3
 
 
 def test_the_beam_bench_compares_two_searches_that_find_the_same(tmp_path, tiny_model):

@@ -4,6 +4,7 @@ Greedy, in float32, on a tiny model; a step holds 16 tokens, so that few program
 """
 
 import collections
+import dataclasses
 from typing import ClassVar
 
 import jax
@@ -22,11 +23,14 @@ from hypothesis.stateful import (
 from jinfer import LLM, SamplingParams
 from jinfer.config import ModelConfig
 from jinfer.engine import recovery
+from jinfer.engine.costs import TransferCosts
 from jinfer.engine.holdings import Holdings
+from jinfer.engine.host_pages import HostPages
 from jinfer.engine.pages import PagePool
 from jinfer.engine.runner import Runner
 from jinfer.models.model import Model
 
+NUM_HOST_PAGES = 10
 POISON = 1  # the token whose embedding is NaN
 MODEL = Model(
     ModelConfig(
@@ -56,18 +60,27 @@ PROMPTS = [TEXT[:n] for n in (1, 4, 7, 8, 9, 17, 24)] + [TEXT[:10] + TEXT[40:46]
 
 @pytest.fixture(scope="module")
 def engines():
-    """(an engine with 14 pages, tokens of each prompt run alone)."""
+    """(an engine with 14 pages, tokens of each prompt run alone, one with a host tier as well)."""
     params = MODEL.init(jax.random.key(0))
     embed = params["embed"]["w"].at[POISON].set(jnp.nan)
     head = {"w": params["embed"]["w"].T}
     params = {**params, "embed": {"w": embed}, "lm_head": params.get("lm_head", head)}
     llm = LLM(MODEL, params=params, num_gpu_blocks_override=14, **LIMITS)
+    page_bytes = llm._runner.kv_bytes // 14
+    tiered = LLM(
+        MODEL,
+        params=params,
+        num_gpu_blocks_override=14,
+        cpu_offload_gb=NUM_HOST_PAGES * page_bytes / 2**30,
+        **LIMITS,
+    )
+    tiered._engine.tier.costs = TransferCosts(LIMITS["block_size"], token_s=1.0)
     alone = []
     for prompt in PROMPTS:
         llm.reset_prefix_cache()
         [output] = llm.generate([prompt], make_params(24), use_tqdm=False)
         alone.append(output.outputs[0].token_ids)
-    return llm, alone
+    return llm, alone, tiered
 
 
 def make_params(max_tokens, n=1):
@@ -193,8 +206,8 @@ class Machine(RuleBasedStateMachine):
         assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
 
 
-def run_machine(engines, max_examples, step_count):
-    Machine.llm, Machine.alone = engines
+def run_machine(llm, alone, max_examples, step_count):
+    Machine.llm, Machine.alone = llm, alone
     run_state_machine_as_test(
         Machine,
         settings=settings(
@@ -213,20 +226,37 @@ def run_machine(engines, max_examples, step_count):
     ("max_examples", "step_count"), [(12, 25), pytest.param(250, 50, marks=pytest.mark.slow)]
 )
 def test_in_any_order_of_events_each_request_has_its_own_tokens(engines, max_examples, step_count):
-    Machine.counts.clear()
-    before = engines[0].get_metrics()
-    run_machine(engines, max_examples, step_count)
-    gained = {name: value - before[name] for name, value in engines[0].get_metrics().items()}
+    llm, alone, _ = engines
+    gained = run_and_count(llm, alone, max_examples, step_count)
     assert Machine.counts["finished"] > 5 * max_examples // 2 and Machine.counts["errors"] > 3
     for name in ("num_preemptions", "num_cached_tokens", "num_evicted_pages", "num_failed_steps"):
         assert gained[name] > 3, name
 
 
+@pytest.mark.parametrize(
+    ("max_examples", "step_count"), [(8, 25), pytest.param(250, 50, marks=pytest.mark.slow)]
+)
+def test_the_same_with_pages_that_come_and_go_between_device_and_host(
+    engines, max_examples, step_count
+):
+    _, alone, tiered = engines
+    gained = run_and_count(tiered, alone, max_examples, step_count)
+    assert Machine.counts["finished"] > 2 * max_examples
+    for name in ("num_loaded_pages", "num_swaps", "num_host_dropped_pages"):
+        assert gained[name] > 1, name
+
+
+def run_and_count(llm, alone, max_examples, step_count):
+    Machine.counts.clear()
+    before = llm.get_metrics()
+    run_machine(llm, alone, max_examples, step_count)
+    return {name: value - before[name] for name, value in llm.get_metrics().items()}
+
+
 # Each of these is sure to be met by two requests that share a beginning and outgrow 14 pages.
 
 
-def scenario(engines):
-    llm, alone = engines
+def scenario(llm, alone):
     ids = (6, 6, 5, 4)
     outputs = llm.generate([PROMPTS[i] for i in ids], make_params(24), use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == [alone[i] for i in ids]
@@ -255,9 +285,45 @@ def a_page_border_off_by_one(monkeypatch):
     "mutate", [a_page_freed_twice, a_reference_not_counted, a_page_border_off_by_one]
 )
 def test_a_seeded_bug_is_seen(engines, mutate, monkeypatch):
-    llm, alone = engines
-    scenario(engines)
+    llm, alone, _ = engines
+    scenario(llm, alone)
     broken = LLM(MODEL, params=llm._runner.params, num_gpu_blocks_override=14, **LIMITS)
     mutate(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        scenario((broken, alone))
+        scenario(broken, alone)
+
+
+def saves_left_out(monkeypatch):
+    monkeypatch.setattr(HostPages, "save", lambda self, kv, moves: None)
+
+
+def saves_after_the_step(monkeypatch):
+    launch = Runner.launch
+
+    def launch_first(self, plan):
+        moves = dataclasses.replace(plan.moves, saved=())
+        launched = launch(self, dataclasses.replace(plan, moves=moves))
+        self.host.save(self.kv, plan.moves.saved)
+        return dataclasses.replace(launched, plan=plan)
+
+    monkeypatch.setattr(Runner, "launch", launch_first)
+
+
+def loads_left_out(monkeypatch):
+    monkeypatch.setattr(HostPages, "load", lambda self, kv, moves: kv)
+
+
+@pytest.mark.parametrize("mutate", [saves_left_out, saves_after_the_step, loads_left_out])
+def test_a_seeded_bug_of_the_host_tier_is_seen(engines, mutate, monkeypatch):
+    _, alone, tiered = engines
+    for _ in range(2):
+        tiered.reset_prefix_cache()
+        scenario(tiered, alone)
+    mutate(monkeypatch)
+    tiered.reset_prefix_cache()
+    tiered._runner.host = HostPages(NUM_HOST_PAGES)
+    with pytest.raises((AssertionError, RuntimeError, TypeError)):
+        for _ in range(2):
+            scenario(tiered, alone)
+    while tiered._engine.has_work():
+        tiered.step()

@@ -62,6 +62,18 @@ def test_of_a_page_copied_in_part_the_rest_is_zero(dtype):
         np.testing.assert_array_equal(new, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8", "int4"])
+def test_pages_are_read_and_written_elsewhere_with_all_that_belongs_to_them(dtype):
+    before = leaves(make_pool(dtype))
+    contents = steps.read_pages(make_pool(dtype), int32(3, 1, 5))
+    empty = jax.tree.map(jnp.zeros_like, make_pool(dtype))
+    after = leaves(steps.write_pages(empty, contents, int32(0, 4, 5)))  # the third is dropped
+    for old, new in zip(before, after):
+        expected = np.zeros_like(old)
+        expected[:, 0], expected[:, 4] = old[:, 3], old[:, 1]
+        np.testing.assert_array_equal(new, expected)
+
+
 def test_pages_are_cleared_in_every_layer():
     for old, new in zip(
         leaves(make_pool("float32")),

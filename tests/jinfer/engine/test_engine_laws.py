@@ -31,10 +31,11 @@ from hypothesis.stateful import (
 from jinfer.config import EngineConfig, SpeculativeConfig
 from jinfer.engine import prefix, recovery
 from jinfer.engine.holdings import Holdings
+from jinfer.engine.host_tier import HostTier
 from jinfer.engine.pages import PagePool
 from jinfer.engine.plan import ScheduledSeq
 from jinfer.engine.prefix import PrefixCache
-from jinfer.engine.radix import TOKEN_BYTES, num_common
+from jinfer.engine.radix import TOKEN_BYTES, PageKey, num_common
 from jinfer.engine.request import Request
 from jinfer.engine.scheduler import Scheduler
 from jinfer.sampling_params import SamplingParams
@@ -86,19 +87,23 @@ class SimulatedDevice:
         self.max_cached_tokens = max_cached_tokens
         self.page_size = page_size
         self.places = [None] * (num_pages * page_size)
+        self.slots = {}  # of host memory
         self.rows = [None] * num_rows
         self.last_tokens = [None] * num_rows
 
     def launch(self, plan):
         """Returns samples and soundness of each sequence; the host is not shown them yet."""
-        for page in plan.cleared_pages:
-            begin = page * self.page_size
-            self.places[begin : begin + self.page_size] = [None] * self.page_size
         size = self.page_size
-        for source, page, count in plan.copied_pages:
+        for page, slot in plan.moves.saved:
+            self.slots[slot] = self.places[self._page(page)]
+        for page in plan.moves.cleared:
+            self.places[self._page(page)] = [None] * size
+        for source, page, count in plan.moves.copied:
             copied = self.places[source * size :][:count]
             assert None not in copied, "what is copied was written before"
-            self.places[page * size : (page + 1) * size] = copied + [None] * (size - count)
+            self.places[self._page(page)] = copied + [None] * (size - count)
+        for slot, page in plan.moves.loaded:
+            self.places[self._page(page)] = self.slots[slot]
         for seq in plan.seqs:
             if seq.is_new_row:
                 assert seq.request.num_in_flight == seq.num_samples, "outputs must be known"
@@ -109,6 +114,7 @@ class SimulatedDevice:
 
     def lose_everything(self):
         self.places = [None] * len(self.places)
+        self.slots.clear()
         self.rows = [None] * len(self.rows)
 
     def _is_sound(self, seq):
@@ -156,6 +162,9 @@ class SimulatedDevice:
         row.append(token)
         self.last_tokens[request.row] = token
         return token
+
+    def _page(self, page):
+        return slice(page * self.page_size, (page + 1) * self.page_size)
 
     def _place(self, pages, position):
         return pages[position // self.page_size] * self.page_size + position % self.page_size
@@ -287,6 +296,9 @@ class Harness:
             node = self.scheduler.prefix._nodes[place // size]
             is_known = node is not None and place % size < len(node.edge) // TOKEN_BYTES
             assert value != NAN or not is_known
+        tier = self.scheduler.prefix.tier
+        for slot in [] if tier is None else tier.filled_slots():
+            assert NAN not in self.device.slots[slot]
 
     def check_plan(self, plan):
         config = self.config
@@ -326,9 +338,9 @@ class Harness:
                     assert self.scheduler.pool.count(page) == 1 + (node is not None)
                     assert node is None or place[1] >= len(node.edge) // TOKEN_BYTES
                 assert page in seq.pages
-        sources = {source for source, _, _ in plan.copied_pages}
-        targets = {page for _, page, _ in plan.copied_pages}
-        assert len(targets) == len(plan.copied_pages)
+        sources = {source for source, _, _ in plan.moves.copied}
+        targets = {page for _, page, _ in plan.moves.copied}
+        assert len(targets) == len(plan.moves.copied)
         for seq in plan.seqs:  # only a decode may go on in a page whose beginning is copied
             assert not seq.is_prefill or sources.isdisjoint(seq.pages)
 
@@ -452,6 +464,18 @@ def test_tokens_in_any_company_are_those_of_the_request_alone(lag):
     assert sum(run.scheduler.prefix.num_evicted for run in runs) > 500
 
 
+def host_load(seed):
+    """A random load with few pages on the device and a few more on the host."""
+    num_host_pages = (2, 5, 20)[seed // 3 % 3]
+    return random_load(seed, lag=seed % 3, num_host_pages=num_host_pages)
+
+
+def test_pages_come_back_from_the_host_as_they_went():
+    tiers = [host_load(seed).scheduler.prefix.tier for seed in range(45)]
+    for name in ("num_loaded_pages", "num_swaps", "num_host_dropped_pages", "num_host_hits"):
+        assert sum(getattr(tier, name) for tier in tiers) > 10, name
+
+
 def test_tokens_without_the_cache_are_the_same():
     for seed in range(20):
         run = random_load(seed, 1, enable_prefix_caching=False)
@@ -521,20 +545,18 @@ class EngineMachine(RuleBasedStateMachine):
         num_decode_steps=st.integers(1, 8),
         lag=st.integers(0, 2),
         max_cached_tokens=st.sampled_from([None, None, 7]),
+        num_host_pages=st.sampled_from([0, 0, 2, 6]),
     )
-    def start(
-        self, num_pages, page_size, max_num_seqs, budget, num_decode_steps, lag, max_cached_tokens
-    ):
+    def start(self, num_pages, page_size, budget, lag, max_cached_tokens, **config):
         self.capacity = num_pages * page_size
         self.harness = Harness(
             num_pages,
             page_size,
             lag,
             max_cached_tokens=max_cached_tokens,
-            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
-            num_decode_steps=num_decode_steps,
             max_model_len=40,
+            **config,
         )
 
     @rule(
@@ -617,6 +639,8 @@ class EngineMachine(RuleBasedStateMachine):
             for name, value in dataclasses.asdict(self.harness.scheduler.stats).items():
                 self.counts[name] += value
             self.counts["num_evicted"] += self.harness.scheduler.prefix.num_evicted
+            tier = self.harness.scheduler.prefix.tier
+            self.counts["num_loaded_pages"] += 0 if tier is None else tier.num_loaded_pages
 
 
 def run_machine(max_examples, **fields):
@@ -643,6 +667,7 @@ def test_any_order_of_events_keeps_the_books_whole(max_examples):
     assert EngineMachine.counts["num_cached_tokens"] > 50
     assert EngineMachine.counts["num_evicted"] > 50
     assert EngineMachine.counts["num_copied_pages"] > 50
+    assert EngineMachine.counts["num_loaded_pages"] > 20
 
 
 # ---------------------------------------------------------------------- seeded bugs must be seen
@@ -785,8 +810,10 @@ def sources_of_copies_not_counted(monkeypatch):
 
 
 def copies_left_out(monkeypatch):
-    take = Holdings.take_page_work
-    monkeypatch.setattr(Holdings, "take_page_work", lambda self: (take(self)[0], ()))
+    take = Holdings.take_moves
+    monkeypatch.setattr(
+        Holdings, "take_moves", lambda self: dataclasses.replace(take(self), copied=())
+    )
 
 
 def pages_copied_while_they_are_filled(monkeypatch):
@@ -831,6 +858,50 @@ MUTATIONS = [
     computed_tokens_kept_by_preemption,
 ]
 
+
+def slots_not_pinned(monkeypatch):
+    pin = HostTier.pin
+
+    def pin_nothing(self, keys):
+        slots = pin(self, keys)
+        self._pinned.clear()
+        return slots
+
+    monkeypatch.setattr(HostTier, "pin", pin_nothing)
+
+
+def resets_kept_from_the_host(monkeypatch):
+    monkeypatch.setattr(HostTier, "reset", lambda self: None)
+
+
+def digests_of_single_pages(monkeypatch):
+    below = PageKey.below
+    monkeypatch.setattr(PageKey, "below", lambda self, e: below(PageKey(b"", b"", self.depth), e))
+
+
+def saves_of_another_page(monkeypatch):
+    save = HostTier.save
+
+    def save_the_last_page_everywhere(self, key, page):
+        save(self, key, page)
+        self._saves = dict.fromkeys(self._saves, page)
+
+    monkeypatch.setattr(HostTier, "save", save_the_last_page_everywhere)
+
+
+def loads_in_another_order(monkeypatch):
+    load = HostTier.load
+    monkeypatch.setattr(HostTier, "load", lambda self, slots, pages: load(self, slots, pages[::-1]))
+
+
+HOST_MUTATIONS = [
+    slots_not_pinned,
+    resets_kept_from_the_host,
+    digests_of_single_pages,
+    saves_of_another_page,
+    loads_in_another_order,
+]
+
 BUGS = (AssertionError, RuntimeError, ValueError, IndexError, TypeError)
 
 
@@ -847,3 +918,11 @@ def test_a_seeded_bug_makes_the_random_loads_fail(mutate, monkeypatch):
     with pytest.raises(BUGS):
         for seed in range(40):
             random_load(seed, lag=2)
+
+
+@pytest.mark.parametrize("mutate", HOST_MUTATIONS)
+def test_a_seeded_bug_of_the_host_tier_is_seen(mutate, monkeypatch):
+    mutate(monkeypatch)
+    with pytest.raises((*BUGS, KeyError)):
+        for seed in range(200):
+            host_load(seed)

@@ -628,7 +628,7 @@ def test_a_page_is_copied_once_it_is_written_and_while_its_request_goes_on():
     assert driver.plan() == [("0", 0, 10), ("1", 8, 2)]
     driver.add(range(10))
     assert driver.plan() == [("0", 10, 1), ("2", 9, 1)]
-    [(source, target, count)] = driver.scheduler._in_flight[-1].copied_pages
+    [(source, target, count)] = driver.scheduler._in_flight[-1].moves.copied
     assert (source, count) == (first.pages[2], 1) and target == driver.requests[2].pages[2]
     while driver.scheduler.num_in_flight:
         driver.commit()

@@ -1,0 +1,231 @@
+"""Which pages lie in host memory, and which go there or come back next; no jax, no requests.
+
+A page that the prefix cache evicts from the device is saved to a slot of host memory under the
+digest of its text, and loaded into a page of the device once someone wants that text again, unless
+to compute it again costs less. What is loaded stays saved, so that its next eviction is free. The
+slot that was used longest ago goes first:
+
+    device tree evicts page 7 (text 5 6 7 8)      find 5 6 7 8 9: page 3 on the device, slot 0 here
+    slot 0 <- page 7, before the next step        page 4 <- slot 0, before the step that reads it
+
+Here are the books alone: `take` hands out what is to be moved before the next step, all saves
+first, so that a page is read before anyone writes it anew. Slots to be loaded from are pinned until
+then.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+from jinfer.engine.costs import TransferCosts
+from jinfer.engine.pages import PageError
+from jinfer.engine.plan import PageMoves
+from jinfer.engine.radix import PageKey
+
+
+class _Entry(NamedTuple):
+    slot: int
+    first: bytes
+    depth: int
+
+
+class HostTier:
+    """The slots of host memory and the texts whose pages they hold.
+
+    Args:
+      num_slots: pages that there is room for.
+      page_size: tokens in a page.
+
+    Attributes:
+      costs: decides between loading and computing again.
+      num_saved_pages, num_loaded_pages: moved since the tier was made.
+      num_host_hits: admissions for which pages were loaded.
+      num_host_declined: admissions that found pages here and computed them again.
+      num_host_dropped_pages: thrown out for want of room.
+      num_swaps, num_recomputes: preempted requests that came back with pages from here, and those
+        that came back with none from here and more than half of their tokens to compute again.
+    """
+
+    def __init__(self, num_slots: int, page_size: int) -> None:
+        self.num_slots = num_slots
+        self.costs = TransferCosts(page_size)
+        self._entries: collections.OrderedDict[bytes, _Entry] = collections.OrderedDict()
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._saves: dict[int, int] = {}  # slot -> page
+        self._loads: list[tuple[int, int]] = []  # (slot, page)
+        self._pinned: collections.Counter[int] = collections.Counter()
+        self._forgotten: set[int] = set()  # pinned slots without an entry: free after `take`
+        self.num_saved_pages = 0
+        self.num_loaded_pages = 0
+        self.num_host_hits = 0
+        self.num_host_declined = 0
+        self.num_host_dropped_pages = 0
+        self.num_swaps = 0
+        self.num_recomputes = 0
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that are here."""
+        return len(self._entries)
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, key: PageKey, page: int) -> None:
+        """Keeps what `page` holds; before the next step, for the device gives it away now."""
+        if key.digest in self._entries:
+            self._entries.move_to_end(key.digest)
+            return
+        if not self.costs.is_worth_saving():
+            return
+        slot = self._free.pop() if self._free else self._evict()
+        if slot is not None:
+            self._entries[key.digest] = _Entry(slot, key.first, key.depth)
+            self._saves[slot] = page
+            self.num_saved_pages += 1
+
+    def _evict(self) -> int | None:
+        """Returns the slot used longest ago among those that are not pinned."""
+        for digest, entry in self._entries.items():
+            if not self._pinned[entry.slot]:
+                del self._entries[digest]
+                self.num_saved_pages -= self._saves.pop(entry.slot, None) is not None
+                self.num_host_dropped_pages += 1
+                return entry.slot
+        return None
+
+    # ------------------------------------------------------------------ loading
+
+    def find(self, above: PageKey, edges: Iterable[bytes]) -> list[PageKey]:
+        """Returns the keys of the pages here that prolong a text; changes nothing.
+
+        Args:
+          above: of what the device has.
+          edges: the pages that follow.
+        """
+        found = []
+        for edge in edges:
+            above = above.below(edge)
+            if above.digest not in self._entries:
+                break
+            found.append(above)
+        return found
+
+    def pin(self, keys: Sequence[PageKey]) -> list[int]:
+        """Returns the slots of `keys`, which stay as they are until they are loaded and taken."""
+        for key in reversed(keys):  # so that of a text the end goes first
+            self._entries.move_to_end(key.digest)
+        slots = [self._entries[key.digest].slot for key in keys]
+        self._pinned.update(slots)
+        return slots
+
+    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        """Brings pinned slots to `pages` before the next step."""
+        self._loads += zip(slots, pages, strict=True)
+        self.num_loaded_pages += len(slots)
+
+    def note_admission(
+        self, *, is_resumed: bool, num_found: int, num_loaded: int, is_computed: bool
+    ) -> None:
+        """Counts how a request came (back) to its pages.
+
+        Args:
+          is_resumed: whether it had been preempted.
+          num_found: pages that were here.
+          num_loaded: those of them that are loaded.
+          is_computed: whether more than half of its tokens are to be computed.
+        """
+        self.num_host_hits += num_loaded > 0
+        self.num_host_declined += num_found > num_loaded
+        self.num_swaps += is_resumed and num_loaded > 0
+        self.num_recomputes += is_resumed and num_loaded == 0 and is_computed
+
+    def take(self, moves: PageMoves) -> PageMoves:
+        """Adds, once, what is to be saved and loaded before the next step; unpins."""
+        moves = dataclasses.replace(
+            moves,
+            saved=tuple((page, slot) for slot, page in self._saves.items()),
+            loaded=tuple(self._loads),
+        )
+        self._saves, self._loads = {}, []
+        self._pinned.clear()
+        self._free += self._forgotten
+        self._forgotten.clear()
+        return moves
+
+    # ------------------------------------------------------------------ forgetting
+
+    def forget(self, key: PageKey) -> None:
+        """Forgets a page and all that follow it, and with them texts that only begin alike.
+
+        Those that share their first page with it and are as long; everything, if it is a first
+        page itself, since others may have been copied from it in part. Too much, but no entry needs
+        a link to others for what happens after errors alone.
+        """
+        if key.depth <= 1:
+            self.reset()
+        gone = [
+            digest
+            for digest, entry in self._entries.items()
+            if entry.first == key.first and entry.depth >= key.depth
+        ]
+        for digest in gone:
+            self._remove(digest)
+
+    def forget_text(self, namespace: Hashable, first_edge: bytes, num_kept: int) -> None:
+        """Forgets the pages from number `num_kept` on of the texts that begin with `first_edge`."""
+        self.forget(PageKey.root(namespace).below(first_edge)._replace(depth=num_kept + 1))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        for digest in tuple(self._entries):
+            self._remove(digest)
+
+    def _remove(self, digest: bytes) -> None:
+        slot = self._entries.pop(digest).slot
+        if self._pinned[slot]:  # whoever waits for it gets what was asked for
+            self._forgotten.add(slot)
+        else:
+            self.num_saved_pages -= self._saves.pop(slot, None) is not None
+            self._free.append(slot)
+
+    # ------------------------------------------------------------------ invariants
+
+    def filled_slots(self) -> list[int]:
+        """Slots that hold a page now: not those that wait for one."""
+        return [e.slot for e in self._entries.values() if e.slot not in self._saves]
+
+    def check(self) -> None:
+        """Verifies that each slot is free, in use or forgotten while pinned, and only one of them.
+
+        Raises:
+          PageError: the books do not balance; the message names the slots.
+        """
+        used = [entry.slot for entry in self._entries.values()]
+        slots = collections.Counter([*used, *self._free, *self._forgotten])
+        wrong = [s for s in {*range(self.num_slots), *slots} if slots[s] != 1]
+        if wrong or any(slot not in range(self.num_slots) for slot in slots):
+            raise PageError(f"host slots {wrong} are neither free nor in use, or both")
+        held = {*used, *self._forgotten}
+        lost = [slot for slot in self._saves if slot not in held]
+        lost += [slot for slot, _ in self._loads if slot not in held or not self._pinned[slot]]
+        if lost or not self._forgotten <= self._pinned.keys():
+            raise PageError(f"host slots {lost} are to be saved or loaded and not held for it")
+
+    def metrics(self, page_bytes: int) -> dict[str, float]:
+        """Returns the counts since the tier was made, and what it holds; see the attributes."""
+        return {
+            "num_host_pages": self.num_slots,
+            "num_host_cached_pages": self.num_cached,
+            "num_host_hits": self.num_host_hits,
+            "num_host_declined": self.num_host_declined,
+            "num_host_dropped_pages": self.num_host_dropped_pages,
+            "num_saved_pages": self.num_saved_pages,
+            "num_loaded_pages": self.num_loaded_pages,
+            "saved_bytes": self.num_saved_pages * page_bytes,
+            "loaded_bytes": self.num_loaded_pages * page_bytes,
+            "num_swaps": self.num_swaps,
+            "num_recomputes": self.num_recomputes,
+        }
