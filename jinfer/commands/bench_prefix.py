@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         rows += _measure("host", engines, prompts, args, args.repeats, times, num_passes=2)
     if "tree" in args.case:
         rows += measure_tree(args.tree_pages)
+        rows += measure_parts(args.tree_pages)
     workload = {
         name: getattr(args, name)
         for name in (
@@ -255,13 +256,49 @@ def measure_tree(num_pages: int, page_size: int = 16, pages_a_text: int = 64) ->
         held += cache.alloc(1)
     evict_us = (time.perf_counter() - begin) / num_cached * 1e6
     assert cache.num_evicted == num_cached and cache.num_cached == 0
+    return _tree_rows(f"tree of {num_cached} pages", lookup=lookup_us, evict=evict_us)
+
+
+def measure_parts(num_pages: int, page_size: int = 16) -> list[Row]:
+    """Fills a tree with pages filled in part, all below one node, finds and evicts all of them.
+
+    They begin with the same four tokens and are found by all that they have.
+    """
+    from jinfer.engine.pages import PagePool
+    from jinfer.engine.prefix import PrefixCache
+
+    draw = random.Random(0)
+    cache = PrefixCache(PagePool(num_pages), page_size)
+    count = page_size * 3 // 4
+    texts = [
+        [7] * 4 + [draw.randrange(1 << 15) for _ in range(count - 4)] for _ in range(num_pages)
+    ]
+    gc.collect()
+    begin = time.perf_counter()
+    for text in texts:
+        cache.release(0, text, cache.alloc(1))
+    insert_us = (time.perf_counter() - begin) / num_pages * 1e6
+    draw.shuffle(texts)
+    begin = time.perf_counter()
+    num_found = sum(cache.find_part(0, [*text, -1], [])[1] == count for text in texts)
+    lookup_us = (time.perf_counter() - begin) / num_pages * 1e6
+    begin = time.perf_counter()
+    for _ in range(num_pages):
+        cache.alloc(1)
+    evict_us = (time.perf_counter() - begin) / num_pages * 1e6
+    assert num_found == cache.num_evicted == num_pages
+    case = f"{num_pages} parts of pages below one node"
+    return _tree_rows(case, insert=insert_us, lookup=lookup_us, evict=evict_us)
+
+
+def _tree_rows(case: str, **taken_us: float) -> list[Row]:
     return [
         Row(
-            case=f"tree of {num_cached} pages",
+            case=case,
             metric=f"{name}_us_per_page",
             unit="us",
             value=value,
             limit=MAX_US_PER_PAGE,
         )
-        for name, value in (("lookup", lookup_us), ("evict", evict_us))
+        for name, value in taken_us.items()
     ]

@@ -229,8 +229,8 @@ def test_in_any_order_of_events_each_request_has_its_own_tokens(engines, max_exa
     llm, alone, _ = engines
     gained = run_and_count(llm, alone, max_examples, step_count)
     assert Machine.counts["finished"] > 5 * max_examples // 2 and Machine.counts["errors"] > 3
-    for name in ("num_preemptions", "num_cached_tokens", "num_evicted_pages", "num_failed_steps"):
-        assert gained[name] > 3, name
+    for name in ("preemptions", "cached_tokens", "copied_pages", "evicted_pages", "failed_steps"):
+        assert gained[f"num_{name}"] > 3, name
 
 
 @pytest.mark.parametrize(

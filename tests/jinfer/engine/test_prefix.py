@@ -759,6 +759,21 @@ def test_kv_that_depends_on_the_length_is_shared_up_to_the_limit_only():
     assert driver.scheduler.prefix.num_cached == 3
 
 
+def test_a_part_of_a_page_goes_when_a_late_step_writes_nan_behind_it():
+    driver = Driver()
+    driver.add(range(6), max_tokens=9)
+    driver.plan()
+    driver.commit()
+    driver.plan()
+    [decode] = driver.scheduler._in_flight[0].seqs
+    assert driver.scheduler.abort("0") and driver.scheduler.prefix.is_cached(decode.pages[0])
+    driver.scheduler.commit(driver.scheduler._in_flight[0], [[7]], is_sound=[False])
+    assert not driver.scheduler.prefix.is_cached(decode.pages[0])
+    driver.add(range(6))
+    assert driver.plan() == [("1", 4, 2)]
+    assert driver.scheduler._in_flight[-1].cleared_pages == decode.pages
+
+
 def test_the_check_names_what_is_wrong_with_the_cache():
     driver = Driver()
     driver.run(range(8))
@@ -768,6 +783,10 @@ def test_the_check_names_what_is_wrong_with_the_cache():
     with pytest.raises(PageError, match=r"counts 2 pages, 2 to be evicted, and has 2 and 1"):
         driver.scheduler.check()
     driver.scheduler.pool._counts[page] = 1
+    cache._nodes[page].order.append(b"")
+    with pytest.raises(PageError, match=f"below page {page} have edges that cannot be theirs"):
+        driver.scheduler.check()
+    cache._nodes[page].order.pop()
     cache._nodes[page].edge = b"other"
     with pytest.raises(PageError, match=f"page {page} of the prefix cache is linked wrongly"):
         driver.scheduler.check()
