@@ -62,8 +62,7 @@ class LLM:
         best and what no kernel reads, and makes floats of weights once on a CPU that has the
         memory. A named backend runs all of them, or is refused.
       speculative_config: draft several tokens and verify them in one step of the model: a dict
-        with "method" and the fields of `config.SpeculativeConfig`. What is generated stays as it
-        is.
+        with "method" and the fields of `config.SpeculativeConfig`. The texts stay as they are.
       cpu_offload_gb: GiB of host memory for pages of KV evicted from the pool; 0 for none.
       generation_config: "auto": defaults of sampling come from the model's generation_config.json;
         "none": those of `SamplingParams`.
