@@ -771,7 +771,7 @@ def test_a_part_of_a_page_goes_when_a_late_step_writes_nan_behind_it():
     assert not driver.scheduler.prefix.is_cached(decode.pages[0])
     driver.add(range(6))
     assert driver.plan() == [("1", 4, 2)]
-    assert driver.scheduler._in_flight[-1].cleared_pages == decode.pages
+    assert driver.scheduler._in_flight[-1].moves.cleared == tuple(decode.pages)
 
 
 def test_the_check_names_what_is_wrong_with_the_cache():
