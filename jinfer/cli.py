@@ -13,7 +13,17 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jinfer.commands import bench, chat, convert, evaluate, generate, plan, quantize, train_medusa
+from jinfer.commands import (
+    bench,
+    chat,
+    convert,
+    evaluate,
+    generate,
+    plan,
+    quantize,
+    train_draft,
+    train_medusa,
+)
 from jinfer.commands.terminal import PROG, one_line, say
 
 COMMANDS = {
@@ -25,6 +35,7 @@ COMMANDS = {
     "eval": evaluate,
     "bench": bench,
     "train-medusa": train_medusa,
+    "train-draft": train_draft,
 }
 
 

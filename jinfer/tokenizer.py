@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,6 +92,15 @@ def load_tokenizer(
     if path.is_dir():
         raise ValueError(f"no tokenizer in {path}: expected one of {', '.join(_HF_FILES)}")
     return tokenizer_from_gguf(GGUFFile(path))
+
+
+def tokenizer_files(
+    path_or_name: str | os.PathLike[str], revision: str | None = None
+) -> dict[str, bytes]:
+    """Returns a model's tokenizer as the files of a Hugging Face folder, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer(path_or_name, revision=revision).save_pretrained(folder)
+        return {f.name: f.read_bytes() for f in pathlib.Path(folder).iterdir() if f.is_file()}
 
 
 def _from_hf(name: str | os.PathLike[str], revision: str | None) -> PreTrainedTokenizerBase:

@@ -100,7 +100,9 @@ MAY_JIT = (
     "jinfer/draft_steps.py",
     "jinfer/tree_steps.py",
     "jinfer/quant/",
+    "jinfer/spec/draft_training.py",
     "jinfer/spec/medusa_training.py",
+    "jinfer/spec/training.py",
 )
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "ml_dtypes", "jaxtyping", "pallas_kernels"}
 TOP_LEVEL = {

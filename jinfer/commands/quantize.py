@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     from jinfer.quant import sensitivity
     from jinfer.quant.job import Job, check_job, run_job
     from jinfer.quant.recipe import Recipe, make_method
+    from jinfer.tokenizer import tokenizer_files
     from jinfer.weights.fill import fill, resolve_dtype
     from jinfer.weights.load import open_checkpoint
     from jinfer.weights.save import check_free
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         held_out=held_out,
         held_out_source=f"{args.calibration}, not used for calibration",
         is_sequential=sequential,
-        files=_tokenizer_files(args),
+        files=tokenizer_files(args.model, args.revision),
         vocabulary=vocabulary(args, model) if args.export == "gguf" else None,
         choices=choices,
         versions={"jinfer": jinfer.__version__, "jax": jax.__version__},
@@ -232,17 +233,6 @@ def _own_text(model: Any, params: Any, num: int, length: int, seed: int) -> Any:
             texts.append(np.asarray(sample_texts(model, params, start, key, length)))
             bar.update(min(batch, num - i * batch))
     return np.concatenate(texts)[:num]
-
-
-def _tokenizer_files(args: argparse.Namespace) -> dict[str, bytes]:
-    """The tokenizer as files for the new folder."""
-    import tempfile
-
-    from jinfer.tokenizer import load_tokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        load_tokenizer(args.model, revision=args.revision).save_pretrained(folder)
-        return {f.name: f.read_bytes() for f in pathlib.Path(folder).iterdir() if f.is_file()}
 
 
 def vocabulary(args: argparse.Namespace, model: Any) -> dict[str, Any]:

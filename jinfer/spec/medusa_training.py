@@ -1,15 +1,9 @@
-"""Trains Medusa heads on tokens, the backbone frozen; knows nothing of text, files or engines.
-
-Everything is decided by the seed and the step's number, so that a run that was cut and goes on from
-a checkpoint ends with the very same bits.
-"""
+"""What Medusa heads learn, the backbone frozen, and how often they are right; see `training`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,98 +12,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jinfer.config import require
 from jinfer.models.model import Model
 from jinfer.spec import medusa
+from jinfer.spec.training import hidden_states
 from jinfer.typing import Params
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How heads are trained.
-
-    Attributes:
-      num_steps: optimizer steps.
-      batch_size: windows a step.
-      learning_rate: at its peak; cosine to zero after a linear warm-up of `warmup` of all steps.
-      weight_decay: of AdamW.
-      loss_decay: head k's loss counts loss_decay ** k.
-      seed: of the order of windows.
-      checkpoint_every: steps between checkpoints.
-    """
-
-    num_steps: int
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    loss_decay: float = 0.8
-    seed: int = 0
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "learning_rate", "loss_decay", "checkpoint_every"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} must be positive, got {value}")
-        require(0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}")
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW on the schedule above."""
-        num_warmup = round(self.warmup * self.num_steps)
-        schedule = optax.warmup_cosine_decay_schedule(
-            init_value=0.0 if num_warmup else self.learning_rate,
-            peak_value=self.learning_rate,
-            warmup_steps=num_warmup,
-            decay_steps=max(self.num_steps, num_warmup + 1),
-        )
-        return optax.adamw(schedule, weight_decay=self.weight_decay)
-
-
-def windows(
-    texts: Sequence[tuple[Sequence[int], int]], length: int
-) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N 2"]]:
-    """Cuts texts into rows of at most `length` tokens.
-
-    Rows with fewer than 3 tokens to learn, which teach no head anything, are left out.
-
-    Args:
-      texts: each with the number of tokens at its beginning that are only read: a prompt.
-      length: T.
-
-    Returns:
-      tokens [N, T] i32, zeros after a row's end, and the rows' spans to learn: first token, end.
-    """
-    tokens, spans = [], []
-    for text, num_read in texts:
-        for i in range(0, len(text), length):
-            piece = text[i : i + length]
-            span = max(0, num_read - i), len(piece)
-            if span[1] - span[0] >= 3:
-                tokens.append([*piece, *[0] * (length - len(piece))])
-                spans.append(span)
-    require(bool(tokens), "there is nothing to learn from: no text has 3 tokens or more")
-    return np.array(tokens, np.int32), np.array(spans, np.int32)
-
-
-def batch_rows(step: int, num_rows: int, config: TrainingConfig) -> np.ndarray:
-    """Returns which windows step `step` takes: each once before any a second time, and so on."""
-    start = step * config.batch_size
-    places = np.arange(start, start + config.batch_size)
-    orders = {
-        epoch: np.random.default_rng((config.seed, epoch)).permutation(num_rows)
-        for epoch in set((places // num_rows).tolist())
-    }
-    return np.array([orders[p // num_rows][p % num_rows] for p in places.tolist()])
-
-
-def hidden_states(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Array:
-    """Returns [B, T, D] of the frozen backbone."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    context_lens = jnp.full_like(positions, tokens.shape[1])
-    hidden, _ = model.apply(
-        params, tokens, positions, model.attend_densely, None, context_lens=context_lens
-    )
-    return jax.lax.stop_gradient(hidden)
 
 
 def _targets(tokens: Array, spans: Array, k: int) -> tuple[Array, Array]:
@@ -127,7 +33,7 @@ def losses(
     spans: Int[Array, "B 2"],
 ) -> Float[Array, "K"]:
     """Returns each head's mean cross entropy over the places that have a target, in nats."""
-    hidden = hidden_states(model, params, tokens)
+    hidden = jax.lax.stop_gradient(hidden_states(model, params, tokens))
 
     def loss(k: int) -> Array:
         targets, is_there = _targets(tokens, spans, k)
@@ -143,28 +49,23 @@ def losses(
     return jnp.stack([loss(k) for k in range(heads["w"].shape[0])])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("state",))
-def train_step(
-    model: Model,
-    config: TrainingConfig,
-    params: Params,
-    state: tuple[dict[str, Array], Any],
-    tokens: Int[Array, "B T"],
-    spans: Int[Array, "B 2"],
-) -> tuple[tuple[dict[str, Array], Any], Float[Array, "K"]]:
-    """Returns (heads, optimizer state), donated, after one AdamW step, and the losses before it."""
-    heads, opt_state = state
+@dataclasses.dataclass(frozen=True)
+class HeadLoss:
+    """The heads' losses, the nearer token's counting more; a `training.Objective`."""
 
-    def weighed(heads: dict[str, Array]) -> tuple[Array, Array]:
-        each = losses(model, params, heads, tokens, spans)
-        decay = config.loss_decay ** jnp.arange(each.shape[0], dtype=jnp.float32)
-        return jnp.sum(each * decay), each
+    model: Model
+    decay: float = 0.8
 
-    grads, each = jax.grad(weighed, has_aux=True)(heads)
-    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
-        updates, opt_state = config.optimizer().update(grads, opt_state, heads)
-        new_heads: Any = optax.apply_updates(heads, updates)
-    return (new_heads, opt_state), each
+    def __call__(
+        self,
+        params: Params,
+        weights: dict[str, Array],
+        tokens: Int[Array, "B T"],
+        spans: Int[Array, "B 2"],
+    ) -> tuple[Float[Array, ""], Float[Array, "K"]]:
+        """Returns their sum with weights decay ** k, and each."""
+        each = losses(self.model, params, weights, tokens, spans)
+        return jnp.sum(each * self.decay ** jnp.arange(each.shape[0], dtype=jnp.float32)), each
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_ranks"))
@@ -211,71 +112,3 @@ def rank_accuracies(
         found = count_ranks(model, params, heads, part, part_spans, num_ranks=num_ranks)
         hits, places = hits + np.asarray(found[0]), places + np.asarray(found[1])
     return hits / np.maximum(places, 1)[:, None]
-
-
-class Checkpoints:
-    """The newest state of a run, in an Orbax folder.
-
-    Args:
-      folder: of the checkpoints; made if absent.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def save(self, step: int, state: Any) -> None:
-        """Keeps the state before step `step`, and no older one."""
-        self._manager.save(step, args=self._ocp.args.StandardSave(state))
-
-    def restore(self, like: Any) -> tuple[int, Any] | None:
-        """Returns (step, state) of the newest checkpoint, or None; `like` has its tree."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        return step, self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
-
-    def close(self) -> None:
-        """Waits for what is under way."""
-        self._manager.close()
-
-
-def train(
-    model: Model,
-    params: Params,
-    heads: dict[str, Array],
-    tokens: Int[np.ndarray, "N T"],
-    spans: Int[np.ndarray, "N 2"],
-    config: TrainingConfig,
-    *,
-    checkpoints: Checkpoints | None = None,
-    on_step: Callable[[int, np.ndarray], None] | None = None,
-) -> dict[str, Array]:
-    """Trains `heads`, from the newest checkpoint on if there is one, and returns them.
-
-    Args:
-      model: of the backbone.
-      params: its weights, which stay as they are.
-      heads: where to start; see `medusa.init`. They are copied.
-      tokens, spans: see `windows`.
-      config: of the training.
-      checkpoints: where states are kept and found.
-      on_step: called after each step with the number of steps done and each head's loss before it.
-    """
-    heads = jax.tree.map(jnp.copy, heads)
-    state = heads, config.optimizer().init(heads)
-    found = checkpoints.restore(state) if checkpoints is not None else None
-    start, state = found if found is not None else (0, state)
-    for step in range(start, config.num_steps):
-        rows = batch_rows(step, len(tokens), config)
-        part: Any = tokens[rows], spans[rows]
-        state, each = train_step(model, config, params, state, *part)
-        if on_step is not None:
-            on_step(step + 1, np.asarray(each))
-        is_last = step + 1 == config.num_steps
-        if checkpoints is not None and (is_last or (step + 1) % config.checkpoint_every == 0):
-            checkpoints.save(step + 1, state)
-    return state[0]

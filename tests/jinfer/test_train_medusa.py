@@ -10,7 +10,7 @@ import jinfer
 from jinfer import cli, tokenizer
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
-from jinfer.spec import medusa, medusa_training
+from jinfer.spec import medusa, training
 
 VOCAB = 61
 MODEL = Model(
@@ -63,7 +63,7 @@ def test_heads_from_texts_that_the_model_writes_and_a_second_run_does_nothing(
     def refuse(*args, **options):
         raise AssertionError("nothing is left to do")
 
-    monkeypatch.setattr(medusa_training, "train_step", refuse)
+    monkeypatch.setattr(training, "train_step", refuse)
     monkeypatch.setattr(jinfer.LLM, "generate", refuse)
     assert train("--output", tmp_path, *SMALL) == 0
     assert capsys.readouterr().out == report

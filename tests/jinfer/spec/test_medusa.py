@@ -9,9 +9,9 @@ import pytest
 
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
-from jinfer.spec import medusa, medusa_training
-from jinfer.spec.medusa_training import Checkpoints, TrainingConfig
+from jinfer.spec import medusa, medusa_training, training
 from jinfer.spec.medusa_tree import check_tree, expected_tokens, fit_tree
+from jinfer.spec.training import Checkpoints, TrainingConfig
 
 VOCAB, HIDDEN, HEADS = 61, 24, 2
 MODEL = Model(
@@ -30,6 +30,7 @@ MODEL = Model(
 CONFIG = medusa.MedusaConfig(
     num_heads=HEADS, hidden_size=HIDDEN, vocab_size=VOCAB, shared_unembedding=False
 )
+LOSS = medusa_training.HeadLoss(MODEL)
 TRAINING = TrainingConfig(num_steps=80, batch_size=8, learning_rate=3e-2, checkpoint_every=40)
 
 
@@ -43,7 +44,7 @@ def data():
     """Texts that count upwards from a random start: easy to foretell."""
     starts = np.random.default_rng(0).integers(0, VOCAB, 16)
     texts = [(((start + np.arange(20)) % VOCAB).tolist(), 0) for start in starts]
-    return medusa_training.windows(texts, 16)
+    return training.windows(texts, 16)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ def trained(params, data):
     """(heads, losses by step) of an unbroken run."""
     seen = []
     heads = medusa.init(CONFIG, MODEL, params)
-    heads = medusa_training.train(
-        MODEL, params, heads, *data, TRAINING, on_step=lambda _, each: seen.append(each)
+    heads = training.train(
+        LOSS, params, heads, *data, TRAINING, on_step=lambda _, each: seen.append(each)
     )
     return heads, np.stack(seen)
 
@@ -86,7 +87,7 @@ def test_heads_learn_the_token_that_is_theirs(params, data, trained):
     assert (accuracies[:, 0] > 0.5).all()
     assert (accuracies.sum(1) <= 1 + 1e-6).all()
     tokens, _ = data
-    hidden = jax.jit(medusa_training.hidden_states, static_argnums=0)(MODEL, params, tokens)
+    hidden = jax.jit(training.hidden_states, static_argnums=0)(MODEL, params, tokens)
     for k in range(HEADS):
         guess = np.argmax(medusa.head_logits(MODEL, params, trained[0], k, hidden), -1)
         is_right = guess == (tokens + 2 + k) % VOCAB
@@ -105,7 +106,7 @@ def test_padding_teaches_nothing(params):
 
 
 def test_of_a_prompt_nothing_is_learnt(params):
-    _, spans = medusa_training.windows([(list(range(10)), 3)], 6)
+    _, spans = training.windows([(list(range(10)), 3)], 6)
     assert spans.tolist() == [[3, 6], [0, 4]]
     heads = medusa.init(CONFIG, MODEL, params)
     tokens = np.arange(16, dtype=np.int32)[None] + 1
@@ -130,14 +131,12 @@ def test_a_run_that_was_cut_ends_with_the_same_bits(params, data, trained, tmp_p
     heads = medusa.init(CONFIG, MODEL, params)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(Cut):
-        medusa_training.train(
-            MODEL, params, heads, *data, TRAINING, checkpoints=checkpoints, on_step=cut
-        )
+        training.train(LOSS, params, heads, *data, TRAINING, checkpoints=checkpoints, on_step=cut)
     checkpoints.close()
     steps = []
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    resumed = medusa_training.train(
-        MODEL,
+    resumed = training.train(
+        LOSS,
         params,
         heads,
         *data,
@@ -206,8 +205,8 @@ def test_the_fitted_tree_is_the_best_of_its_size():
 
 def test_each_window_comes_once_before_any_comes_twice():
     config = TrainingConfig(num_steps=5, batch_size=3)
-    rows = np.concatenate([medusa_training.batch_rows(step, 5, config) for step in range(5)])
+    rows = np.concatenate([training.batch_rows(step, 5, config) for step in range(5)])
     for epoch in rows.reshape(3, 5):
         assert sorted(epoch) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="nothing to learn from"):
-        medusa_training.windows([([1, 2], 0)], 8)
+        training.windows([([1, 2], 0)], 8)

@@ -1,0 +1,63 @@
+"""`jinfer train-draft`: a model of few layers that drafts for another of the same family."""
+
+from __future__ import annotations
+
+import argparse
+
+from jinfer.commands import training
+
+SUMMARY = "distil a draft model of few layers"
+NUM_DRAFTS = 4  # for which the report says what to expect
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of `jinfer train-draft`."""
+    training.add_arguments(parser, output="the draft model", batch_size=4, learning_rate=3e-4)
+    parser.add_argument("--num-layers", type=int, default=4, help="of the draft (4)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Distils a draft model: some layers of the model, trained to say what it says.
+
+    Embeddings and head are the model's own and stay as they are. --data is a JSONL file whose lines
+    have "text", learnt as it is, or a prompt ("prompt", "messages" or "prompt_token_ids"), of which
+    the model's own answer is learnt; or any other file, learnt as one text. Without it the model
+    writes texts of its own. A tenth of the windows is kept apart to measure the draft on. --output
+    gets "model", a folder that any command takes and speculative_config names, report.json, and
+    "data.npz" and "checkpoints", from which the same command goes on after a cut.
+    """
+    import json
+
+    from jinfer.models.families import config_from_hf
+    from jinfer.models.model import Model
+    from jinfer.spec import draft_training
+    from jinfer.tokenizer import tokenizer_files
+    from jinfer.weights.load import open_checkpoint
+    from jinfer.weights.save import save_folder
+
+    target, params = training.load_model(args)
+    hf = {**open_checkpoint(args.model).hf, "num_hidden_layers": args.num_layers}
+    if hf.get("layer_types"):
+        hf["layer_types"] = hf["layer_types"][: args.num_layers]
+    draft = Model(config_from_hf(hf))
+    weights = draft_training.init(params, draft.config)
+    training.check_same_run(args, "num_layers")
+    data = training.read_data(args, target, params)
+    objective = draft_training.Distillation(target, draft)
+    weights = training.train(args, objective, params, weights, data)
+    greedy, sampled = draft_training.agreement(
+        *(target, draft, params, weights, data.held_tokens, data.held_spans),
+        batch_size=args.batch_size,
+    )
+    folder = args.output / "model"
+    if not folder.exists():
+        files = tokenizer_files(args.model)
+        save_folder(folder, draft, {**params, **weights}, hf, dtype="float32", files=files)
+    report = {"greedy": greedy, "sampled": sampled, "windows": len(data.held_tokens)}
+    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"on {report['windows']} windows kept apart, of {NUM_DRAFTS} drafts a step:")
+    for name, rate in (("greedy", greedy), ("temperature 1", sampled)):
+        expected = sum(rate**i for i in range(NUM_DRAFTS + 1))
+        print(f"{name:<14} {100 * rate:5.1f} % stand, {expected:.2f} tokens a step expected")
+    print(f'speculative_config={{"method": "draft", "model": "{folder}"}}')
+    return 0

@@ -1,0 +1,189 @@
+"""What the commands that train have in common: flags, data, and the run itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinfer.commands import flags
+from jinfer.commands.terminal import say
+
+
+class Data(NamedTuple):
+    """Windows to learn from, and a tenth kept apart: tokens [N, T] and spans [N, 2] of each."""
+
+    tokens: Any
+    spans: Any
+    held_tokens: Any
+    held_spans: Any
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, output: str, batch_size: int, learning_rate: float
+) -> None:
+    """Declares the flags; `output` says what comes out."""
+    parser.add_argument("--model", default=flags.DEFAULT_MODEL, help="as for jinfer generate")
+    parser.add_argument("--dtype", default="auto", help="of the model's weights (auto)")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="what to learn from; see above")
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help=output)
+    parser.add_argument("--steps", type=int, help="default: two epochs")
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, help=f"windows a step ({batch_size})"
+    )
+    parser.add_argument("--window", type=int, default=256, help="tokens a window (256)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=learning_rate, help=f"peak ({learning_rate:g})"
+    )
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="(0)")
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps (100)")
+    parser.add_argument("--seed", type=int, default=0, help="of data and order (0)")
+    parser.add_argument("--max-texts", type=int, default=512, help="read or generate (512)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of a generated text (256)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of generated texts (0.7)")
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the model and its weights."""
+    from jinfer import load
+
+    return load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
+
+
+def train(args: argparse.Namespace, objective: Any, params: Any, weights: Any, data: Data) -> Any:
+    """Runs or goes on with a training and returns the weights, with a progress bar on the way."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from jinfer.spec import training
+
+    num_steps = args.steps or -(-2 * len(data.tokens) // args.batch_size)
+    config = training.TrainingConfig(
+        num_steps=num_steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+    )
+    checkpoints = training.Checkpoints(args.output / "checkpoints")
+    bar = tqdm(total=num_steps, desc="train", unit="step", disable=None)
+
+    def advance(step: int, losses: np.ndarray) -> None:
+        bar.set_postfix_str("loss " + " ".join(f"{x:.2f}" for x in losses), refresh=False)
+        bar.update(step - bar.n)
+
+    try:
+        with bar:
+            return training.train(
+                objective,
+                params,
+                weights,
+                data.tokens,
+                data.spans,
+                config,
+                checkpoints=checkpoints,
+                on_step=advance,
+            )
+    finally:
+        checkpoints.close()
+
+
+def check_same_run(args: argparse.Namespace, *own: str) -> None:
+    """Makes --output, and refuses to go on in a folder of a run with other settings.
+
+    `own` are the names of settings that the command has beside those of all training.
+    """
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "run.json"
+    names = ("model", "dtype", "data", *own, "steps", "batch_size")
+    names += ("window", "learning_rate", "weight_decay", "seed", "max_texts", "max_tokens")
+    settings = {name: str(getattr(args, name)) for name in (*names, "temperature")}
+    if file.is_file():
+        before = json.loads(file.read_text())
+        changed = [name for name, value in settings.items() if before.get(name) != value]
+        if changed:
+            there, here = ({n: d.get(n) for n in changed} for d in (before, settings))
+            raise ValueError(
+                f"{file.parent} holds a run with {there}, this one has {here}: give another "
+                "--output, or the same settings"
+            )
+    file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def read_data(args: argparse.Namespace, model: Any, params: Any) -> Data:
+    """Returns the windows, from --output if a run before has left them there."""
+    import numpy as np
+
+    from jinfer import LLM
+    from jinfer.spec.training import windows
+
+    file = args.output / "data.npz"
+    if file.is_file():
+        with np.load(file) as arrays:
+            return _split(args, arrays["tokens"], arrays["spans"])
+    llm = LLM(model, params=params, tokenizer=args.model, generation_config="none")
+    tokens, spans = windows(list(_texts(args, llm)), args.window)
+    order = np.random.default_rng(args.seed).permutation(len(tokens))
+    tokens, spans = tokens[order], spans[order]
+    np.savez(file.with_suffix(".tmp.npz"), tokens=tokens, spans=spans)
+    file.with_suffix(".tmp.npz").replace(file)
+    return _split(args, tokens, spans)
+
+
+def _split(args: argparse.Namespace, tokens: Any, spans: Any) -> Data:
+    num_held = max(1, len(tokens) // 10)
+    if len(tokens) <= num_held:
+        raise ValueError(f"{len(tokens)} windows of {args.window} tokens are too few to learn from")
+    return Data(tokens[num_held:], spans[num_held:], tokens[:num_held], spans[:num_held])
+
+
+def _texts(args: argparse.Namespace, llm: Any) -> Iterator[tuple[list[int], int]]:
+    """The token ids of each text, read or written by the model, and how many are its prompt."""
+    tokenizer = llm.get_tokenizer()
+    if args.data is None:
+        start = tokenizer.bos_token_id
+        if start is None:
+            start = tokenizer.eos_token_id
+        yield from _answers(args, llm, [[start]] * args.max_texts)
+        return
+    if args.data.suffix != ".jsonl":
+        yield tokenizer.encode(args.data.read_text()), 0
+        return
+    prompts = []
+    lines = [line for line in args.data.read_text().splitlines() if line.strip()]
+    for number, line in enumerate(lines[: args.max_texts], 1):
+        entry = json.loads(line)
+        if "text" in entry:
+            yield tokenizer.encode(entry["text"]), 0
+        elif "messages" in entry:
+            text = tokenizer.apply_chat_template(
+                entry["messages"], tokenize=False, add_generation_prompt=True
+            )
+            prompts.append(tokenizer.encode(text, add_special_tokens=False))
+        elif "prompt" in entry:
+            prompts.append(tokenizer.encode(entry["prompt"]))
+        elif "prompt_token_ids" in entry:
+            prompts.append(entry["prompt_token_ids"])
+        else:
+            raise ValueError(
+                f'{args.data} line {number} must have "text" or a prompt, got {sorted(entry)}'
+            )
+    yield from _answers(args, llm, prompts)
+
+
+def _answers(
+    args: argparse.Namespace, llm: Any, prompts: list[list[int]]
+) -> Iterator[tuple[list[int], int]]:
+    from jinfer import SamplingParams
+
+    if not prompts:
+        return
+    say(f"the model writes {len(prompts)} texts of at most {args.max_tokens} tokens")
+    fields = {"temperature": args.temperature, "max_tokens": args.max_tokens, "detokenize": False}
+    params = [SamplingParams(**fields, seed=args.seed + i) for i in range(len(prompts))]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=True)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        yield [*prompt, *output.outputs[0].token_ids], len(prompt)

@@ -1,0 +1,206 @@
+"""Trains weights on tokens, step by step; knows nothing of text, engines and what is learnt.
+
+Everything is decided by the seed and the step's number, so that a run that was cut and goes on from
+a checkpoint ends with the very same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from jinfer.config import require
+from jinfer.models.model import Model
+from jinfer.typing import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How heads or a draft model are trained.
+
+    Attributes:
+      num_steps: optimizer steps.
+      batch_size: windows a step.
+      learning_rate: at its peak; cosine to zero after a linear warm-up of `warmup` of all steps.
+      weight_decay: of AdamW.
+      seed: of the order of windows.
+      checkpoint_every: steps between checkpoints.
+    """
+
+    num_steps: int
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "learning_rate", "checkpoint_every"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be positive, got {value}")
+        require(0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW on the schedule above."""
+        num_warmup = round(self.warmup * self.num_steps)
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if num_warmup else self.learning_rate,
+            peak_value=self.learning_rate,
+            warmup_steps=num_warmup,
+            decay_steps=max(self.num_steps, num_warmup + 1),
+        )
+        return optax.adamw(schedule, weight_decay=self.weight_decay)
+
+
+def windows(
+    texts: Sequence[tuple[Sequence[int], int]], length: int
+) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N 2"]]:
+    """Cuts texts into rows of at most `length` tokens.
+
+    Rows with fewer than 3 tokens to learn, which teach no head anything, are left out.
+
+    Args:
+      texts: each with the number of tokens at its beginning that are only read: a prompt.
+      length: T.
+
+    Returns:
+      tokens [N, T] i32, zeros after a row's end, and the rows' spans to learn: first token, end.
+    """
+    tokens, spans = [], []
+    for text, num_read in texts:
+        for i in range(0, len(text), length):
+            piece = text[i : i + length]
+            span = max(0, num_read - i), len(piece)
+            if span[1] - span[0] >= 3:
+                tokens.append([*piece, *[0] * (length - len(piece))])
+                spans.append(span)
+    require(bool(tokens), "there is nothing to learn from: no text has 3 tokens or more")
+    return np.array(tokens, np.int32), np.array(spans, np.int32)
+
+
+def batch_rows(step: int, num_rows: int, config: TrainingConfig) -> np.ndarray:
+    """Returns which windows step `step` takes: each once before any a second time, and so on."""
+    start = step * config.batch_size
+    places = np.arange(start, start + config.batch_size)
+    orders = {
+        epoch: np.random.default_rng((config.seed, epoch)).permutation(num_rows)
+        for epoch in set((places // num_rows).tolist())
+    }
+    return np.array([orders[p // num_rows][p % num_rows] for p in places.tolist()])
+
+
+def hidden_states(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Array:
+    """Returns [B, T, D] of texts of at most T tokens."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    context_lens = jnp.full_like(positions, tokens.shape[1])
+    hidden, _ = model.apply(
+        params, tokens, positions, model.attend_densely, None, context_lens=context_lens
+    )
+    return hidden
+
+
+class Objective(Protocol):
+    """What is to become small; hashable, since it makes the program."""
+
+    def __call__(
+        self, params: Params, weights: Any, tokens: Int[Array, "B T"], spans: Int[Array, "B 2"]
+    ) -> tuple[Float[Array, ""], Float[Array, "K"]]:
+        """Returns the loss of `weights`, and what to show of it; `params` stay as they are."""
+        ...
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "config"), donate_argnames=("state",))
+def train_step(
+    objective: Objective,
+    config: TrainingConfig,
+    params: Params,
+    state: tuple[Any, Any],
+    tokens: Int[Array, "B T"],
+    spans: Int[Array, "B 2"],
+) -> tuple[tuple[Any, Any], Float[Array, "K"]]:
+    """Returns (weights, optimizer state), donated, after one AdamW step, and the losses before."""
+    weights, opt_state = state
+    loss = functools.partial(objective, params)
+    grads, each = jax.grad(loss, has_aux=True)(weights, tokens, spans)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        updates, opt_state = config.optimizer().update(grads, opt_state, weights)
+        weights = optax.apply_updates(weights, updates)
+    return (weights, opt_state), each
+
+
+class Checkpoints:
+    """The newest state of a run, in an Orbax folder.
+
+    Args:
+      folder: of the checkpoints; made if absent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Keeps the state before step `step`, and no older one."""
+        self._manager.save(step, args=self._ocp.args.StandardSave(state))
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """Returns (step, state) of the newest checkpoint, or None; `like` has its tree."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        return step, self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+
+    def close(self) -> None:
+        """Waits for what is under way."""
+        self._manager.close()
+
+
+def train(
+    objective: Objective,
+    params: Params,
+    weights: Any,
+    tokens: Int[np.ndarray, "N T"],
+    spans: Int[np.ndarray, "N 2"],
+    config: TrainingConfig,
+    *,
+    checkpoints: Checkpoints | None = None,
+    on_step: Callable[[int, np.ndarray], None] | None = None,
+) -> Any:
+    """Trains `weights`, from the newest checkpoint on if there is one, and returns them.
+
+    Args:
+      objective: says what they should do.
+      params: what the objective reads beside them, which stays as it is.
+      weights: where to start; a pytree, which is copied.
+      tokens, spans: see `windows`.
+      config: of the training.
+      checkpoints: where states are kept and found.
+      on_step: called after each step with the number of steps done and the losses before it.
+    """
+    weights = jax.tree.map(jnp.copy, weights)
+    state = weights, config.optimizer().init(weights)
+    found = checkpoints.restore(state) if checkpoints is not None else None
+    start, state = found if found is not None else (0, state)
+    for step in range(start, config.num_steps):
+        rows = batch_rows(step, len(tokens), config)
+        part: Any = tokens[rows], spans[rows]
+        state, each = train_step(objective, config, params, state, *part)
+        if on_step is not None:
+            on_step(step + 1, np.asarray(each))
+        is_last = step + 1 == config.num_steps
+        if checkpoints is not None and (is_last or (step + 1) % config.checkpoint_every == 0):
+            checkpoints.save(step + 1, state)
+    return state[0]

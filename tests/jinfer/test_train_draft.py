@@ -1,0 +1,109 @@
+"""Draft models: what they learn of their target, and `jinfer train-draft` from end to end."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import jinfer
+from jinfer import LLM, SamplingParams, cli, tokenizer
+from jinfer.models.families import config_from_hf
+from jinfer.models.model import Model
+from jinfer.spec import draft_training, training
+from jinfer.weights.save import save_folder
+
+VOCAB = 61
+HF = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 7,
+}
+TARGET = Model(config_from_hf(HF))
+DRAFT = Model(config_from_hf({**HF, "num_hidden_layers": 1}))
+
+
+@pytest.fixture(scope="module")
+def params():
+    """A target whose layers matter and whose distributions are not flat."""
+    params = TARGET.init(jax.random.key(0))
+    return {**params, "embed": {"w": 4.0 * params["embed"]["w"]}}
+
+
+def test_a_draft_learns_what_its_target_says(params):
+    rng = np.random.default_rng(0)
+    tokens, spans = training.windows(
+        [(t, 0) for t in rng.integers(0, VOCAB, (24, 20)).tolist()], 20
+    )
+    start = draft_training.init(params, DRAFT.config)
+    losses = []
+    config = training.TrainingConfig(num_steps=60, batch_size=8, learning_rate=1e-2)
+    trained = training.train(
+        draft_training.Distillation(TARGET, DRAFT),
+        *(params, start, tokens, spans, config),
+        on_step=lambda _, each: losses.append(float(each[0])),
+    )
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    before, after = (
+        draft_training.agreement(TARGET, DRAFT, params, weights, tokens, spans)
+        for weights in (start, trained)
+    )
+    assert all(a > b + 0.03 for a, b in zip(after, before))
+
+
+def test_a_target_that_drafts_for_itself_is_always_right(params):
+    tokens, spans = training.windows([(list(range(20)), 4), ([3, 4, 5], 0)], 20)
+    weights = {"layers": params["layers"], "final_norm": params["final_norm"]}
+    rates = draft_training.agreement(TARGET, TARGET, params, weights, tokens, spans)
+    assert rates == pytest.approx((1.0, 1.0), abs=1e-5)
+    loss, _ = jax.jit(draft_training.Distillation(TARGET, TARGET))(params, weights, tokens, spans)
+    assert float(loss) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_layers", [3, 4])
+def test_a_draft_must_have_fewer_layers(params, num_layers):
+    config = dataclasses.replace(
+        TARGET.config, num_layers=num_layers, layer_types=TARGET.config.layer_types[:1] * num_layers
+    )
+    with pytest.raises(ValueError, match=f"{num_layers} layers for one of 3: give 1 to 2"):
+        draft_training.init(params, config)
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_model_that_drafts(params, tmp_path, monkeypatch, capsys):
+    letters = types.SimpleNamespace(
+        bos_token_id=1, eos_token_id=7, encode=lambda text: [ord(c) % VOCAB for c in text]
+    )
+    letters.get_vocab = lambda: {str(i): i for i in range(VOCAB)}
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda *args, **options: letters)
+    monkeypatch.setattr(tokenizer, "tokenizer_files", lambda *args: {"tokenizer.json": "{}"})
+    save_folder(tmp_path / "target", TARGET, params, HF, dtype="float32")
+    argv = ["--model", tmp_path / "target", "--output", tmp_path / "out", "--num-layers", 2]
+    argv += ["--window", 24, "--steps", 4, "--max-texts", 8, "--max-tokens", 40]
+    for _ in range(2):  # the second run has nothing left to do
+        assert cli.main(["train-draft", *map(str, argv)]) == 0
+        assert "tokens a step expected" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert 0.0 < report["greedy"] <= 1.0 and 0.0 < report["sampled"] <= 1.0
+    config = {"method": "draft", "model": str(tmp_path / "out" / "model"), "adaptive": False}
+    llm = LLM(tmp_path / "target", speculative_config=config)
+    plain = LLM(tmp_path / "target")
+    greedy = SamplingParams(temperature=0, max_tokens=20, detokenize=False)
+    prompts = [{"prompt_token_ids": [1, 2, 3]}]
+    texts = [x.generate(prompts, greedy, use_tqdm=False)[0].outputs[0] for x in (llm, plain)]
+    assert texts[0].token_ids == texts[1].token_ids
+    assert llm.get_metrics()["num_drafted_tokens"] > 0
+    draft, _ = jinfer.load(tmp_path / "out" / "model")
+    assert draft.config.num_layers == 2
