@@ -91,7 +91,8 @@ def test_the_command_makes_a_model_that_drafts(params, tmp_path, monkeypatch, ca
     monkeypatch.setattr(tokenizer, "tokenizer_files", lambda *args: {"tokenizer.json": "{}"})
     save_folder(tmp_path / "target", TARGET, params, HF, dtype="float32")
     argv = ["--model", tmp_path / "target", "--output", tmp_path / "out", "--num-layers", 2]
-    argv += ["--window", 24, "--steps", 4, "--max-texts", 8, "--max-tokens", 40]
+    (tmp_path / "text.txt").write_text("a text to learn from " * 12)
+    argv += ["--window", 24, "--steps", 4, "--data", tmp_path / "text.txt"]
     for _ in range(2):  # the second run has nothing left to do
         assert cli.main(["train-draft", *map(str, argv)]) == 0
         assert "tokens a step expected" in capsys.readouterr().out
