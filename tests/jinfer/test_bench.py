@@ -163,7 +163,7 @@ def test_a_soak_sees_wrong_tokens(tmp_path, monkeypatch, capsys):
         return llm
 
     monkeypatch.setattr(bench_soak, "_make_llm", make_broken)
-    argv = ["bench", "soak", "--minutes", "0.05", "--max-num-seqs", "2", "--pages", "13"]
+    argv = ["bench", "soak", "--minutes", "0.2", "--max-num-seqs", "2", "--pages", "13"]
     assert cli.main(argv) == 1
     assert "requests_with_wrong_tokens" in capsys.readouterr().err
 

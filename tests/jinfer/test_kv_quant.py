@@ -235,7 +235,8 @@ def test_quantized_kv_gives_the_same_tokens_warm_and_cold_alone_and_in_company(m
         [tokens], cached = run([prompt], cold)
         assert cached == [0]
         expected.append(tokens)
-        assert run([prompt], warm) == ([tokens], [(len(prompt) - 1) // 8 * 8])
+        # All but the last token: what ends inside a page is copied from there.
+        assert run([prompt], warm) == ([tokens], [len(prompt) - 1])
     # Together their chunks share the 16 tokens of a step, so they are cut elsewhere.
     assert run(prompts, cold) == (expected, [0] * len(prompts))
     llm.check_integrity()
