@@ -277,13 +277,14 @@ def _num_cores() -> int:
 
 class _Blocks(NamedTuple):
     """KV blocks of each tile, [tiles] each: from first, num of them; [full_first, full_end) need
-    no mask; where the tree starts, in keys."""
+    no mask; where the tree starts, in keys; keys of the sequence."""
 
     first: jax.Array
     num: jax.Array
     full_first: jax.Array
     full_end: jax.Array
     tree_start: jax.Array
+    kv_len: jax.Array
 
 
 def _list_blocks(tiles: packing.Tiles, kv_lens: jax.Array, launch: Any) -> _Blocks:
@@ -301,7 +302,7 @@ def _list_blocks(tiles: packing.Tiles, kv_lens: jax.Array, launch: Any) -> _Bloc
     end = last // block + 1
     full_end = jnp.maximum(start if is_tree else lowest + 1, 0) // block
     num = jnp.where(tiles.is_live & (kv_len > 0), jnp.maximum(end - first, 0), 0)
-    return _Blocks(first, num, full_first, full_end, start)
+    return _Blocks(first, num, full_first, full_end, start, kv_len)
 
 
 def _list_items(
@@ -313,7 +314,7 @@ def _list_items(
     most 24: a tile of 64 blocks makes parts of 22, 22, 20.
 
     Returns:
-      items i32 [I, 8], and num_written i32 [tiles]: partial results that the kernel writes.
+      items i32 [I, ITEM_FIELDS], and num_written i32 [tiles]: partial results that are written.
     """
     from pallas_kernels.paged_attention import mosaic_gpu_kernel as kernel
 
@@ -348,7 +349,7 @@ def _list_items(
     fields[kernel.TILE], fields[kernel.SEQ], fields[kernel.PART] = tile, tiles.seq[tile], part
     fields[kernel.FIRST_BLOCK], fields[kernel.NUM_BLOCKS] = first, num
     fields[kernel.FULL_FIRST], fields[kernel.FULL_END] = full_first, full_end
-    fields[kernel.TREE_START] = blocks.tree_start[tile]
+    fields[kernel.TREE_START], fields[kernel.KV_LEN] = blocks.tree_start[tile], blocks.kv_len[tile]
     items = jnp.stack([x.astype(jnp.int32) for x in fields], axis=1)
     if not launch.share_keys:
         # Each attending warpgroup writes a part; of a part of one block, the first alone does.

@@ -25,11 +25,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import target as target_lib
+from pallas_kernels.paged_attention import mosaic_gpu_block as block_maths
 from pallas_kernels.paged_attention.base import PagedKV
 
 # Columns of the work list, i32 each.
-TILE, SEQ, PART, FIRST_BLOCK, NUM_BLOCKS, FULL_FIRST, FULL_END, TREE_START = range(8)
-ITEM_FIELDS = 8
+TILE, SEQ, PART, FIRST_BLOCK, NUM_BLOCKS, FULL_FIRST, FULL_END, TREE_START, KV_LEN = range(9)
+ITEM_FIELDS = 9
 
 ROWS = 64  # of a tile that one warpgroup takes: the M of wgmma
 _LOWEST = -1e30
@@ -98,7 +99,7 @@ def attend_tiles(
     """Runs the kernel.
 
     Args:
-      items: i32 [I, 8], the work list; an item of no blocks does nothing.
+      items: i32 [I, ITEM_FIELDS], the work list; an item of no blocks does nothing.
       page_table: i32 [S, M].
       positions, tree: per row, see `packing.Packed`.
       q: [tiles, K, R, H] with R a multiple of 8, at most tile_rows; f16 for quantized pages.
@@ -161,6 +162,8 @@ def _scratch(q: jax.Array, kv: PagedKV, launch: Launch) -> dict[str, Any]:
         q_full=plgpu.Barrier(num_arrivals=launch.tile_rows // ROWS),
         turn=plgpu.Barrier(num_arrivals=attending),
     )
+    if launch.share_keys and attending == 2 and not kv.is_quantized:
+        scratch["cleared"] = plgpu.Barrier()
     if not launch.share_keys:  # else each warpgroup's result takes the place of its queries
         scratch["o_s"] = _tiled((attending, ROWS, head_dim), q.dtype)
     if target_lib.is_interpreting():  # the simulator knows no wgmma operand in registers
@@ -219,7 +222,8 @@ def _kernel(
 
     def convert() -> None:
         plgpu.set_max_registers(registers["convert"], action="decrease")
-        _convert_role(num_blocks, launch, scratch, has_scales)
+        num_keys = items_g[item, KV_LEN] - items_g[item, FIRST_BLOCK] * launch.kv_block
+        _convert_role(num_blocks, num_keys, launch, scratch, has_scales)
 
     def serve() -> None:
         lax.cond(role == attending, copy, convert) if is_quantized else copy()
@@ -312,12 +316,19 @@ def _drain(barriers: list[Any], count: int, num_blocks: jax.Array) -> None:
 
 
 def _convert_role(
-    num_blocks: jax.Array, launch: Launch, scratch: dict[str, Any], has_scales: bool
+    num_blocks: jax.Array,
+    num_keys: jax.Array,
+    launch: Launch,
+    scratch: dict[str, Any],
+    has_scales: bool,
 ) -> None:
-    """Turns 8-bit blocks into 16-bit ones, times their scales, for the tensor cores."""
+    """Turns 8-bit blocks into 16-bit ones, times their scales, for the tensor cores.
+
+    V from `num_keys` on, counted from the first block, becomes zero: only the last block has such.
+    """
     dtype = scratch["k_s"].dtype
 
-    def step(b: jax.Array, carry: tuple[()]) -> tuple[()]:
+    def step(b: jax.Array, carry: tuple[()], *, is_last: bool) -> tuple[()]:
         raw = lax.rem(b, jnp.int32(launch.num_stages))
         slot = lax.rem(b, jnp.int32(launch.num_converted))
         for x in "kv":
@@ -331,6 +342,8 @@ def _convert_role(
                     scratch[f"{x}_scale_s"].at[raw], layout=plgpu.Layout.WGMMA.reduce(1)
                 )
                 block = block * lax.broadcast_in_dim(scale.astype(dtype), block.shape, [0])
+            if is_last and x == "v":
+                block = block_maths.without_tail(block, num_keys - b * launch.kv_block)
             plgpu.barrier_arrive(scratch[f"raw_{x}_free"].at[raw])
 
             @pl.when(b >= launch.num_converted)
@@ -342,7 +355,9 @@ def _convert_role(
             plgpu.barrier_arrive(scratch[f"{x}_full"].at[slot])
         return carry
 
-    lax.fori_loop(0, num_blocks, step, ())
+    last = num_blocks - 1
+    lax.fori_loop(0, last, functools.partial(step, is_last=False), ())
+    step(last, (), is_last=True)
     _drain([scratch["k_free"], scratch["v_free"]], launch.num_converted, num_blocks)
 
 
@@ -359,7 +374,7 @@ def _attend_role(
     item, head, role = lax.axis_index("item"), lax.axis_index("head"), lax.axis_index("role")
     tile, part = items_g[item, TILE], items_g[item, PART]
     first, num_blocks = items_g[item, FIRST_BLOCK], items_g[item, NUM_BLOCKS]
-    tree_start = items_g[item, TREE_START]
+    tree_start, kv_len = items_g[item, TREE_START], items_g[item, KV_LEN]
     q_s, head_dim = scratch["q_s"], scratch["q_s"].shape[-1]
     block, stride = launch.kv_block, launch.stride
     row_set = role if launch.share_keys else 0
@@ -376,10 +391,31 @@ def _attend_role(
             plgpu.barrier_arrive(scratch["turn"])
             plgpu.barrier_wait(scratch["turn"])
 
-    def step(b: jax.Array, carry: Any, *, is_masked: bool) -> Any:
+    def clear(b: jax.Array, slot: jax.Array) -> None:
+        """Zeroes V past the end of the sequence: what lies there may be NaN, and 0 * NaN is NaN."""
+        num_keys = kv_len - (first + b) * block
+        values = scratch["v_s"].at[slot]
+
+        def clear_and_tell() -> None:
+            block_maths.clear_tail(values, num_keys)
+            plgpu.barrier_arrive(scratch["cleared"])
+
+        @pl.when(num_keys < block)
+        def _tail():
+            if launch.share_keys and launch.num_attending == 2:
+                lax.cond(role == 0, clear_and_tell, lambda: plgpu.barrier_wait(scratch["cleared"]))
+            else:
+                block_maths.clear_tail(values, num_keys)
+
+    def step(b: jax.Array, carry: Any, *, is_masked: bool, may_end: bool) -> Any:
         acc, top, total = carry
         slot = lax.rem(b, jnp.int32(stages))
+        wait_for_v = functools.partial(plgpu.barrier_wait, scratch["v_full"].at[slot])
+        clears = may_end and "raw_v_s" not in scratch  # else the converting warpgroup does
         plgpu.barrier_wait(scratch["k_full"].at[slot])
+        if clears:  # before logits take registers
+            wait_for_v()
+            clear(b, slot)
 
         def qk(s_ref: Any) -> jax.Array:
             plgpu.wgmma(s_ref, q_s.at[row_set], scratch["k_s"].at[slot].T)
@@ -394,11 +430,10 @@ def _attend_role(
             s = cap - (2 * cap) / (jnp.exp2(s * (2 * factor / cap)) + 1.0)
             factor = _LOG2E
         if is_masked:
-            s = jnp.where(
-                _mask((first + b) * block, s.shape, position, words, tree_start, launch),
-                s,
-                -jnp.inf,
+            visible = block_maths.mask(
+                (first + b) * block, s.shape, position, words, tree_start, launch.window
             )
+            s = jnp.where(visible, s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(axis=1) * factor)
         alpha = jnp.exp2(top - new_top)
         p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_top, s.shape, [0]))
@@ -409,11 +444,12 @@ def _attend_role(
             if not target_lib.is_interpreting():
                 acc, total, new_top, p = lax.optimization_barrier((acc, total, new_top, p))
             plgpu.barrier_arrive(scratch["turn"])
-            plgpu.barrier_wait(scratch["v_full"].at[slot])
+            if not clears:
+                wait_for_v()
             plgpu.barrier_wait(scratch["turn"])
-        else:
-            plgpu.barrier_wait(scratch["v_full"].at[slot])
-        acc = _multiply_add(acc, p, scratch["v_s"].at[slot], scratch.get("p_s"))
+        elif not clears:
+            wait_for_v()
+        acc = block_maths.multiply_add(acc, p, scratch["v_s"].at[slot], scratch.get("p_s"))
         plgpu.barrier_arrive(scratch["v_free"].at[slot])
         return acc, new_top, total
 
@@ -421,21 +457,25 @@ def _attend_role(
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
     top, total = (plgpu.layout_cast(jnp.full((ROWS,), x), row_layout) for x in (_LOWEST, 0.0))
     carry = (zeros, top, total)
-    masked = functools.partial(step, is_masked=True)
+    masked = functools.partial(step, is_masked=True, may_end=True)
     if launch.share_keys:
         full_first, full_end = items_g[item, FULL_FIRST], items_g[item, FULL_END]
+        inner = functools.partial(step, is_masked=False, may_end=False)
         pl.when(role == 1)(take_turn)
         if launch.window is not None:
             carry = lax.fori_loop(0, full_first, masked, carry)
         else:
             full_first = jnp.int32(0)
-        carry = lax.fori_loop(full_first, full_end, functools.partial(step, is_masked=False), carry)
+        carry = lax.fori_loop(full_first, full_end, inner, carry)
         carry = lax.fori_loop(full_end, num_blocks, masked, carry)
         pl.when(role == 0)(take_turn)
         mine = num_blocks
     else:
         mine = lax.div(num_blocks + (stride - 1) - role, jnp.int32(stride))
-        carry = lax.fori_loop(0, mine, lambda i, c: masked(i * stride + role, c), carry)
+        last = jnp.maximum(mine - 1, 0)
+        inner = functools.partial(step, is_masked=True, may_end=False)
+        carry = lax.fori_loop(0, last, lambda i, c: inner(i * stride + role, c), carry)
+        carry = lax.fori_loop(last, mine, lambda i, c: masked(i * stride + role, c), carry)
 
     acc, top, total = carry
 
@@ -456,44 +496,3 @@ def _attend_role(
         plgpu.copy_smem_to_gmem(o_s.at[pl.ds(0, num_rows)], o_g.at[where])
         plgpu.copy_smem_to_gmem(lse_s.at[pl.ds(0, num_rows)], lse_g.at[where])
         plgpu.wait_smem_to_gmem(0)
-
-
-def _multiply_add(acc: jax.Array, p: jax.Array, v_ref: Any, p_ref: Any) -> jax.Array:
-    """Returns acc + p @ v on the tensor cores."""
-    if target_lib.is_interpreting():
-        role = lax.axis_index("role")
-        p_ref.at[role][...] = p
-        plgpu.commit_smem()
-
-        def pv(ref: Any) -> jax.Array:
-            plgpu.wgmma(ref, p_ref.at[role], v_ref)
-            return ref[...]
-
-        return acc + pl.run_scoped(pv, plgpu.ACC((acc.shape[0], acc.shape[1]), jnp.float32))
-    updated: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_ref))(plgpu.ACC.init(acc))
-    return updated
-
-
-def _mask(
-    start: jax.Array,
-    shape: tuple[int, ...],
-    position: jax.Array,
-    words: list[jax.Array],
-    tree_start: jax.Array,
-    launch: Launch,
-) -> jax.Array:
-    """Tells which of the keys from `start` on each row sees."""
-    keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + start
-
-    def rows(x: jax.Array) -> jax.Array:
-        return lax.broadcast_in_dim(x, shape, [0])
-
-    visible = keys < tree_start if words else keys <= rows(position)
-    if launch.window is not None:
-        visible &= keys > rows(position - launch.window)
-    for w, word in enumerate(words):
-        nodes = keys - tree_start
-        shift = jnp.clip(nodes - 32 * w, 0, 31).astype(jnp.uint32)
-        bit = (lax.shift_right_logical(rows(word), shift) & jnp.uint32(1)) == jnp.uint32(1)
-        visible |= bit & (nodes >= 32 * w) & (nodes < 32 * (w + 1))
-    return visible

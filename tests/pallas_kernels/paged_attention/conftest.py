@@ -100,7 +100,8 @@ def _build(case: Case, seed: int, dtype: str) -> Inputs:
     pages_of = -(-kv_lens // b)
     num_pages = int(pages_of.sum()) + 2
     ids = rng.permutation(num_pages)
-    page_table = np.zeros((len(case.seqs), int(pages_of.max()) + 1), np.int32)
+    # Entries past the end name a page that holds nothing but NaN.
+    page_table = np.full((len(case.seqs), int(pages_of.max()) + 1), ids[-1], np.int32)
     start = 0
     for s, count in enumerate(pages_of):
         page_table[s, :count] = ids[start : start + count]
@@ -118,8 +119,13 @@ def _build(case: Case, seed: int, dtype: str) -> Inputs:
     kv_type = np.dtype(getattr(ml_dtypes, case.kv_dtype, case.kv_dtype))
     if case.kv_dtype == "float32":
         kv_type = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    kv = PagedKV(
-        jnp.asarray(k_pages.astype(kv_type)), jnp.asarray(v_pages.astype(kv_type)), k_scale, v_scale
+    is_live = np.zeros((num_pages, b), bool)
+    for s, kv_len in enumerate(kv_lens):
+        keys = np.arange(kv_len)
+        is_live[page_table[s, keys // b], keys % b] = True
+    kv = jax.tree.map(
+        lambda x: _poison(x, is_live),
+        PagedKV(*(jnp.asarray(x.astype(kv_type)) for x in (k_pages, v_pages)), k_scale, v_scale),
     )
     q = rng.standard_normal((num_tokens, n, h)) * case.scale
     tree = None
@@ -135,6 +141,13 @@ def _build(case: Case, seed: int, dtype: str) -> Inputs:
     }
     q = q.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
     return Inputs(q, kv, kv_lens, page_table, q_starts, tree, options)
+
+
+def _poison(x: jax.Array, is_live: np.ndarray) -> jax.Array:
+    """Fills places [P, B] where no key lives with what a former owner may have left: NaN."""
+    mask = jnp.asarray(is_live)[:, None, :].reshape(len(is_live), 1, -1, *[1] * (x.ndim - 3))
+    garbage = 127 if x.dtype == jnp.int8 else jnp.nan
+    return jnp.where(mask, x, jnp.array(garbage, x.dtype))
 
 
 def _random_tree(rng, count: int, words: int) -> np.ndarray:

@@ -110,7 +110,7 @@ def test_the_work_list_holds_every_block_once(num_seqs, tile_tokens, min_part):
         items = np.asarray(items)
         assert (np.diff(items[:, 4]) <= 0).all()
         covered = {}
-        for tile, seq, part, first, num, full_first, full_end, _ in items:
+        for tile, seq, part, first, num, full_first, full_end, *_ in items:
             if num:
                 assert 0 <= full_first <= full_end <= num and part < launch.num_parts
                 assert seq == tiles.seq[tile]
