@@ -105,6 +105,7 @@ def resolve(
         gpu_memory_utilization=gpu_memory_utilization,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         num_gpu_blocks_override=num_gpu_blocks_override,
+        linear_impl=linear_impl,
     )
     max_model_len = _resolve_max_model_len(max_model_len, model, num_pages * block_size)
     own = None if drafter is None else drafter.own_kv_config
@@ -320,6 +321,7 @@ def _num_pages(
     gpu_memory_utilization: float,
     kv_cache_memory_bytes: int | None,
     num_gpu_blocks_override: int | None,
+    linear_impl: str,
 ) -> int:
     """Sizes the KV pool, and with it that of a drafting model: both have as many pages."""
     if num_gpu_blocks_override is not None:
@@ -331,6 +333,7 @@ def _num_pages(
     if kv_cache_memory_bytes is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         used_bytes = sum(array_bytes(leaf) for leaf in jax.tree.leaves(params))
+        used_bytes += qkernels.added_bytes(params, impl=linear_impl)
         if drafter is not None:
             used_bytes += drafter.num_weight_bytes(params)
         kv_cache_memory_bytes = memory.kv_budget_bytes(

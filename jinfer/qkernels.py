@@ -7,6 +7,7 @@ of `pallas_kernels`, which choose a backend. What no kernel reads stays a QTenso
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -176,6 +177,31 @@ def prepare_params(
     return jax.tree_util.tree_map_with_path(
         visit, params, is_leaf=lambda x: isinstance(x, (QTensor, PreparedWeight))
     )
+
+
+def added_bytes(
+    params: Params, *, impl: str = dispatch.AUTO, target: target_lib.Target | None = None
+) -> int:
+    """Returns the bytes that `prepare_params` adds beside a tree that it does not own.
+
+    A weight in two places counts once. What is passed on as it is (codes that need no transposing,
+    scales in the kernels' form already, weights that no kernel reads) adds nothing.
+    """
+    weights = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))
+    distinct = {id(w): w for w in weights if isinstance(w, QTensor) and why_not(w) is None}
+    total = 0
+    for w in distinct.values():
+        new = jax.eval_shape(functools.partial(prepare, impl=impl, target=target), w)
+        if isinstance(new, PreparedWeight):
+            pairs: list[tuple[Any, Any]] = [(w.scale, new.scale), (w.zero, new.zero)]
+            changed = [b for a, b in pairs if b is not None and _kind(a) != _kind(b)]
+            changed += [new.q] if new.layout == "nk" else []
+            total += sum(map(array_bytes, changed))
+    return total
+
+
+def _kind(x: Any) -> tuple[Any, Any]:
+    return x.shape, x.dtype
 
 
 def weight_only(x: Array, w: PreparedWeight) -> Array:

@@ -124,6 +124,20 @@ def test_weights_are_laid_out_once_freed_if_owned_and_prepared_again_to_the_same
     assert once["a"].nbytes == 128 * 64 // 2 + 2 * 64 * 4
 
 
+@pytest.mark.parametrize("text", ["int4-g64", "int8-channel", "fp8-e4m3-block128", "int3-g64"])
+@pytest.mark.parametrize("where", [H100, V6E, target.TARGETS["cpu"]])
+def test_what_laying_out_adds_is_known_before(text, where):
+    w = quantize(normal(128, 128), QFormat.parse(text))
+    tree = {"a": w, "b": w, "c": jnp.ones(3)}
+    old = {id(x) for x in jax.tree.leaves(tree)}
+    after = {id(x): x for x in jax.tree.leaves(prepare_params(tree, target=where))}
+    new = sum(qtensor.array_bytes(x) for key, x in after.items() if key not in old)
+    assert qkernels.added_bytes(tree, target=where) == new
+    # A GPU's codes are transposed; scales of blocks are spread over the outputs.
+    is_changed = {H100: text != "int3-g64", V6E: text == "fp8-e4m3-block128"}
+    assert (new > 0) == is_changed.get(where, False)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "chosen"),
     [
