@@ -322,9 +322,10 @@ def make_report(
         micros = times[name]
         limit = 1e6 * max(result["bytes"] / copy, result["operations"] / product)
         label = f"{name} ({result['impl']})"
+        quartiles = {q: result[q] * 1e6 for q in ("low", "high")}
         peers = dict(theirs["peers"].get(name, {})) | own_peers(case, times)
         for peer, value in peers.items() or [(None, None)]:
-            row = plain_row(label, "time", "us", micros) | {"limit": limit}
+            row = plain_row(label, "time", "us", micros) | {"limit": limit} | quartiles
             if peer is not None:
                 goal = W4A16_GOALS[case["m"]] if peer == "torch mm bf16" else None
                 row |= {"peer": peer, "peer_value": value, "ratio": value / micros}

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -79,7 +80,14 @@ def test_rows_hold_times_limits_peers_and_goals(bench):
         "device": "X",
         "ceilings": {"bytes": 1e12, "operations": 1e15},
         "results": {
-            c["name"]: {"seconds": 1e-5, "bytes": 5e6, "operations": 1e9, "impl": "k"}
+            c["name"]: {
+                "seconds": 1e-5,
+                "low": 9e-6,
+                "high": 2e-5,
+                "bytes": 5e6,
+                "operations": 1e9,
+                "impl": "k",
+            }
             for c in cases
         },
     }
@@ -169,3 +177,25 @@ def test_what_is_tuned_is_what_the_kernels_look_up(name, autotune, monkeypatch, 
 def test_tuning_enumerates_nothing_where_no_kernel_runs():
     assert list(fp8_tuning.tunables(target.TARGETS["v5e"])) == []
     assert list(quant_tuning.tunables(target.TARGETS["h100"], codes=jnp.int4, group=7)) == []
+
+
+@pytest.mark.slow
+def test_every_program_that_it_times_compiles_for_an_h100(bench):
+    """So that its first run on a card measures, and does not find out what cannot be built."""
+    if reason := target.why_not_compile("h100"):
+        pytest.skip(reason)
+    makers = {"w4a16": bench.make_w4a16, "fp8": bench.make_fp8}
+    failures = []
+    with target.compile_target("h100") as compiler:
+        for case in bench.all_cases():
+            inputs, f, reference, _ = makers.get(case["kind"], bench.make_attention)(case)
+            args = jax.eval_shape(lambda inputs=inputs: inputs(0))
+            try:
+                compiler.compile(timing.chain(f, 2), (args, args))
+                used = compiler.compile(reference, *args).temp_bytes
+            except Exception as e:  # all of them, by name, rather than the first
+                failures.append(f"{case['name']}: {type(e).__name__}: {str(e)[:200]}")
+            else:
+                if used > 40e9:
+                    failures.append(f"{case['name']}: the reference needs {used / 1e9:.0f} GB")
+    assert not failures, "\n".join(failures)
