@@ -72,17 +72,22 @@ def int8_matmul(
         raise ValueError(f"layout must be 'kn' ([K, N]) or 'nk' ([N, K]), got {layout!r}")
     for name, a in (("x", x), ("w", w)):
         if a.dtype != jnp.int8:
-            raise ValueError(f"{name} must be int8, got {a.dtype}{list(a.shape)}")
+            raise ValueError(
+                f"{name} must be int8, got {a.dtype}{list(a.shape)}; quantize_rows() makes it"
+            )
     num_inputs, num_outputs = w.shape if layout == "kn" else w.shape[::-1]
     if x.ndim < 1 or x.shape[-1] != num_inputs:
-        raise ValueError(f"x must be int8[..., K={num_inputs}], got int8{list(x.shape)}")
+        raise ValueError(f"x must be int8[..., K={num_inputs}], got int8{list(x.shape)}; "
+                         f"the weight is int8{list(w.shape)} in layout {layout!r}")  # fmt: skip
     *lead, _ = x.shape
     if x_scale.shape not in ((), (*lead, 1)):
-        raise ValueError(f"x_scale must be [] or {[*lead, 1]}, got {list(x_scale.shape)}")
+        raise ValueError(f"x_scale must be [] (static) or {[*lead, 1]} (a scale for each row), "
+                         f"got {list(x_scale.shape)}; quantize_rows() returns it")  # fmt: skip
     for name, a in (("w_scale", w_scale), ("zero", zero)):
         if a is not None and a.shape not in ((), (num_outputs,), (1, num_outputs)):
             raise ValueError(f"{name} must be [], [{num_outputs}] or [1, {num_outputs}], "
-                             f"got {list(a.shape)}")  # fmt: skip
+                             f"one for each output, got {list(a.shape)}; groups of inputs "
+                             "go to quant_matmul")  # fmt: skip
     args = (
         x.reshape(-1, num_inputs),
         w,

@@ -60,12 +60,17 @@ def test_leading_axes_are_rows_and_a_static_scale_is_one_number():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": jnp.zeros((4, 64))}, "x must be int8"),
+        ({"x": jnp.zeros((4, 64))}, "x must be int8, got float32.*quantize_rows"),
         ({"w": jnp.zeros((64, 32))}, "w must be int8"),
         ({"x": jnp.zeros((4, 63), jnp.int8)}, "K=64"),
-        ({"x_scale": jnp.ones((3, 1))}, r"x_scale must be \[\] or \[4, 1\]"),
+        (
+            {"x_scale": jnp.ones((3, 1))},
+            r"x_scale must be \[\] \(static\) or \[4, 1\].*got \[3, 1\]",
+        ),
         ({"w_scale": jnp.ones((31,))}, r"w_scale must be \[\], \[32\]"),
+        ({"w_scale": jnp.ones((2, 32))}, "groups of inputs go to quant_matmul"),
         ({"zero": jnp.ones((31,))}, "zero must be"),
+        ({"impl": "mosaic_gpu"}, r"impl must be one of \['auto', 'xla'\], got 'mosaic_gpu'"),
         ({"layout": "oi"}, "layout must be"),
     ],
 )
