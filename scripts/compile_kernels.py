@@ -1,7 +1,7 @@
 """Compiles every kernel at real model shapes for accelerators that this host does not have.
 
     python scripts/compile_kernels.py [--target h100 v5e v6e tpu7x] [--op quant_matmul] [--quick]
-    python scripts/compile_kernels.py --model-step
+    python scripts/compile_kernels.py --model-step [--jobs 2]
 
 Prints a row per kernel, shape and target: seconds, registers and spill bytes (ptxas), shared memory
 or VMEM, temporaries, and whether the PTX uses wgmma and TMA. Exits non-zero if anything fails to
@@ -9,15 +9,18 @@ compile, spills, needs more temporaries than its bound, or lacks the instruction
 With --model-step whole steps of a Llama-3-8B (bf16; int4; fp8 with fp8 KV) are compiled instead of
 single kernels: no dense copy of a quantized weight may be written there, and the KV pool must stay
 in place.
-Needs `pip install 'jinfer[compile]'`; no accelerator.
+At the end a Markdown table holds the worst of each op and target. Cases are dealt to `--jobs`
+processes at a time. Needs `pip install 'jinfer[compile]'`; no accelerator.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import datetime
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -26,6 +29,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 TARGETS = ("h100", "v5e", "v6e", "tpu7x")
@@ -57,8 +61,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-step", action="store_true", help="whole steps of a model instead")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=pathlib.Path, help="write the table to this file too")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile at a time")
+    parser.add_argument("--child", metavar="SHARD/SHARDS", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,20 +80,33 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cannot compile for {', '.join(missing)}: {next(iter(missing.values()))}")
         return 1
     print("".join(title.ljust(width + 1) for _, title, width in COLUMNS))
-    rows = [row for name in args.target for row in compile_apart(name, args)]
+    start = time.perf_counter()
+    # One shard a job and target: the shards of a target end at about the same time.
+    shards = [(name, f"{i}/{args.jobs}") for name in args.target for i in range(args.jobs)]
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        found = pool.map(lambda shard: compile_apart(*shard, args), shards)
+        rows = [row for shard_rows in found for row in shard_rows]
+    wall = time.perf_counter() - start
     failures = [r for r in rows if r["failure"]]
+    print("\n" + summary(rows))
     seconds = sum(r["seconds"] for r in rows)
-    print(f"{len(rows)} compiled in {seconds:.0f} s of compile time, {len(failures)} failed")
+    print(
+        f"\n{len(rows)} compiled, {len(failures)} failed: {seconds:.0f} s of compile time in "
+        f"{wall:.0f} s by {args.jobs} processes"
+    )
     if args.json:
-        write_json(args.json, rows)
+        write_json(args.json, rows, wall)
     if not rows:
         print(f"no case matches --op {' '.join(args.op)} --only {args.only!r}")
     return 1 if failures or not rows else 0
 
 
-def compile_apart(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compiles for one target in a process of its own; a crash there is a row that failed."""
-    command = [sys.executable, __file__, "--child", "--target", name, "--op", *args.op]
+def compile_apart(name: str, shard: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compiles a shard of a target's cases in a process of its own; a crash is a row that failed.
+
+    The shard "i/n" is cases i, i + n, i + 2 n and so on.
+    """
+    command = [sys.executable, __file__, "--child", shard, "--target", name, "--op", *args.op]
     command += ["--quick"] if args.quick else []
     command += ["--model-step"] if args.model_step else []
     command += ["--only", args.only] if args.only else []
@@ -123,15 +144,18 @@ def compile_here(args: argparse.Namespace) -> int:
     from pallas_kernels import target
 
     [name] = args.target
+    shard, num_shards = map(int, args.child.split("/"))
+    modules = ["model_step_cases"] if args.model_step else [f"pallas_kernels.{o}" for o in args.op]
     with target.compile_target(name) as compiler:
-        names = (
-            ["model_step_cases"] if args.model_step else [f"pallas_kernels.{o}" for o in args.op]
-        )
-        for module in map(importlib.import_module, names):
-            for case in module.compile_cases(compiler.target, quick=args.quick):
-                if args.only in case.name:
-                    emit({"started": case.name})
-                    emit(compile_case(case, compiler))
+        cases = [
+            case
+            for module in map(importlib.import_module, modules)
+            for case in module.compile_cases(compiler.target, quick=args.quick)
+            if args.only in case.name
+        ]
+        for case in cases[shard::num_shards]:
+            emit({"started": case.name})
+            emit(compile_case(case, compiler))
     return 0
 
 
@@ -238,7 +262,36 @@ def show(row: dict[str, Any]) -> None:
     print("".join(cells).rstrip(), flush=True)
 
 
-def write_json(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Returns the worst numbers of each op and target as a Markdown table."""
+    titles = ("op", "target", "programs", "failed", "compile s", "most registers", "spill bytes",
+              "most smem / VMEM KiB", "most temporaries MB", "with wgmma", "with TMA")  # fmt: skip
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["case"].split(" ")[0], row["target"]), []).append(row)
+    lines = [titles, ("---",) * len(titles)]
+    for (op, target), group in sorted(groups.items()):
+        known = {n: [r[n] for r in group if r[n] is not None] for n, *_ in COLUMNS}
+        is_gpu = bool(known["registers"])
+        lines.append(
+            (
+                op,
+                target,
+                len(group),
+                sum(bool(r["failure"]) for r in group),
+                f"{sum(known['seconds']):.0f}",
+                max(known["registers"]) if is_gpu else "",
+                sum(known["spill_bytes"]) if is_gpu else "",
+                f"{max(known['smem_kib']):.0f}" if known["smem_kib"] else "",
+                f"{max(known['temp_mb']):.1f}" if known["temp_mb"] else "",
+                sum(known["wgmma"]) if is_gpu else "",
+                sum(known["tma"]) if is_gpu else "",
+            )
+        )
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def write_json(path: pathlib.Path, rows: list[dict[str, Any]], wall: float) -> None:
     import jax
 
     names = (
@@ -255,15 +308,28 @@ def write_json(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
         for metric, unit in names
         if row[metric] is not None
     ]  # fmt: skip
+    table.append(
+        {"case": "all", "metric": "wall clock", "unit": "s", "value": wall, "peer": None,
+         "peer_value": None, "ratio": None, "limit": None}
+    )  # fmt: skip
     document = {
         "device": "none: compiled only",
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]} | wheels(),
         "command": "python scripts/compile_kernels.py " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "rows": table,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def wheels() -> dict[str, str]:
+    """Returns the versions of the compilers' wheels that are installed."""
+    found = {}
+    for name in ("jax-cuda13-plugin", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 if __name__ == "__main__":

@@ -90,9 +90,24 @@ ENTRY %main (p: s4[64,32]) -> bf16[8,32] {
 def test_a_compiling_process_that_dies_is_a_failed_row(script, capsys):
     args = script.parse(["--target", "v5e"])
     args.op = ["no_such_op"]
-    [row] = script.compile_apart("v5e", args)
+    [row] = script.compile_apart("v5e", "0/1", args)
     assert "ended with" in row["failure"]
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_shards_are_all_cases_once_and_the_summary_holds_the_worst(script, monkeypatch, capsys):
+    def fake(name, shard, args):
+        i = int(shard.split("/")[0])
+        row = script.empty_row(f"op case {i}", name) | {"registers": 100 + i, "smem_kib": 2.0 * i}
+        row |= {"spill_bytes": 0, "wgmma": i == 0, "tma": True, "temp_mb": 1.0, "seconds": 1.5}
+        return [row | {"failure": "spills" if (i, name) == (2, "h100") else ""}]
+
+    monkeypatch.setattr(target, "why_not_compile", lambda name: None)
+    monkeypatch.setattr(script, "compile_apart", fake)
+    assert script.main(["--target", "h100", "--jobs", "3"]) == 1
+    assert "| op | h100 | 3 | 1 | 4 | 102 | 0 | 4 | 1.0 | 1 | 3 |" in capsys.readouterr().out
+    assert script.main(["--target", "v5e", "v6e", "--jobs", "2"]) == 0
+    assert "4 compiled, 0 failed: 6 s" in capsys.readouterr().out
 
 
 def run(*options):
@@ -111,19 +126,21 @@ def test_missing_wheels_are_one_clear_line():
 
 @pytest.mark.parametrize("name", ["h100", "v5e"])
 @pytest.mark.parametrize(
-    "op, only", [("quant_matmul", "M16 K4096 N6144 int4 g128"), ("fp8_matmul", "M16 K4096 N6144")]
+    "op, only, num",
+    [("quant_matmul", "M16 K4096 N6144 int4 g128", 1), ("fp8_matmul", "M16 K4096 N6144", 2)],
 )
-def test_each_op_compiles_for_a_target_that_is_not_there(name, op, only, tmp_path):
+def test_each_op_compiles_for_a_target_that_is_not_there(name, op, only, num, tmp_path):
     if reason := target.why_not_compile(name):
         pytest.skip(reason)
     file = tmp_path / "out.json"
     done = run("--quick", "--target", name, "--op", op, "--only", only, "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " ok" in done.stdout and '"rows"' in file.read_text()
+    assert f"{num} compiled, 0 failed" in done.stdout  # each shard its own cases
 
 
 def test_no_matching_case_is_an_error(script, monkeypatch, capsys):
     monkeypatch.setattr(target, "why_not_compile", lambda name: None)
-    monkeypatch.setattr(script, "compile_apart", lambda name, args: [])
+    monkeypatch.setattr(script, "compile_apart", lambda *shard: [])
     assert script.main(["--target", "h100", "--only", "nothing"]) == 1
     assert "no case matches" in capsys.readouterr().out
