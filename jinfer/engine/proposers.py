@@ -35,7 +35,7 @@ class NgramProposer:
         self._indices: weakref.WeakKeyDictionary[Request, NgramIndex] = weakref.WeakKeyDictionary()
 
     def propose(self, request: Request, limit: int) -> tuple[int, ...]:
-        """Returns what followed the last time that the text ended alike."""
+        """Returns what mostly followed when the text ended alike."""
         index = self._indices.get(request)
         if index is None:
             config = self._config

@@ -3,33 +3,46 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jinfer.spec.ngram import NgramIndex
+from jinfer.spec.ngram import MAX_PLACES, NgramIndex
 
 
 def search(tokens, shortest, longest, count):
-    """The specification: the longest n-gram, its newest occurrence but the end itself."""
+    """The specification: the longest n-gram, and what most of its newest occurrences say."""
     for n in range(longest, shortest - 1, -1):
-        for end in range(len(tokens) - 1, n - 1, -1):
-            if n <= len(tokens) and tokens[end - n : end] == tokens[len(tokens) - n :]:
-                text = list(tokens)
-                for i in range(count):
-                    text.append(text[end + i])
-                return text[len(tokens) :]
+        last = tokens[len(tokens) - n :]
+        ends = [e for e in range(n, len(tokens)) if n <= len(tokens) and tokens[e - n : e] == last]
+        if not ends:
+            continue
+        ends, text = ends[-MAX_PLACES:], list(tokens)
+        for i in range(count):
+            drafts = text[len(tokens) :]
+            said = [text[end + i] for end in ends if text[end : end + i] == drafts]
+            most = max(map(said.count, said))
+            text.append([token for token in said if said.count(token) == most][-1])
+        return text[len(tokens) :]
     return []
 
 
 @given(
-    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60),
     shortest=st.integers(1, 3),
     more=st.integers(0, 2),
     count=st.integers(0, 6),
-    cuts=st.lists(st.integers(1, 40), max_size=4),
+    cuts=st.lists(st.integers(1, 60), max_size=4),
 )
-def test_the_newest_longest_match_is_copied(tokens, shortest, more, count, cuts):
+def test_what_most_matches_say_is_copied(tokens, shortest, more, count, cuts):
     index = NgramIndex(shortest, shortest + more)
     for end in sorted({min(cut, len(tokens)) for cut in [*cuts, len(tokens)]}):
         text = tokens[:end]
         assert index.propose(text, count) == search(text, shortest, shortest + more, count)
+
+
+def test_most_places_decide_and_among_as_many_the_newest():
+    assert NgramIndex(1, 1).propose([1, 2, 1, 2, 1, 3, 1], 2) == [2, 1]
+    assert NgramIndex(1, 1).propose([1, 2, 1, 3, 1], 2) == [3, 1]
+    # Older places have no vote.
+    text = [1, 2] * MAX_PLACES + [1, 3] * (MAX_PLACES // 2) + [1]
+    assert NgramIndex(1, 1).propose(text, 1) == [3]
 
 
 def test_a_loop_is_drafted_as_a_loop():
