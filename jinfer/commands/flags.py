@@ -64,6 +64,13 @@ GENERATE_FLAGS: Flags = (
     ("logprobs", {"type": int, "help": "JSONL only"}),
     ("prompt-logprobs", {"type": int, "help": "JSONL only"}),
 )
+BEAM_FLAGS: Flags = (
+    ("num-beams", {"type": int, "metavar": "N", "help": "keep the N likeliest texts, not one"}),
+    ("length-penalty", {"type": float, "help": "above 0 favours long texts (default 1)"}),
+    ("early-stopping", {"choices": ("true", "false", "never"), "help": "when N texts have ended"}),
+)
+# What a beam search has of SamplingParams' fields.
+_BEAM_FIELDS = ("max_tokens", "temperature", "ignore_eos", "stop_token_ids")
 ENGINE_FLAGS: Flags = (
     ("dtype", {"help": "of weights and activations, such as float32 or bfloat16"}),
     ("quantization", {"metavar": "HOW", "help": "fp8, int8, nf4, int4-g64:rtn, gguf"}),
@@ -143,6 +150,33 @@ def make_params(fields: dict[str, Any], **more: Any) -> Any:
     from jinfer.sampling_params import SamplingParams
 
     return SamplingParams(**fields, **more)
+
+
+def make_beam_params(args: argparse.Namespace) -> Any | None:
+    """Builds BeamSearchParams of the flags, or returns None where they name no beams.
+
+    Raises:
+      ValueError: a flag goes with beam search alone, or not with it.
+    """
+    from jinfer.beam_params import BeamSearchParams
+
+    beams = _given(args, BEAM_FLAGS)
+    if "num_beams" not in beams:
+        if beams:
+            raise ValueError(f"--{next(iter(beams)).replace('_', '-')} goes with --num-beams")
+        return None
+    fields = sampling_fields(args)
+    num_texts = fields.pop("n", 1)
+    for name in fields:
+        if name not in _BEAM_FIELDS:
+            known = ", ".join(("n", *_BEAM_FIELDS))
+            raise ValueError(f"{name} is nothing to a beam search (--num-beams), which has {known}")
+    if "early_stopping" in beams:
+        modes = {"true": True, "false": False, "never": "never"}
+        fields["early_stopping"] = modes[beams["early_stopping"]]
+    if "length_penalty" in beams:
+        fields["length_penalty"] = beams["length_penalty"]
+    return BeamSearchParams(beam_width=beams["num_beams"], num_return_sequences=num_texts, **fields)
 
 
 def make_text_params(fields: dict[str, Any]) -> Any:

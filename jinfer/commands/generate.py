@@ -28,12 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "template, if the model has one",
     )
     flags.add_flags(flags.add_model_arguments(parser), flags.GENERATE_FLAGS)
+    beams = parser.add_argument_group("beam search", "of one --prompt; --n texts are printed")
+    flags.add_flags(beams, flags.BEAM_FLAGS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Completes one prompt, or every line of a JSONL file.
 
-    With --prompt the text streams to stdout as it is made; one line on stderr sums up.
+    With --prompt the text streams to stdout as it is made; one line on stderr sums up. With
+    --num-beams it is the likeliest one that a beam search finds, printed at its end.
 
     With --input and --output each input line is an object with one of "prompt" (continued as it
     is), "messages" (through the chat template) or "prompt_token_ids", and may have "id" (default:
@@ -43,10 +46,13 @@ def run(args: argparse.Namespace) -> int:
     it was. Bad lines are reported, the rest is done, and the exit status is 1.
     """
     sampling = flags.sampling_fields(args)
+    beams = flags.make_beam_params(args)
     if args.input is None:
         if args.output is not None:
             raise ValueError("--output goes with --input; redirect stdout to keep the text")
-        return _generate_one(args, sampling)
+        return _generate_one(args, sampling) if beams is None else _search(args, beams)
+    if beams is not None:
+        raise ValueError("--num-beams goes with --prompt; a JSONL job samples")
     if args.output is None:
         raise ValueError("--input needs --output, the JSONL file that takes the results")
     if args.raw:
@@ -57,12 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _generate_one(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
     params = flags.make_text_params(sampling)
     llm = flags.load_llm(args)
-    prompt: Any = args.prompt
-    if not args.raw:
-        if getattr(llm.get_tokenizer(), "chat_template", None):
-            prompt = chat_prompt(llm, [{"role": "user", "content": args.prompt}])
-        else:
-            say("note: the model has no chat template, so the prompt is continued as it is")
+    prompt = _prompt(args, llm)
     if params.n == 1:
         summary = print_stream(llm, prompt, params, [])
     else:
@@ -73,6 +74,28 @@ def _generate_one(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
         num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
         summary = format_rate(num_tokens, time.perf_counter() - begin)
     print(summary, file=sys.stderr)
+    return 0
+
+
+def _prompt(args: argparse.Namespace, llm: Any) -> Any:
+    if args.raw:
+        return args.prompt
+    if getattr(llm.get_tokenizer(), "chat_template", None):
+        return chat_prompt(llm, [{"role": "user", "content": args.prompt}])
+    say("note: the model has no chat template, so the prompt is continued as it is")
+    return args.prompt
+
+
+def _search(args: argparse.Namespace, params: Any) -> int:
+    llm = flags.load_llm(args)
+    prompt = _prompt(args, llm)
+    begin = time.perf_counter()
+    texts = llm.beam_search(prompt, params)[0].sequences
+    seconds = time.perf_counter() - begin
+    for i, text in enumerate(texts, 1):
+        print(text.output_text if params.num_returned == 1 else f"[{i}] {text.output_text}")
+    scores = ", ".join(f"{text.score:.4f}" for text in texts)
+    print(f"{params.beam_width} beams, {seconds:.2f} s, scores {scores}", file=sys.stderr)
     return 0
 
 

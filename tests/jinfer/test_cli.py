@@ -38,6 +38,16 @@ class Spy(fake_llm.FakeLLM):
         self.params[request_id] = params
         super().add_request(request_id, prompt, params)
 
+    def beam_search(self, prompt, params):
+        self.beam_params = params
+        ids = prompt["prompt_token_ids"] if isinstance(prompt, dict) else map(ord, prompt)
+        text = "".join(map(chr, ids)).upper()
+        texts = [
+            types.SimpleNamespace(output_text=f"{text} {i}", score=-0.5 - i)
+            for i in range(params.num_returned)
+        ]
+        return [types.SimpleNamespace(sequences=texts)]
+
 
 @pytest.fixture
 def llm(monkeypatch):
@@ -125,6 +135,24 @@ def test_several_samples_are_numbered(jinfer):
     assert out == "[1] HI\n[2] HI\n"
 
 
+def test_a_beam_search_prints_its_best_texts_and_their_scores(jinfer, llm):
+    flags = ("generate", "--raw", "--prompt", "hi", "--num-beams", 4, "--max-tokens", 5)
+    status, out, err = jinfer(*flags)
+    assert (status, out) == (0, "HI 0\n")
+    assert re.fullmatch(r"4 beams, \d+\.\d\d s, scores -0\.5000\n", err)
+    params = llm.last.beam_params
+    assert (params.beam_width, params.num_returned, params.max_tokens) == (4, 1, 5)
+    assert (params.length_penalty, params.early_stopping) == (1.0, False)
+    more = ("--n", 2, "--length-penalty", 0.5, "--early-stopping", "never", "--ignore-eos")
+    _, out, err = jinfer(*flags, *more)
+    assert out == "[1] HI 0\n[2] HI 1\n" and "scores -0.5000, -1.5000" in err
+    params = llm.last.beam_params
+    assert (params.length_penalty, params.early_stopping) == (0.5, "never")
+    assert params.ignore_eos
+    jinfer("generate", "--prompt", "hi", "--num-beams", 2, "--early-stopping", "true")
+    assert llm.last.beam_params.early_stopping is True
+
+
 REFUSED = [
     (("generate",), "one of the arguments --prompt --input is required"),
     (("generate", "--prompt", "x", "--output", "o"), "--output goes with --input"),
@@ -144,6 +172,12 @@ REFUSED = [
     (("generate", "--prompt", "x", "--sampling-params", '{"output_kind": 1}'), "output_kind is"),
     (("generate", "--prompt", "x", "--sampling-params", '{"detokenize": false}'), "detokenize"),
     (("generate", "--raw", "--prompt", ""), "the prompt is empty"),
+    (("generate", "--prompt", "x", "--length-penalty", "1"), "--length-penalty goes with --num-be"),
+    (("generate", "--prompt", "x", "--num-beams", "2", "--top-p", "0.5"), "top_p is nothing to a"),
+    (("generate", "--prompt", "x", "--num-beams", "2", "--n", "3"), "num_return_sequences=3 is"),
+    (("generate", "--prompt", "x", "--num-beams", "0"), "beam_width must be positive"),
+    (("generate", "--prompt", "x", "--num-beams", "2", "--max-tokens", "none"), "max_tokens must"),
+    (("generate", "--input", "i", "--output", "o", "--num-beams", "2"), "goes with --prompt"),
     (("generate", "--prompt", "x" * 600), "more than max_model_len"),
     (("chat", "--temperature", "1", "--sampling-params", '{"n": 2}'), "one answer a turn, got n=2"),
     (("plan", "--model", "llama-2-7b", "--dtype", "bf17"), "dtype must be one of"),
