@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 from jinfer.commands.flags import DEFAULT_MODEL
 from jinfer.commands.terminal import say
@@ -52,8 +53,15 @@ def run(args: argparse.Namespace) -> int:
         length=args.context,
         num_windows=args.windows,
     )
+    if args.against is not None:
+        _check_tokenizers(args.model, tokenizer, args.against, load_tokenizer(args.against), text)
     model, params = load(args.model, dtype=args.dtype)
     reference = None if args.against is None else load(args.against, dtype=args.dtype)
+    if reference is not None and reference[0].config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{args.model} scores {model.config.vocab_size} tokens and --against {args.against} "
+            f"{reference[0].config.vocab_size}: their distributions cannot be compared"
+        )
     with tqdm(total=len(windows), desc="eval", unit="window") as bar:
 
         def on_window(_: int) -> None:
@@ -80,3 +88,22 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def _check_tokenizers(name: str, own: Any, other_name: str, other: Any, text: str) -> None:
+    """Raises ValueError, with both models named, unless one token id means one string in both."""
+    strings = [
+        {i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (own, other)
+    ]
+    different = sorted(strings[0].items() ^ strings[1].items())
+    if different:
+        ours, theirs = (table.get(different[0][0], "no token") for table in strings)
+        reason = f"token {different[0][0]} is {ours!r} in one and {theirs!r} in the other"
+    elif own.encode(text, add_special_tokens=False) != other.encode(text, add_special_tokens=False):
+        reason = "one vocabulary, but they cut this text differently"
+    else:
+        return
+    raise ValueError(
+        f"{name} and --against {other_name} have different tokenizers ({reason}): KL and agreement "
+        f"compare distributions over the same tokens"
+    )

@@ -1,5 +1,6 @@
 """`jinfer eval`: the command around `quant.evaluate`."""
 
+import dataclasses
 import json
 import math
 
@@ -28,9 +29,15 @@ CONFIG = ModelConfig(
 class Characters:
     """A tokenizer of one token a character."""
 
+    def __init__(self, first="\0", merges=False):
+        self.first, self.merges = first, merges
+
+    def get_vocab(self):
+        return {self.first: 0} | {chr(i): i for i in range(1, 128)}
+
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
-        return [ord(c) for c in text]
+        return [ord(c) for c in (text.replace("th", "\1") if self.merges else text)]
 
 
 @pytest.fixture
@@ -70,3 +77,26 @@ def test_bad_input_is_one_line(models, tmp_path, capsys, more, message):
     argv = ["eval", "--model", "a", "--text", str(tmp_path / "text.txt"), *more]
     assert cli.main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tokenizer, vocab_size, message",
+    [
+        (Characters("pad"), 128, "(token 0 is '\\x00' in one and 'pad' in the other)"),
+        (Characters(merges=True), 128, "they cut this text differently"),
+        (Characters(), 160, "a scores 128 tokens and --against c 160"),
+    ],
+)
+def test_models_of_different_tokens_are_not_compared(
+    models, monkeypatch, tmp_path, capsys, tokenizer, vocab_size, message
+):
+    model = Model(dataclasses.replace(CONFIG, vocab_size=vocab_size))
+    models["c"] = (model, model.init(jax.random.key(0)))
+    tokenizers = {"a": Characters(), "c": tokenizer}
+    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", tokenizers.get)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over it")
+    argv = ["eval", "--model", "a", "--text", str(tmp_path / "text.txt"), "--context", "10"]
+    assert cli.main([*argv, "--against", "c", "--json", str(tmp_path / "report.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and "--against c" in error
+    assert not (tmp_path / "report.json").exists()
