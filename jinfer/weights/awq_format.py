@@ -27,6 +27,7 @@ from jinfer.weights.interop import (
     unsigned_parts,
 )
 
+GROUPS = (16, 32, 64, 128, 256)  # sizes to propose
 ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # nibble j of a word holds output ORDER[j]
 
 
@@ -86,9 +87,10 @@ def write_awq(x: QTensor) -> dict[str, np.ndarray]:
     """Returns `qweight`, `qzeros`, `scales` of one module.
 
     Raises:
-      ValueError: not 4 bits, a permutation, or outputs that are no multiple of 8.
+      ValueError: not 4 bits, a permutation, a short last group, or outputs no multiple of 8.
     """
     check_writable(x, "AWQ", (4,), has_groups=True)
+    _check_groups({"": x})
     require(x.perm is None, "AWQ has no g_idx: quantize with static groups or group order")
     require(x.shape[1] % 8 == 0, f"AWQ packs 8 outputs to a word, got {x.shape[1]} outputs")
     codes, scale, zero = unsigned_parts(x)
@@ -99,8 +101,9 @@ def awq_config(weights: Mapping[str, QTensor], *, skipped: tuple[str, ...] = ())
     """Returns the `quantization_config`; all weights must have one group size.
 
     Raises:
-      ValueError: the group sizes differ.
+      ValueError: the group sizes differ, or do not divide the inputs of a module.
     """
+    _check_groups(weights)
     groups = {x.fmt.group if x.fmt.group > 0 else -1 for x in weights.values()}
     require(len(groups) == 1, f"an AWQ file has one group size, got {sorted(groups)}")
     return {
@@ -111,3 +114,16 @@ def awq_config(weights: Mapping[str, QTensor], *, skipped: tuple[str, ...] = ())
         "version": "gemm",
         "modules_to_not_convert": list(skipped) or None,
     }
+
+
+def _check_groups(weights: Mapping[str, QTensor]) -> None:
+    """Raises ValueError where a last group is short: AutoAWQ and vLLM refuse such a file."""
+    sizes = {x.shape[0] for x in weights.values()}
+    for module, x in weights.items():
+        if x.fmt.group > 0 and x.shape[0] % x.fmt.group:
+            fitting = [str(g) for g in GROUPS if not any(size % g for size in sizes)]
+            raise ValueError(
+                f"{module + ': ' if module else ''}AWQ's readers take whole groups only, and "
+                f"{x.fmt.group} does not divide {x.shape[0]} inputs; groups of "
+                f"{', '.join([*fitting, 'a whole channel'])} work"
+            )

@@ -116,6 +116,14 @@ REFUSED = {
         ("--target-bits", "5", "--export", "gptq"),
         ("o_proj: GPTQ holds", "int5-g64"),
     ),
+    "short last groups in AWQ": (  # 64 and 96 inputs
+        ("--method", "awq", "--format", "int4-g48-asym", "--export", "awq"),
+        (
+            "q_proj: AWQ's readers",
+            "48 does not divide 64",
+            "groups of 16, 32, a whole channel work",
+        ),
+    ),
     "target too low": (("--target-bits", "3"), ("must lie in 3.27..8.27", "got 3")),
     "target and recipe": (
         ("--target-bits", "5", "--recipe", "r.json"),

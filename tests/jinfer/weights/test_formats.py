@@ -416,6 +416,7 @@ def test_gptq_awq_and_compressed_tensors_transcode_without_loss(text):
         (write_gptq, "int8-channel:dyn", {}, "what happens to the inputs"),
         (write_awq, "int3-g32", {}, "AWQ holds integers of 4 bits"),
         (write_awq, "int4-g32", {"columns": 60}, "8 outputs"),
+        (write_awq, "int4-g48", {}, "48 does not divide 128 inputs; groups of 16, 32, 64, 128, a"),
         (write_ct, "nf4-g64", {}, "compressed-tensors holds integers"),
         (write_ct, "int8-channel:outlier", {}, "outlier"),
         (write_fp8, "fp8-e4m3-channel", {}, "an fp8 file holds"),
