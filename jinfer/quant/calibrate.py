@@ -66,9 +66,11 @@ def measure(x: Array, stride: int = 1) -> InputStats:
     def add(total: InputStats, chunk: Array) -> tuple[InputStats, None]:
         flat = chunk.reshape(-1, num_inputs).astype(jnp.float32)
         size = jnp.abs(flat)
+        # A product with ones: the order of jnp.sum depends on the number of threads on CPUs.
+        ones = jnp.ones(flat.shape[0], jnp.float32)
         new = InputStats(
             total.gram + gram(flat[::stride]),
-            total.abs_sum + jnp.sum(size, axis=0),
+            total.abs_sum + jnp.dot(ones, size, precision=lax.Precision.HIGHEST),
             jnp.maximum(total.abs_max, jnp.max(size, axis=0)),
             total.count + flat.shape[0],
         )

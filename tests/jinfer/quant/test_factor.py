@@ -73,29 +73,68 @@ import hashlib, os, sys
 os.sched_setaffinity(0, range(int(sys.argv[1])))
 import jax, numpy as np
 from jinfer.qformat import QFormat
+from jinfer.quant.awq import search_scales
+from jinfer.quant.calibrate import measure
 from jinfer.quant.factor import gram
 from jinfer.quant.gptq import quantize_gptq
 rng = np.random.default_rng(0)
 x = rng.normal(size=(2048, 384)).astype("f4") * np.exp(rng.normal(size=384)).astype("f4")
 h = jax.jit(gram)(x)
 w = rng.normal(size=(384, 320)).astype("f4")
-q, info = quantize_gptq(w, h, QFormat.parse("int4-g64-asym"), mse=True)
-leaves = [h, *jax.tree.leaves(q)]
+fmt = QFormat.parse("int4-g64-asym")
+q, info = quantize_gptq(w, h, fmt, mse=True)
+stats = measure(x.reshape(2, 8, 128, 384))
+scales = search_scales(w, h, stats.mean_abs, fmt)
+leaves = [h, *jax.tree.leaves((q, stats, scales))]
 digests = [hashlib.sha256(np.asarray(a).tobytes()).hexdigest() for a in leaves]
 print(len(os.sched_getaffinity(0)), *digests)
 """
 
 
-@pytest.mark.skipif(
+needs_two_cpus = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="needs two CPUs and a way to ask for one of them",
 )
-def test_one_thread_and_two_give_the_same_bits():
-    def run(threads):
-        command = [sys.executable, "-c", SAME_BITS, str(threads)]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        return subprocess.run(command, capture_output=True, text=True, env=env, check=True)
 
-    one, two = run(1).stdout.split(), run(2).stdout.split()
+
+def same_bits(script, num_threads):
+    """What a script prints in a new process that may use so many CPUs, line by line."""
+    command = [sys.executable, "-c", script, str(num_threads)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    return done.stdout.splitlines()
+
+
+@needs_two_cpus
+def test_one_thread_and_two_give_the_same_bits():
+    one, two = (same_bits(SAME_BITS, threads)[0].split() for threads in (1, 2))
     assert (one[0], two[0]) == ("1", "2")
-    assert one[1:] == two[1:] and len(one) == 5
+    assert one[1:] == two[1:] and len(one) == 12
+
+
+SAME_MODEL = """
+import hashlib, os, sys
+os.sched_setaffinity(0, range(int(sys.argv[1])))
+import jax, numpy as np
+from jinfer.config import ModelConfig
+from jinfer.models.model import Model
+from jinfer.quant.pipeline import quantize_model
+from jinfer.quant.recipe import Recipe, make_method
+heads = dict(num_heads=9, num_kv_heads=3, head_dim=64)
+sizes = dict(vocab_size=512, hidden_size=576, intermediate_size=1536, num_layers=2)
+config = ModelConfig(family="llama", max_position_embeddings=128, **sizes, **heads)
+model = Model(config)
+params = model.init(jax.random.key(0))
+tokens = jax.random.randint(jax.random.key(1), (8, 128), 0, 512)
+for name in ("gptq", "awq", "smoothquant"):
+    quantized, _ = quantize_model(model, params, Recipe.uniform(make_method(name)), tokens)
+    leaves = jax.tree.leaves(quantized["layers"])
+    print(name, *(hashlib.sha256(np.asarray(a).tobytes()).hexdigest() for a in leaves))
+"""
+
+
+@pytest.mark.slow
+@needs_two_cpus
+def test_blocks_of_smollm2s_shape_are_quantized_to_the_same_bits_by_one_thread_and_two():
+    one, two = same_bits(SAME_MODEL, 1), same_bits(SAME_MODEL, 2)
+    assert one == two and len(one) == 3
