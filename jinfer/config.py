@@ -203,8 +203,8 @@ class CacheConfig:
 
 _SPECULATIVE_FIELDS = {
     "ngram": ("num_speculative_tokens", "adaptive", "prompt_lookup_max", "prompt_lookup_min"),
-    "medusa": ("heads", "tree", "acceptance", "epsilon", "alpha"),
-    "lookahead": ("window", "ngram_size", "num_guesses"),
+    "medusa": ("adaptive", "heads", "tree", "acceptance", "epsilon", "alpha"),
+    "lookahead": ("adaptive", "window", "ngram_size", "num_guesses"),
     "self": ("num_speculative_tokens", "adaptive", "format"),
     "draft": ("num_speculative_tokens", "adaptive", "model", "params", "tokenizer"),
 }
@@ -217,13 +217,13 @@ class SpeculativeConfig:
     """How several tokens are drafted and then verified in one step of the model.
 
     Attributes:
-      method: "ngram": what followed the last time that the text ended alike. "self": the model
+      method: "ngram": what mostly followed when the text ended alike. "self": the model
         itself, its linears rounded to fewer bits, drafts in the same KV pages. "draft": another
         model of the same vocabulary drafts. "medusa": a tree of the guesses of trained heads.
         "lookahead": the model's own parallel guesses, as n-grams.
       num_speculative_tokens: most drafts a sequence and step; those of a tree are its nodes.
-      adaptive: (not of trees) carry fewer, or none, where steps with drafts are measured to bring
-        fewer tokens a second; otherwise all that there are.
+      adaptive: carry fewer drafts (a tree: none), or none, where steps with drafts are measured to
+        bring fewer tokens a second; otherwise all that there are.
       prompt_lookup_max, prompt_lookup_min: ("ngram") tokens at the end of the text that are looked
         for, as many as can be found.
       format: ("self") of the rounded weights, as `LLM(quantization=)` has it.

@@ -2,9 +2,10 @@
 
 The drafter is another model with a pool of its own, whose pages are numbered like the target's; or
 the target's own weights in fewer bits, which read the target's pool and go on in it: the
-verification writes the target's K and V over all that they leave there. Once every step has fed the
-drafter, too, whatever page the target has computed the drafter has as well: cached prefixes and
-preempted requests need no care.
+verification writes the target's K and V over all that they leave there. A pool of its own must be
+fed what the target computes: where every step does, whatever page the target has computed the
+drafter has as well, and cached prefixes and preempted requests need no care. `engine.fed_pages`
+knows of steps that did not.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ WITHOUT_JAX = (
     "jinfer.config",
     "jinfer.engine.costs",
     "jinfer.engine.detokenizer",
+    "jinfer.engine.fed_pages",
     "jinfer.engine.grammar",
     "jinfer.engine.holdings",
     "jinfer.engine.host_tier",

@@ -23,8 +23,10 @@ SUMMARY = "speculative decoding beside plain decoding"
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "adaptive": False},
     "ngram-adaptive": {"method": "ngram", "adaptive": True},
-    "medusa": {"method": "medusa"},
-    "lookahead": {"method": "lookahead"},
+    "medusa": {"method": "medusa", "adaptive": False},
+    "medusa-adaptive": {"method": "medusa", "adaptive": True},
+    "lookahead": {"method": "lookahead", "adaptive": False},
+    "lookahead-adaptive": {"method": "lookahead", "adaptive": True},
     "self": {"method": "self", "adaptive": False},
     "self-adaptive": {"method": "self", "adaptive": True},
     "draft": {"method": "draft", "adaptive": False},
@@ -131,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         f"{' '.join(methods)} --num-speculative-tokens {args.num_speculative_tokens} "
         f"--batch-sizes {' '.join(map(str, args.batch_sizes))} --limit {args.limit} "
         f"--output-tokens {args.output_tokens}"
-        + (f" --heads {Path(args.heads).name}" if "medusa" in methods else "")
+        + (f" --heads {Path(args.heads).name}" if args.heads else "")
         + (f" --draft-model {args.draft_model}" if args.draft_model else "")
         + (f" --self-format {args.self_format}" if args.self_format != "int4-g64" else ""),
         json_file=args.json,
@@ -143,11 +145,11 @@ def run(args: argparse.Namespace) -> int:
 def _config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the `speculative_config` of a method."""
     config = dict(METHODS[name])
-    if "adaptive" in config:
+    if config["method"] not in ("medusa", "lookahead"):
         config["num_speculative_tokens"] = args.num_speculative_tokens
-    if name == "medusa":
+    if config["method"] == "medusa":
         if args.heads is None:
-            raise ValueError("method medusa needs --heads DIR, see jinfer train-medusa")
+            raise ValueError(f"method {name} needs --heads DIR, see jinfer train-medusa")
         config["heads"] = args.heads
     if config["method"] == "self":
         config["format"] = args.self_format

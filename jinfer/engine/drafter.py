@@ -10,6 +10,7 @@ import jax
 from jinfer import draft_steps, kv_cache
 from jinfer.batch import StepBatch
 from jinfer.config import CacheConfig, ModelConfig
+from jinfer.engine.fed_pages import FedPages
 from jinfer.kv_cache import KVCache
 from jinfer.models.model import Model
 from jinfer.qtensor import array_bytes
@@ -35,6 +36,7 @@ class Drafter:
         self.params = params
         self._follow = follow
         self.kv: KVCache | None = None
+        self.fed: FedPages | None = None  # of its own pool
 
     @property
     def has_own_kv(self) -> bool:
@@ -57,6 +59,7 @@ class Drafter:
         self.kv = None
         if self.has_own_kv:
             self.kv = kv_cache.init(self.model.config, cache)
+            self.fed = FedPages(cache.num_pages, cache.page_size)
 
     def update_weights(self, params: Params) -> None:
         """Follows the target's new weights, if it is made of them."""

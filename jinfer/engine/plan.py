@@ -111,6 +111,8 @@ class Plan:
       is_decode: every sequence is one token wide.
       step_id: counts the plans.
       moves: of whole pages, before the step.
+      is_resting: nothing that only later drafts need is to be computed.
+      planned_at: when its making began, in seconds.
     """
 
     seqs: tuple[ScheduledSeq, ...]
@@ -118,6 +120,8 @@ class Plan:
     is_decode: bool
     step_id: int
     moves: PageMoves = PageMoves()
+    is_resting: bool = False
+    planned_at: float = 0.0
 
     @property
     def max_drafts(self) -> int:

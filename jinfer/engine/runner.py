@@ -18,7 +18,7 @@ import numpy as np
 from jinfer import kv_cache, qkernels, sampling, steps, tree_steps
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.config import CacheConfig, EngineConfig
-from jinfer.engine import buckets, results, tree_batch
+from jinfer.engine import buckets, ragged_batch, results, tree_batch
 from jinfer.engine.drafter import Drafter
 from jinfer.engine.host_pages import HostPages
 from jinfer.engine.plan import PageMoves, Plan
@@ -99,8 +99,10 @@ class Runner:
         for seq in plan.seqs:
             if seq.is_new_row:
                 self._reset_row(seq.request)
+        if self._own_kv:
+            self._catch_up(plan)
         is_decode = plan.is_decode and all(seq.num_samples > 0 for seq in plan.seqs)
-        if is_decode and not self._own_kv and not self._is_tree:
+        if is_decode and (plan.is_resting or not (self._own_kv or self._is_tree)):
             return self._launch_decode(plan)
         return self._launch_ragged(plan)
 
@@ -148,21 +150,14 @@ class Runner:
             self._arg_rows[request] = row
         return row
 
-    def _fill_rows(self, plan: Plan, batch: StepBatch | DecodeBatch) -> None:
-        for s, seq in enumerate(plan.seqs):
-            request = seq.request
-            batch.rows[s] = request.row
-            batch.prompt_lens[s] = request.num_prompt_tokens
-            batch.page_table[s, : len(request.pages)] = request.pages
-
     def _launch_decode(self, plan: Plan) -> Launched:
         size = buckets.fit(self.buckets.decode, len(plan.seqs))
         batch = self.decode_padding(size)
-        self._fill_rows(plan, batch)
         for s, seq in enumerate(plan.seqs):
+            ragged_batch.put_request(batch, s, seq.request)
             batch.positions[s] = seq.start
             batch.limits[s] = seq.num_samples
-            batch.tokens[s] = _known_tokens(seq.request, seq.start, 1)[0]
+            batch.tokens[s] = ragged_batch.known_tokens(seq.request, seq.start, 1)[0]
         out = self._decode(batch, self._args(plan, size), plan.num_steps)
         return self._launched(plan, out, prompt_targets=None)
 
@@ -179,29 +174,7 @@ class Runner:
             num_tokens = buckets.fit(self.buckets.tokens, plan.num_tokens)
             size = buckets.fit(self.buckets.seqs, len(plan.seqs))
             batch = self.ragged_padding(num_tokens, size)
-        page_size = self.cache.page_size
-        self._fill_rows(plan, batch)
-        sampled = np.zeros(size, np.bool_)
-        num_drafts = np.zeros(size, np.int32)
-        targets = np.zeros(batch.tokens.shape[0], np.int32)
-        begin = 0
-        for s, seq in enumerate(plan.seqs):
-            end = begin + seq.num_tokens
-            places = np.arange(seq.start, seq.start + seq.num_tokens, dtype=np.int32)
-            pages = batch.page_table[s, places // page_size]
-            known = _known_tokens(seq.request, seq.start, seq.num_tokens - seq.num_drafts)
-            batch.tokens[begin:end] = [*known, *seq.drafts.token_ids]
-            batch.positions[begin:end] = places
-            batch.seq_ids[begin:end] = s
-            batch.slots[begin:end] = pages * page_size + places % page_size
-            batch.q_starts[s + 1 :] = end
-            batch.kv_lens[s] = seq.start + seq.num_tokens
-            sampled[s] = seq.num_samples > 0
-            num_drafts[s] = seq.num_drafts
-            if seq.wants_prompt_logprobs:
-                following = seq.request.prompt_token_ids[seq.start + 1 : places[-1] + 2]
-                targets[begin : begin + len(following)] = following
-            begin = end
+        sampled, num_drafts, targets = ragged_batch.fill(plan, batch, self.cache.page_size)
         args = self._args(plan, size)
         if self._is_tree:
             parents = tree_batch.fill(plan, batch, max_drafts)
@@ -209,7 +182,7 @@ class Runner:
         elif max_drafts:
             out = self._verify(batch, args, sampled, num_drafts, max_drafts)
         else:
-            out = self._forward(batch, args, sampled)
+            out = self._forward(batch, args, sampled, is_fed=not plan.is_resting)
         return self._launched(plan, out, prompt_targets=targets)
 
     def _verify_padding(self, size: int, max_drafts: int) -> StepBatch:
@@ -237,8 +210,30 @@ class Runner:
         if self.drafter is not None:
             self.drafter.feed(self.state, batch, self.config.attention_impl)
 
-    def _forward(self, batch: StepBatch, args: SampleArgs, sampled: Any) -> steps.StepOutput:
-        self.feed_drafter(batch)
+    def _catch_up(self, plan: Plan) -> None:
+        """Feeds a drafter what it missed of the sequences that it is to draft for."""
+        assert self.drafter is not None and self.drafter.fed is not None
+        fed = self.drafter.fed
+        fed.note_moves(plan.moves)
+        wanted = [(seq.request, seq.start) for seq in plan.seqs if seq.num_drafts]
+        sizes = self.buckets.tokens, self.buckets.seqs
+        for pieces in fed.take_missing(wanted, sizes[0][-1], sizes[1][-1]):
+            num_tokens = buckets.fit(sizes[0], sum(count for _, _, count in pieces))
+            batch = self.ragged_padding(num_tokens, buckets.fit(sizes[1], len(pieces)))
+            begin = 0
+            for s, (request, start, count) in enumerate(pieces):
+                tokens = ragged_batch.known_tokens(request, start, count)
+                ragged_batch.put_request(batch, s, request)
+                ragged_batch.put_tokens(batch, s, begin, start, tokens, self.cache.page_size)
+                begin += count
+            self.feed_drafter(batch)
+        fed.note_plan(plan)
+
+    def _forward(
+        self, batch: StepBatch, args: SampleArgs, sampled: Any, *, is_fed: bool = True
+    ) -> steps.StepOutput:
+        if is_fed:
+            self.feed_drafter(batch)
         out, self.kv, self.state = steps.forward_step(
             self.model,
             self.params,
@@ -349,17 +344,18 @@ class Runner:
         The programs run once with nothing but padding, which leaves pool and state as they were.
         """
         begin = time.perf_counter()
+        may_rest = self.config.speculation is not None and self.config.speculation.adaptive
         for size in self.buckets.decode:
+            args = sampling.pack_args([], size)
+            if may_rest or not (self._own_kv or self._is_tree):
+                self._warm_logprobs(self._decode(self.decode_padding(size), args, 1))
             if self._is_tree:
                 max_drafts = self.buckets.drafts[-1]
                 self._warm_tree(self._verify_padding(size, max_drafts), max_drafts)
                 continue
-            args = sampling.pack_args([], size)
             if self._own_kv:
                 batch = self._verify_padding(size, 0)
                 self._warm_logprobs(self._forward(batch, args, np.zeros(size, np.bool_)))
-            else:
-                self._warm_logprobs(self._decode(self.decode_padding(size), args, 1))
             for max_drafts in self.buckets.drafts:
                 self._warm_verification(self._verify_padding(size, max_drafts), max_drafts)
         for num_tokens in self.buckets.tokens:
@@ -430,14 +426,3 @@ class Runner:
 
 def _int32(value: Any) -> Any:
     return np.asarray(value, np.int32)
-
-
-def _known_tokens(request: Request, start: int, count: int) -> list[int]:
-    """Token ids at positions start .. start + count - 1, -1 where still on the device."""
-    prompt = request.prompt_token_ids
-    end = start + count
-    tokens = prompt[start:end]
-    if end > len(prompt):
-        offset = max(start - len(prompt), 0)
-        tokens = tokens + request.output_token_ids[offset : end - len(prompt)]
-    return tokens + [-1] * (count - len(tokens))

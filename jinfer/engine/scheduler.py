@@ -110,7 +110,7 @@ class Scheduler:
     @property
     def is_drafting(self) -> bool:
         """Whether the next plan should wait for the tokens of the last one, to draft after them."""
-        return self.speculation is not None
+        return self.speculation is not None and not self.speculation.will_rest
 
     def has_work(self) -> bool:
         """Whether a request is live or a plan is to be committed."""
@@ -216,10 +216,11 @@ class Scheduler:
 
     def plan(self) -> Plan | None:
         """Makes the next step, or returns None if nothing can run before the next commit."""
-        budget = self.config.max_num_batched_tokens
+        began, budget = self._now(), self.config.max_num_batched_tokens
         decodes = self._reserve_decodes()
         budget -= len(decodes)
-        drafts = draft(self.speculation, decodes, budget, self.holdings, is_tree=False)
+        is_mixed = any(request.is_prefilling for request in self.running)
+        drafts = draft(self.speculation, decodes, budget, self.holdings, is_mixed=is_mixed)
         budget -= sum(map(len, drafts))
         chunks: list[ScheduledSeq] = []
         for request in self.running:
@@ -239,13 +240,14 @@ class Scheduler:
             return None
         if not chunks and not any(drafts):
             drafts = draft(self.speculation, decodes, budget, self.holdings, is_tree=True)
+        is_resting = self.speculation is not None and self.speculation.is_resting
         num_steps = 1 if chunks or self.is_drafting else self._num_decode_steps(decodes)
         seqs = [
             self._schedule_decode(request, num_steps, d) for request, d in zip(decodes, drafts)
         ] + chunks
         is_decode = all(seq.num_tokens == 1 for seq in seqs)
-        moves = self.holdings.take_moves()
-        plan = Plan(tuple(seqs), num_steps, is_decode, next(self._step_ids), moves)
+        step_id, moves = next(self._step_ids), self.holdings.take_moves()
+        plan = Plan(tuple(seqs), num_steps, is_decode, step_id, moves, is_resting, began)
         self._in_flight.append(plan)
         self.stats.num_plans += 1
         self.stats.num_scheduled_tokens += plan.num_tokens

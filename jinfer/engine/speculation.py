@@ -36,11 +36,18 @@ class Speculation:
     def __init__(self, config: EngineConfig, now: Callable[[], float]) -> None:
         assert config.speculation is not None
         self.config = config.speculation
-        sizes = Buckets.of(config).drafts
+        sizes = (self.config.max_depth,) if self.is_tree else Buckets.of(config).drafts
         self.length = DraftLength(sizes) if self.config.adaptive else None
         self._now = now
-        self._planned_at = now()
+        self._noted_at = now()
         self._proposer = None if self.is_tree else make_proposer(self.config)
+        # What a text repeats, only the text tells; others can draft at any time, at some upkeep.
+        self._is_lookup = self.config.method == "ngram"
+        self.is_resting = False  # whether the plan being made does without drafts, and all for them
+        self._has_rested = False  # any since the last one with drafts
+        self._num_rest = 0  # steps to come that need not look for drafts
+        self._rest_batch = 0  # of batches of this size
+        self._steps_a_plan = config.num_decode_steps
         self.num_steps = 0  # of single sequences, each of which brought one token or more
         self.num_tokens = 0  # that they brought
         # By position (of a tree: by level), the first draft first.
@@ -48,7 +55,14 @@ class Speculation:
         self.accepted_at = [0] * self.config.max_depth
         self._last_log = now()
 
-    def draft(self, decodes: list[Request], budget: int, holdings: Holdings) -> list[Drafts]:
+    @property
+    def will_rest(self) -> bool:
+        """Whether the next plan needs no tokens of the last one to draft after."""
+        return self._num_rest > 0
+
+    def draft(
+        self, decodes: list[Request], budget: int, holdings: Holdings, *, is_mixed: bool
+    ) -> list[Drafts]:
         """Returns each decode's drafts, having taken the pages that they need.
 
         Only free or cached pages: nobody is preempted for a draft.
@@ -57,18 +71,44 @@ class Speculation:
           decodes: running requests, with a page for their next token each.
           budget: most drafts in all.
           holdings: gives the pages.
+          is_mixed: the step is expected to prefill as well, so its time tells nothing.
         """
-        self._planned_at = self._now()
+        if not decodes or self._is_at_rest(decodes):
+            return [Drafts()] * len(decodes)
         proposed = [self._propose(r, r.num_unplanned_outputs - 1) for r in decodes]
         most = self.config.num_speculative_tokens
         if self.length is not None:
-            most = self.length.choose([len(ids) for ids in proposed])
+            lengths = [len(ids) for ids in proposed]
+            most = self.length.choose(lengths, may_try=not is_mixed)
+            if not most:
+                self._rest(len(lengths))
         drafts = []
         for request, ids in zip(decodes, proposed):
             ids = ids[: max(0, min(budget, most))]
             drafts.append(Drafts(ids[: make_room(request, len(ids), holdings)]))
             budget -= len(drafts[-1])
         return drafts
+
+    def _is_at_rest(self, decodes: list[Request]) -> bool:
+        """Whether a plan for these does without drafts because it was decided before."""
+        if len(decodes).bit_length() != self._rest_batch:
+            self._num_rest = 0
+        # Where steps are under way, nobody knows yet after what to draft.
+        self.is_resting = self._num_rest > 0 or (
+            self.length is not None and any(request.num_in_flight for request in decodes)
+        )
+        self._num_rest = max(0, self._num_rest - self._steps_a_plan)
+        self._has_rested |= self.is_resting
+        return self.is_resting
+
+    def _rest(self, num_seqs: int) -> None:
+        """Lets the plan being made do without drafts, and those to come that are known to."""
+        assert self.length is not None
+        num_steps = self.length.num_steps_without([self.config.max_depth] * num_seqs)
+        if num_steps or not self._is_lookup:
+            self.is_resting = self._has_rested = True
+            self._rest_batch = num_seqs.bit_length()
+            self._num_rest = max(0, num_steps - self._steps_a_plan)
 
     def _propose(self, request: Request, limit: int) -> tuple[int, ...]:
         """Returns at most `limit` drafts of what follows the known tokens, all of them known."""
@@ -81,18 +121,36 @@ class Speculation:
         self, plan: Plan, samples: Sequence[Sequence[int]], is_sound: Sequence[bool] | None
     ) -> None:
         """Counts a step: the drafts of its sequences, and the tokens that came of them."""
+        now = self._now()
         if self.length is not None and not any(seq.is_prefill for seq in plan.seqs):
-            seconds = self._now() - self._planned_at
-            self.length.note_step(len(plan.seqs), plan.max_drafts, seconds)
+            # A plan made while another was under way has cost what came after the other's end.
+            seconds = (now - max(plan.planned_at, self._noted_at)) / plan.num_steps
+            self._note_seconds(plan, seconds, self.length)
+        self._noted_at = now
         for i, (seq, tokens) in enumerate(zip(plan.seqs, samples)):
             if not seq.is_prefill and (is_sound is None or is_sound[i]):
                 num_drafts = min(seq.drafts.depth, self.config.max_depth)
                 self._note_sequence(seq.request, num_drafts, len(tokens))
         self._log()
 
+    def _note_seconds(self, plan: Plan, seconds: float, length: DraftLength) -> None:
+        num_seqs, depth = len(plan.seqs), max(seq.drafts.depth for seq in plan.seqs)
+        depth = min(depth, self.config.max_depth)
+        if self._is_lookup or plan.is_resting:
+            length.note_step(num_seqs, depth, seconds, plan.num_steps)
+            return
+        # The first step after a rest may have to make up for what was left out: the drafter's KV,
+        # or (with Medusa heads, in a step without drafts) the guesses.
+        has_rested, self._has_rested = self._has_rested, False
+        if has_rested and self.config.method in ("draft", "medusa"):
+            length.note_resumption(num_seqs, seconds)
+        elif depth:
+            length.note_step(num_seqs, depth, seconds)
+
     def _note_sequence(self, request: Request, num_drafts: int, num_tokens: int) -> None:
         num_accepted = min(num_tokens - 1, num_drafts)
-        self.num_steps += 1
+        num_steps = 1 if num_drafts else num_tokens  # several may stay on the device
+        self.num_steps += num_steps
         self.num_tokens += num_tokens
         for i in range(num_drafts):
             self.drafted_at[i] += 1
@@ -100,7 +158,7 @@ class Speculation:
         if self.length is not None:
             self.length.note_drafts(num_drafts, num_accepted)
         metrics = request.metrics
-        metrics.num_decode_steps += 1
+        metrics.num_decode_steps += num_steps
         metrics.num_decode_tokens += num_tokens
         metrics.num_drafted_tokens += num_drafts
         metrics.num_accepted_tokens += num_accepted

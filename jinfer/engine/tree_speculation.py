@@ -29,12 +29,13 @@ def draft(
     budget: int,
     holdings: Holdings,
     *,
-    is_tree: bool,
+    is_tree: bool = False,
+    is_mixed: bool = False,
 ) -> list[Drafts]:
     """Returns each decode's drafts, see `Speculation.draft`; none if they are not of the kind."""
     if speculation is None or speculation.is_tree != is_tree:
         return [Drafts()] * len(decodes)
-    return speculation.draft(decodes, budget, holdings)
+    return speculation.draft(decodes, budget, holdings, is_mixed=is_mixed)
 
 
 class TreeSpeculation(Speculation):
@@ -42,8 +43,18 @@ class TreeSpeculation(Speculation):
 
     is_tree = True
 
-    def draft(self, decodes: list[Request], budget: int, holdings: Holdings) -> list[Drafts]:
+    def draft(
+        self, decodes: list[Request], budget: int, holdings: Holdings, *, is_mixed: bool
+    ) -> list[Drafts]:
         """Returns each decode's tree, as `Speculation.draft` does."""
+        if self._is_at_rest(decodes):
+            return [Drafts()] * len(decodes)
+        if self.length is not None:
+            depth = self.config.max_depth
+            depths = [min(depth, request.num_unplanned_outputs - 1) for request in decodes]
+            if not self.length.choose(depths, may_try=not is_mixed):
+                self._rest(len(decodes))
+                return [Drafts()] * len(decodes)
         drafts = []
         for request in decodes:
             proposed = cut(self.grow(request), request.num_unplanned_outputs - 1)

@@ -8,12 +8,15 @@ nearly free where memory is the limit, dear where arithmetic is (CPUs, large bat
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Sequence
 
 # Fewest measurements of a kind of step before it is judged: the first may have compiled.
 NUM_TRIALS = 2
-# A kind of step that looked slower is tried again after so many of the others.
+# A kind of step that looked slower is tried again after so many of the others,
 RETRY_AFTER = 64
+# or after more, so that all that its trials lose is at most this share of the time.
+TRIAL_SHARE = 0.01
 _MEMORY = 0.98  # weight of the past in the rates of acceptance
 
 
@@ -30,50 +33,91 @@ class DraftLength:
         # One draft of two is taken to stand until more is known.
         self._reached = [2.0] * most
         self._stood = [1.0] * most
-        # Seconds of the last steps, by the size of the batch (a power of two) and of the drafts.
+        # By the size of the batch (a power of two) and of the drafts: seconds of the last steps,
+        # how many steps of other kinds have been since, and what a trial costs beside its step.
         self._seconds: dict[tuple[int, int], collections.deque[float]] = {}
-        self._since: dict[tuple[int, int], int] = {}
+        self._since: collections.Counter[tuple[int, int]] = collections.Counter()
+        self._resume_seconds: dict[int, float] = {}
 
-    def choose(self, lengths: Sequence[int]) -> int:
+    def choose(self, lengths: Sequence[int], *, may_try: bool = True) -> int:
         """Returns most drafts a sequence for a step.
 
         Args:
           lengths: drafts at hand for each sequence of the batch.
+          may_try: whether a kind of step may be chosen to measure it. Where this is false, one that
+            has not been measured is not chosen, but for that without drafts.
         """
         longest = max(lengths, default=0)
         if not longest:
             return 0
         batch = len(lengths).bit_length()
         options = [0, *(size for size in self.sizes if size < longest), self._fit(longest)]
-        for size in options:
-            key = batch, size
-            self._since[key] = self._since.get(key, 0) + 1
-        due = [
-            size
-            for size in options
-            if len(self._seconds.get((batch, size), ())) < NUM_TRIALS
-            or self._since[batch, size] > RETRY_AFTER
-        ]
-        if due:
-            return due[-1]
+        measured = [s for s in options if len(self._seconds.get((batch, s), ())) >= NUM_TRIALS]
+        if may_try and len(measured) < len(options):
+            return max(set(options).difference(measured))
+        if 0 not in measured:
+            return 0
+        best = max(measured, key=lambda size: self._rate(lengths, batch, size))
+        if may_try:
+            for size in reversed(options):
+                if size != best and self._steps_to_trial(lengths, batch, size, best) <= 0:
+                    return size
+        return best
 
-        def tokens_per_second(size: int) -> float:
-            # The least of the last few: what else the machine did is not the step's cost.
-            return self._expected_tokens(lengths, size) / min(self._seconds[batch, size])
+    def num_steps_without(self, lengths: Sequence[int]) -> int:
+        """Returns for how many steps to come, all alike, `choose` would find 0 the best; 0 if not.
 
-        return max(options, key=tokens_per_second)
+        Args:
+          lengths: as for `choose`.
+        """
+        batch, longest = len(lengths).bit_length(), max(lengths, default=0)
+        options = [size for size in self.sizes if size < longest] + [self._fit(longest)]
+        keys = [(batch, size) for size in (0, *options)]
+        if any(len(self._seconds.get(key, ())) < NUM_TRIALS for key in keys):
+            return 0
+        plain = self._rate(lengths, batch, 0)
+        if any(self._rate(lengths, batch, size) > plain for size in options):
+            return 0
+        return max(0, min(self._steps_to_trial(lengths, batch, size, 0) for size in options))
 
-    def note_step(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
-        """Takes in what a step cost: `num_drafts` is the most of any of its sequences."""
-        key = num_seqs.bit_length(), self._fit(num_drafts) if num_drafts else 0
+    def note_step(self, num_seqs: int, num_drafts: int, seconds: float, num_steps: int = 1) -> None:
+        """Takes in what a step cost: `num_drafts` is the most of any of its sequences.
+
+        `num_steps` steps without drafts may be noted as one; `seconds` is what each took.
+        """
+        batch = num_seqs.bit_length()
+        for size in (0, *self.sizes):
+            self._since[batch, size] += num_steps
+        key = batch, self._fit(num_drafts) if num_drafts else 0
         self._since[key] = 0
         self._seconds.setdefault(key, collections.deque(maxlen=8)).append(seconds)
+
+    def note_resumption(self, num_seqs: int, seconds: float) -> None:
+        """Takes in what a step cost that made drafting possible again, which is no trial itself."""
+        batch = num_seqs.bit_length()
+        if plain := self._seconds.get((batch, 0)):
+            self._resume_seconds[batch] = max(0.0, seconds - min(plain))
 
     def note_drafts(self, num_drafts: int, num_accepted: int) -> None:
         """Takes in how many of a sequence's drafts stood; the first that falls is the last seen."""
         for i in range(min(num_drafts, num_accepted + 1)):
             self._reached[i] = 1.0 + _MEMORY * self._reached[i]
             self._stood[i] = float(i < num_accepted) + _MEMORY * self._stood[i]
+
+    def _steps_to_trial(self, lengths: Sequence[int], batch: int, size: int, best: int) -> int:
+        """Returns after how many more steps of kind `best` one of `size` is due to be tried."""
+        seconds = min(self._seconds[batch, best])
+        gained = self._expected_tokens(lengths, size) / self._rate(lengths, batch, best)
+        lost = min(self._seconds[batch, size]) - gained
+        if size and not best:
+            lost += self._resume_seconds.get(batch, 0.0)
+        wait = max(RETRY_AFTER, math.ceil(lost / (TRIAL_SHARE * seconds)))
+        return wait - self._since[batch, size]
+
+    def _rate(self, lengths: Sequence[int], batch: int, size: int) -> float:
+        """Tokens a second."""
+        # The least of the last few: what else the machine did is not the step's cost.
+        return self._expected_tokens(lengths, size) / min(self._seconds[batch, size])
 
     def _expected_tokens(self, lengths: Sequence[int], size: int) -> float:
         total = float(len(lengths))

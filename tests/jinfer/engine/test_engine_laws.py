@@ -39,6 +39,7 @@ from jinfer.engine.radix import TOKEN_BYTES, PageKey, num_common
 from jinfer.engine.request import Request
 from jinfer.engine.scheduler import Scheduler
 from jinfer.sampling_params import SamplingParams
+from jinfer.spec.adaptive import DraftLength
 
 EOS = 0
 VOCAB_SIZE = 23  # an end of sequence every 23 tokens or so
@@ -277,6 +278,8 @@ class Harness:
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_pages
 
     def step(self):
+        while self.scheduler.is_drafting and self.in_flight:  # as `Engine.step` waits
+            self.commit()
         launched = self.launch()
         if self.in_flight and (not launched or len(self.in_flight) > self.lag):
             self.commit()
@@ -490,6 +493,20 @@ def test_the_same_with_drafts():
     assert 300 < sum(m["num_accepted_tokens"] for m in metrics) < drafted - 300
     assert sum(run.scheduler.stats.num_preemptions for run in runs) > 10
     assert sum(run.scheduler.stats.num_cached_tokens for run in runs) > 50
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_the_same_where_drafts_come_and_go(lag, monkeypatch):
+    """Steps that rest run ahead; those that draft wait for the tokens of the last one."""
+    rng = random.Random(0)
+    choose = lambda _, lengths, may_try: rng.choice((0, max(lengths, default=0)))  # noqa: E731
+    monkeypatch.setattr(DraftLength, "choose", choose)
+    monkeypatch.setattr(DraftLength, "num_steps_without", lambda *_: rng.randint(0, 6))
+    drafts = SpeculativeConfig(method="self", num_speculative_tokens=4)
+    runs = [random_load(seed, lag, speculation=drafts) for seed in range(20)]
+    metrics = [run.scheduler.speculation.metrics() for run in runs]
+    assert sum(m["num_accepted_tokens"] for m in metrics) > 100
+    assert sum(run.scheduler.stats.num_preemptions for run in runs) > 10
 
 
 @pytest.mark.parametrize("lag", [0, 2])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jinfer.spec.adaptive import NUM_TRIALS, RETRY_AFTER, DraftLength
+from jinfer.spec.adaptive import NUM_TRIALS, RETRY_AFTER, TRIAL_SHARE, DraftLength
 
 SIZES = (2, 4)
 
@@ -73,3 +73,53 @@ def test_each_kind_of_step_is_tried_before_it_is_judged():
     short, rng = DraftLength(SIZES), np.random.default_rng(3)
     _, _, choices = serve(short, [1, 0], lambda _, n: 1.0, 0.5, 40, rng)
     assert set(choices) == {0, 2}
+
+
+@pytest.mark.parametrize("price", [3.0, 12.0, 40.0])
+def test_trials_of_what_is_dear_are_rare(price):
+    """However dear, all trials after the first lose at most their share of the time."""
+    length, rng = DraftLength((4,)), np.random.default_rng(4)
+    cost = lambda _, n: price if n else 1.0  # noqa: E731
+    serve(length, [4], cost, 0.3, 2 * NUM_TRIALS, rng)
+    tokens, seconds, choices = serve(length, [4], cost, 0.3, 20_000, rng)
+    assert 0 < choices.count(4) < len(choices) / RETRY_AFTER
+    assert tokens / seconds > 1 - 1.2 * TRIAL_SHARE
+
+
+def test_a_step_that_prefills_too_is_no_trial():
+    length = DraftLength(SIZES)
+    assert length.choose([4] * 2, may_try=False) == 0  # nothing is known
+    for size, seconds in ((0, 1.0), (2, 1.1), (4, 1.3)):
+        for _ in range(NUM_TRIALS):
+            length.note_step(2, size, seconds)
+    assert length.choose([4] * 2, may_try=False) == 2  # 1.75 tokens in 1.1 s, 1.94 in 1.3 s
+    for _ in range(10 * RETRY_AFTER):
+        length.note_step(2, 2, 1.1)
+    assert length.choose([4] * 2, may_try=False) == 2
+    assert length.choose([4] * 2) == 4
+
+
+def test_a_rest_lasts_until_the_next_trial():
+    length, rng = DraftLength((4,)), np.random.default_rng(5)
+    assert length.num_steps_without([4]) == 0  # nothing is known
+    serve(length, [4], lambda _, n: 4.0 if n else 1.0, 0.5, 2 * NUM_TRIALS, rng)
+    num_steps = length.num_steps_without([4])
+    # A trial loses 4 - 1.94 seconds and may lose one hundredth.
+    assert 150 < num_steps < 300
+    length.note_step(1, 0, 1.0, num_steps - 1)
+    assert length.choose([4]) == 0
+    length.note_step(1, 0, 1.0)
+    assert length.choose([4]) == 4
+    assert length.num_steps_without([4]) == 0
+    length.note_step(1, 4, 1.0)  # now cheap: no rest
+    assert length.num_steps_without([4]) == 0
+
+
+def test_what_it_costs_to_begin_again_makes_rests_longer():
+    rests = []
+    for extra in (0.0, 5.0):
+        length, rng = DraftLength((4,)), np.random.default_rng(6)
+        serve(length, [4], lambda _, n: 4.0 if n else 1.0, 0.5, 2 * NUM_TRIALS, rng)
+        length.note_resumption(1, 1.0 + extra)
+        rests.append(length.num_steps_without([4]))
+    assert rests[1] - rests[0] == pytest.approx(5.0 / TRIAL_SHARE, abs=2)

@@ -1,6 +1,7 @@
 """Speculation in the engine: whatever is drafted, the tokens are those of plain decoding."""
 
 import dataclasses
+import random
 
 import jax
 import numpy as np
@@ -89,8 +90,14 @@ def config_of(heads, draft):
         "ngram": NGRAM,
         "self": SELF,
         "draft": draft,
-        "medusa": {"method": "medusa", "heads": heads},
-        "lookahead": {"method": "lookahead", "window": 2, "ngram_size": 3, "num_guesses": 2},
+        "medusa": {"method": "medusa", "heads": heads, "adaptive": False},
+        "lookahead": {
+            "method": "lookahead",
+            "window": 2,
+            "ngram_size": 3,
+            "num_guesses": 2,
+            "adaptive": False,
+        },
     }.__getitem__
 
 
@@ -183,6 +190,45 @@ def test_models_draft_the_tokens_of_plain_decoding(make_llm, plain, config_of, m
     llm.check_integrity()
 
 
+def rest_at_random(llm, rng):
+    """Has the engine draft or rest for some steps as it comes, whatever is measured."""
+    length = llm._engine.scheduler.speculation.length
+    most = length.sizes[-1]
+    length.choose = lambda lengths, may_try: rng.choice((0, most)) if any(lengths) else 0
+    length.num_steps_without = lambda lengths: rng.randint(0, 4)
+
+
+@pytest.mark.parametrize(
+    "method", ["draft", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW if m != "draft")]
+)
+def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method):
+    """Few pages and chunks of 16; a drafter with KV of its own misses steps and catches up."""
+    config = {**config_of(method), "adaptive": True}
+    if method == "draft":  # the model itself: while it is fed aright, all of its drafts stand
+        config |= {"model": MODEL, "params": params, "num_speculative_tokens": 2}
+    limits = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+    prompts = [prompt[:40] for prompt in make_prompts()[3:]]
+    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    expected = make_llm(**limits).generate(prompts, greedy, use_tqdm=False)
+    llm = make_llm(speculative_config=config, num_gpu_blocks_override=11, **limits)
+    rng = random.Random(0)
+    rest_at_random(llm, rng)
+    plans = []
+    launch = llm._runner.launch
+    llm._runner.launch = lambda plan: plans.append(plan) or launch(plan)
+    for _ in range(3):
+        assert_same(llm.generate(prompts, greedy, use_tqdm=False), expected)
+    metrics = llm.get_metrics()
+    assert metrics["num_preemptions"] > 0 and metrics["num_cached_tokens"] > 0
+    rests = [plan.is_resting for plan in plans if not any(s.is_prefill for s in plan.seqs)]
+    assert 0.3 < np.mean(rests) < 0.9
+    assert any(s.is_prefill and s.start for plan in plans for s in plan.seqs)  # chunks
+    assert metrics["num_accepted_tokens"] > 20
+    if method == "draft":
+        assert metrics["acceptance_rate"] == 1.0
+    llm.check_integrity()
+
+
 def test_an_adaptive_number_of_drafts_changes_no_token(make_llm, plain):
     llm = make_llm(speculative_config={**NGRAM, "adaptive": True})
     for _ in range(2):  # with measured costs the second time
@@ -223,7 +269,8 @@ def test_nothing_compiles_after_warmup(make_llm, config_of, method):
         ({"method": "medusa", "heads": "/nowhere"}, "jinfer train-medusa"),
         ({"method": "medusa", "heads": "x", "acceptance": "some"}, '"lossless" or "typical"'),
         ({"method": "medusa", "heads": "x", "epsilon": 0}, "epsilon must be above 0"),
-        ({"method": "medusa", "heads": "x", "adaptive": True}, "has no 'adaptive'"),
+        ({"method": "medusa", "heads": "x", "format": "int4"}, "has no 'format'"),
+        ({"method": "lookahead", "adaptive": 1}, "true or false"),
         ({}, "method must be one of ngram"),
         ({"method": "ngram", "model": "x"}, "has no 'model'"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "must be a positive integer"),
