@@ -177,7 +177,8 @@ def test_speculation_gives_the_tokens_of_plain_decoding(make_llm, plain, config_
     assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
 
 
-@pytest.mark.parametrize("method", ["self", pytest.param("draft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["self", "draft"])
 def test_models_draft_the_tokens_of_plain_decoding(make_llm, plain, config_of, method):
     """As above in fewer programs: two sequences at most, two drafts."""
     config = {**config_of(method), "num_speculative_tokens": 2}
@@ -199,7 +200,8 @@ def rest_at_random(llm, rng):
 
 
 @pytest.mark.parametrize(
-    "method", ["draft", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW if m != "draft")]
+    "method",
+    ["self", "draft", *(pytest.param(m, marks=pytest.mark.slow) for m in ("medusa", "lookahead"))],
 )
 def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method):
     """Few pages and chunks of 16; a drafter with KV of its own misses steps and catches up."""
