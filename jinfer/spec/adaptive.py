@@ -17,6 +17,8 @@ NUM_TRIALS = 2
 RETRY_AFTER = 64
 # or after more, so that all that its trials lose is at most this share of the time.
 TRIAL_SHARE = 0.01
+# One that was dear in batches of another size is tried after so many, dear as it may be here.
+FIRST_TRIAL_WITHIN = 256
 _MEMORY = 0.98  # weight of the past in the rates of acceptance
 
 
@@ -47,17 +49,19 @@ class DraftLength:
           may_try: whether a kind of step may be chosen to measure it. Where this is false, one that
             has not been measured is not chosen, but for that without drafts.
         """
-        longest = max(lengths, default=0)
-        if not longest:
+        if not max(lengths, default=0):
             return 0
-        batch = len(lengths).bit_length()
-        options = [0, *(size for size in self.sizes if size < longest), self._fit(longest)]
-        measured = [s for s in options if len(self._seconds.get((batch, s), ())) >= NUM_TRIALS]
-        if may_try and len(measured) < len(options):
-            return max(set(options).difference(measured))
-        if 0 not in measured:
+        batch, options = len(lengths).bit_length(), self._options(lengths)
+        seconds = {size: self._estimate(batch, size) for size in options}
+        if seconds[0] is None:
             return 0
-        best = max(measured, key=lambda size: self._rate(lengths, batch, size))
+        unknown = [size for size in options if seconds[size] is None]
+        if may_try and unknown:
+            return unknown[-1]
+        known = [
+            s for s in options if self._is_measured(batch, s) or (may_try and s not in unknown)
+        ]
+        best = max(known, key=lambda size: self._rate(lengths, batch, size))
         if may_try:
             for size in reversed(options):
                 if size != best and self._steps_to_trial(lengths, batch, size, best) <= 0:
@@ -70,15 +74,13 @@ class DraftLength:
         Args:
           lengths: as for `choose`.
         """
-        batch, longest = len(lengths).bit_length(), max(lengths, default=0)
-        options = [size for size in self.sizes if size < longest] + [self._fit(longest)]
-        keys = [(batch, size) for size in (0, *options)]
-        if any(len(self._seconds.get(key, ())) < NUM_TRIALS for key in keys):
+        batch, options = len(lengths).bit_length(), self._options(lengths)
+        if any(self._estimate(batch, size) is None for size in options):
             return 0
         plain = self._rate(lengths, batch, 0)
         if any(self._rate(lengths, batch, size) > plain for size in options):
             return 0
-        return max(0, min(self._steps_to_trial(lengths, batch, size, 0) for size in options))
+        return max(0, min(self._steps_to_trial(lengths, batch, size, 0) for size in options[1:]))
 
     def note_step(self, num_seqs: int, num_drafts: int, seconds: float, num_steps: int = 1) -> None:
         """Takes in what a step cost: `num_drafts` is the most of any of its sequences.
@@ -106,18 +108,51 @@ class DraftLength:
 
     def _steps_to_trial(self, lengths: Sequence[int], batch: int, size: int, best: int) -> int:
         """Returns after how many more steps of kind `best` one of `size` is due to be tried."""
-        seconds = min(self._seconds[batch, best])
-        gained = self._expected_tokens(lengths, size) / self._rate(lengths, batch, best)
-        lost = min(self._seconds[batch, size]) - gained
+        seconds = self._known(batch, best)
+        lost = self._known(batch, size)
+        lost -= self._expected_tokens(lengths, size) / self._rate(lengths, batch, best)
         if size and not best:
             lost += self._resume_seconds.get(batch, 0.0)
-        wait = max(RETRY_AFTER, math.ceil(lost / (TRIAL_SHARE * seconds)))
+        wait = math.ceil(lost / (TRIAL_SHARE * seconds))
+        if self._is_measured(batch, size):
+            wait = max(wait, RETRY_AFTER)
+        else:
+            wait = min(wait, FIRST_TRIAL_WITHIN)
         return wait - self._since[batch, size]
 
     def _rate(self, lengths: Sequence[int], batch: int, size: int) -> float:
         """Tokens a second."""
-        # The least of the last few: what else the machine did is not the step's cost.
-        return self._expected_tokens(lengths, size) / min(self._seconds[batch, size])
+        return self._expected_tokens(lengths, size) / self._known(batch, size)
+
+    def _options(self, lengths: Sequence[int]) -> list[int]:
+        longest = max(lengths)
+        return [0, *(size for size in self.sizes if size < longest), self._fit(longest)]
+
+    def _is_measured(self, batch: int, size: int) -> bool:
+        return len(self._seconds.get((batch, size), ())) >= NUM_TRIALS
+
+    def _known(self, batch: int, size: int) -> float:
+        seconds = self._estimate(batch, size)
+        assert seconds is not None
+        return seconds
+
+    def _estimate(self, batch: int, size: int) -> float | None:
+        """Seconds of a kind of step: measured, or as dear beside plain ones as in other batches."""
+        if self._is_measured(batch, size):
+            # The least of the last few: what else the machine did is not the step's cost.
+            return min(self._seconds[batch, size])
+        if not size or not self._is_measured(batch, 0):
+            return None
+        others = [
+            other
+            for other, of in self._seconds
+            if of == size and self._is_measured(other, size) and self._is_measured(other, 0)
+        ]
+        if not others:
+            return None
+        nearest = min(others, key=lambda other: abs(other - batch))
+        ratio = min(self._seconds[nearest, size]) / min(self._seconds[nearest, 0])
+        return ratio * min(self._seconds[batch, 0])
 
     def _expected_tokens(self, lengths: Sequence[int], size: int) -> float:
         total = float(len(lengths))

@@ -9,6 +9,7 @@ from jinfer.engine.request import Request
 from jinfer.engine.scheduler import Scheduler
 from jinfer.engine.tree_speculation import TreeSpeculation
 from jinfer.sampling_params import SamplingParams
+from jinfer.spec.adaptive import FIRST_TRIAL_WITHIN
 
 METHODS = {
     "ngram": {},
@@ -140,15 +141,15 @@ def test_drafts_come_back_when_they_pay(method):
     cost = lambda num_seqs, drafts: 1.0 + drafts * (2.0 if num_seqs > 1 else 0.05)  # noqa: E731
     engine = Engine(method, cost, 0.8)
     engine.add(7, 200)
-    engine.add(1, 1500)
+    engine.add(1, 2500)
     engine.run(100)
     assert engine.num_drafting < 20
     while engine.scheduler.num_running > 1:
         engine.step()
-    engine.run(20)
+    engine.run(2 * FIRST_TRIAL_WITHIN + 50)
     before = engine.num_drafting
-    engine.run(200)
-    assert engine.num_drafting - before > 0.9 * 200
+    engine.run(100)
+    assert engine.num_drafting - before > 0.9 * 100
 
 
 @pytest.mark.parametrize("method", METHODS)

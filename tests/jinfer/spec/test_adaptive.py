@@ -123,3 +123,16 @@ def test_what_it_costs_to_begin_again_makes_rests_longer():
         length.note_resumption(1, 1.0 + extra)
         rests.append(length.num_steps_without([4]))
     assert rests[1] - rests[0] == pytest.approx(5.0 / TRIAL_SHARE, abs=2)
+
+
+@pytest.mark.parametrize(("price", "most"), [(8.0, 0), (1.05, 100)])
+def test_a_batch_of_another_size_begins_with_what_is_known_of_others(price, most):
+    """Where drafts were dear, they are tried late; where they paid, at once."""
+    length, rng = DraftLength((4,)), np.random.default_rng(7)
+    cost = lambda _, n: price if n else 1.0  # noqa: E731
+    serve(length, [4] * 8, cost, 0.5, 50, rng)
+    _, _, choices = serve(length, [4] * 5, cost, 0.5, 100, rng)
+    assert abs(choices.count(4) - most) <= NUM_TRIALS + 1
+    assert choices[:NUM_TRIALS] == [0] * NUM_TRIALS
+    _, _, choices = serve(length, [4] * 5, cost, 0.5, 2000, rng)
+    assert choices.count(4) > 0
