@@ -110,31 +110,3 @@ def test_one_thread_and_two_give_the_same_bits():
     one, two = (same_bits(SAME_BITS, threads)[0].split() for threads in (1, 2))
     assert (one[0], two[0]) == ("1", "2")
     assert one[1:] == two[1:] and len(one) == 12
-
-
-SAME_MODEL = """
-import hashlib, os, sys
-os.sched_setaffinity(0, range(int(sys.argv[1])))
-import jax, numpy as np
-from jinfer.config import ModelConfig
-from jinfer.models.model import Model
-from jinfer.quant.pipeline import quantize_model
-from jinfer.quant.recipe import Recipe, make_method
-heads = dict(num_heads=9, num_kv_heads=3, head_dim=64)
-sizes = dict(vocab_size=512, hidden_size=576, intermediate_size=1536, num_layers=2)
-config = ModelConfig(family="llama", max_position_embeddings=128, **sizes, **heads)
-model = Model(config)
-params = model.init(jax.random.key(0))
-tokens = jax.random.randint(jax.random.key(1), (8, 128), 0, 512)
-for name in ("gptq", "awq", "smoothquant"):
-    quantized, _ = quantize_model(model, params, Recipe.uniform(make_method(name)), tokens)
-    leaves = jax.tree.leaves(quantized["layers"])
-    print(name, *(hashlib.sha256(np.asarray(a).tobytes()).hexdigest() for a in leaves))
-"""
-
-
-@pytest.mark.slow
-@needs_two_cpus
-def test_blocks_of_smollm2s_shape_are_quantized_to_the_same_bits_by_one_thread_and_two():
-    one, two = same_bits(SAME_MODEL, 1), same_bits(SAME_MODEL, 2)
-    assert one == two and len(one) == 3
