@@ -120,7 +120,7 @@ def write(
     offsets = slots % kv.page_size
 
     def store(pool: Array, new: Array) -> Array:
-        return pool.at[pages, :, offsets].set(_bitcast(new, pool.dtype), mode="drop")
+        return _set_places(pool, pages, offsets, _bitcast(new, pool.dtype))
 
     if kv.k_scale is None or kv.v_scale is None:
         return dataclasses.replace(
@@ -142,8 +142,8 @@ def move_slots(kv: KVCache, src: Int[Array, "N"], dst: Int[Array, "N"]) -> KVCac
     dst_pages, dst_offsets = _in_all_layers(kv, dst // kv.page_size), dst % kv.page_size
 
     def move(pool: Array) -> Array:
-        moved = pool[src_pages, :, src_offsets[None]]  # [L, N, K, ...]
-        return pool.at[dst_pages, :, dst_offsets[None]].set(moved, mode="drop")
+        moved = _get_places(pool, src_pages, src_offsets[None])  # [L, N, K, ...]
+        return _set_places(pool, dst_pages, dst_offsets[None], moved)
 
     return jax.tree.map(move, kv)
 
@@ -212,6 +212,38 @@ def _in_all_layers(kv: KVCache, pages: Int[Array, "N"]) -> Array:
     layers = jnp.arange(kv.num_layers)[:, None] * kv.num_pages
     is_page = (pages >= 0) & (pages < kv.num_pages)
     return jnp.where(is_page[None], layers + pages[None], kv.num_layers * kv.num_pages)
+
+
+def _set_places(pool: Array, pages: Array, offsets: Array, new: Array) -> Array:
+    """Writes new [..., K, (H)] to pool[page, :, offset]; pages past the last are dropped."""
+    if target_lib.current().kind != "tpu":
+        return pool.at[pages, :, offsets].set(new, mode="drop")
+    rows, places = _as_rows(pool, pages, offsets)
+    new = new.reshape(-1, *rows.shape[1:])
+    return rows.at[places.reshape(-1)].set(new, mode="drop").reshape(pool.shape)
+
+
+def _get_places(pool: Array, pages: Array, offsets: Array) -> Array:
+    """Returns pool[page, :, offset], [..., K, (H)]."""
+    if target_lib.current().kind != "tpu":
+        return pool[pages, :, offsets]
+    rows, places = _as_rows(pool, pages, offsets)
+    return rows[places.reshape(-1)].reshape(*places.shape, *rows.shape[1:])
+
+
+def _as_rows(pool: Array, pages: Array, offsets: Array) -> tuple[Array, Array]:
+    """Returns the pool as [LP * K * B, (H)], one head of one token a row, and the rows asked for.
+
+    XLA for TPUs writes such rows in place. Given all heads of a place at once it turns the whole
+    pool around first, so that they lie side by side, and back afterwards, in every layer.
+    """
+    num_pages, num_heads, page_size, *width = pool.shape
+    heads = jnp.arange(num_heads).reshape(*[1] * pages.ndim, num_heads)
+    pages, offsets = pages[..., None], offsets[..., None]
+    places = (pages * num_heads + heads) * page_size + offsets
+    num_rows = num_pages * num_heads * page_size
+    places = jnp.where(pages < num_pages, places, num_rows)
+    return pool.reshape(num_rows, *width), places
 
 
 def _bitcast(x: Array, dtype: Any) -> Array:

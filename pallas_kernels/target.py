@@ -246,6 +246,7 @@ class CompileCase:
       never_written: types ("bf16[4096,14336]") of arrays that may exist inside fusions only: dense
         copies of quantized weights.
       min_alias_bytes: outputs that must lie where donated arguments lay.
+      never_copied: types of arrays that no instruction may copy or transpose: the KV pool.
     """
 
     name: str
@@ -256,11 +257,12 @@ class CompileCase:
     expects_tma: bool = False
     never_written: tuple[str, ...] = ()
     min_alias_bytes: int = 0
+    never_copied: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelReport:
-    """What ptxas said of one Mosaic GPU kernel, and what its PTX holds."""
+    """What ptxas said of one Mosaic GPU kernel, and its PTX and what that holds."""
 
     name: str
     registers: int
@@ -268,6 +270,7 @@ class KernelReport:
     smem_bytes: int
     has_wgmma: bool
     has_tma: bool
+    ptx: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -461,4 +464,5 @@ def _read_report(ptxas: pathlib.Path) -> KernelReport:
         smem_bytes=int(smem.group(1)) if smem else 0,
         has_wgmma="wgmma.mma_async" in ptx,
         has_tma="cp.async.bulk.tensor" in ptx,
+        ptx=ptx,
     )

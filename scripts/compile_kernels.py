@@ -30,10 +30,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 TARGETS = ("h100", "v5e", "v6e", "tpu7x")
-OPS = ("paged_attention", "quant_matmul", "fp8_matmul")
+OPS = {
+    "paged_attention": "pallas_kernels.paged_attention",
+    "quant_matmul": "pallas_kernels.quant_matmul",
+    "fp8_matmul": "pallas_kernels.fp8_matmul",
+    "kv_write": "kv_write_cases",
+}
 MARK = "@row "  # what a child prints before its JSON; compilers print to stdout as they like
 
 COLUMNS = (
@@ -56,11 +62,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS))
     parser.add_argument("--quick", action="store_true", help="one shape per kernel, for CI")
     parser.add_argument("--model-step", action="store_true", help="whole steps of a model instead")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=pathlib.Path, help="write the table to this file too")
+    parser.add_argument("--hlo", type=pathlib.Path, metavar="DIR", help="write compiled programs")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile at a time")
     parser.add_argument("--child", metavar="SHARD/SHARDS", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -110,6 +117,7 @@ def compile_apart(name: str, shard: str, args: argparse.Namespace) -> list[dict[
     command += ["--quick"] if args.quick else []
     command += ["--model-step"] if args.model_step else []
     command += ["--only", args.only] if args.only else []
+    command += ["--hlo", str(args.hlo)] if args.hlo else []
     # libtpu locks out a second process, which matters for a TPU that is there, not for compiling.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     rows, started = [], None
@@ -145,7 +153,7 @@ def compile_here(args: argparse.Namespace) -> int:
 
     [name] = args.target
     shard, num_shards = map(int, args.child.split("/"))
-    modules = ["model_step_cases"] if args.model_step else [f"pallas_kernels.{o}" for o in args.op]
+    modules = ["model_step_cases"] if args.model_step else [OPS[op] for op in args.op]
     with target.compile_target(name) as compiler:
         cases = [
             case
@@ -155,11 +163,11 @@ def compile_here(args: argparse.Namespace) -> int:
         ]
         for case in cases[shard::num_shards]:
             emit({"started": case.name})
-            emit(compile_case(case, compiler))
+            emit(compile_case(case, compiler, args.hlo))
     return 0
 
 
-def compile_case(case: Any, compiler: Any) -> dict[str, Any]:
+def compile_case(case: Any, compiler: Any, hlo_folder: pathlib.Path | None) -> dict[str, Any]:
     row = empty_row(case.name, compiler.target.name)
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -169,6 +177,10 @@ def compile_case(case: Any, compiler: Any) -> dict[str, Any]:
     ) as e:  # whatever a compiler raises is this case's verdict, not the script's end
         message = " ".join(str(e).split())
         return row | {"failure": f"{type(e).__name__}: {message[:300]}"}
+    if hlo_folder is not None:
+        hlo_folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"\W+", "-", f"{compiler.target.name} {case.name}")
+        (hlo_folder / f"{name}.hlo").write_text(done.executable.as_text())
     memory = done.executable.memory_analysis()
     row |= {
         "seconds": done.seconds,
@@ -193,6 +205,8 @@ def compile_case(case: Any, compiler: Any) -> dict[str, Any]:
         )
     if case.never_written and (names := written(done.executable.as_text(), case.never_written)):
         found.append(f"dense copies of quantized weights: {', '.join(names)}")
+    if case.never_copied and (names := copied(done.executable.as_text(), case.never_copied)):
+        found.append(f"copies of what must stay in place: {', '.join(names)}")
     return row | {"failure": "; ".join(found)}
 
 
@@ -214,15 +228,29 @@ def faults(case: Any, done: Any, kind: str) -> list[str]:
 
 def written(hlo: str, types: tuple[str, ...]) -> list[str]:
     """Returns which of `types` instructions outside fusions make: what is written to memory."""
+    made = (re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (\w+\[[\d,]*\])", i) for i in unfused(hlo))
+    return sorted({m[1] for m in made if m and m[1] in types})
+
+
+def copied(hlo: str, types: tuple[str, ...]) -> list[str]:
+    """Returns which of `types` instructions outside fusions copy or transpose, and how often."""
+    form = re.compile(
+        r"\s+(?:ROOT )?%?([\w.-]+) = \(*(\w+\[[\d,]*\]).*?[\s}](copy|copy-start|transpose|fusion)\("
+    )
+    made = [m for m in map(form.match, unfused(hlo)) if m and m[2] in types]
+    copies = [m[2] for m in made if m[3] != "fusion" or re.search("copy|transpose", m[1])]
+    return [f"{copies.count(kind)} x {kind}" for kind in sorted(set(copies))]
+
+
+def unfused(hlo: str) -> Iterator[str]:
+    """Yields the lines of a compiled program but for the insides of fusions."""
     fused = set(re.findall(r"\bcalls=%?([\w.-]+)", hlo))
-    found, is_fused = set(), False
+    is_fused = False
     for line in hlo.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
             is_fused = header[1] in fused
-        made = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (\w+\[[\d,]*\])", line)
-        if made and not is_fused and made[1] in types:
-            found.add(made[1])
-    return sorted(found)
+        if not is_fused:
+            yield line
 
 
 def vmem_bytes(hlo: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kv_write_cases
 import numpy as np
 
 from jinfer import kv_cache, memory, qkernels, qtensor, sampling, steps
@@ -133,4 +134,5 @@ def _case(
             f"{dtype}[{i},{o}]" for i, o in sorted(dense) for dtype in ("bf16", "f16", "f32")
         ),
         min_alias_bytes=sum(qtensor.array_bytes(x) for x in jax.tree.leaves(kv)),
+        never_copied=kv_write_cases.hlo_types(kv),
     )

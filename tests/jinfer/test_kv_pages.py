@@ -7,6 +7,7 @@ import pytest
 
 from jinfer import kv_cache, steps
 from jinfer.config import CacheConfig, ModelConfig
+from pallas_kernels import target
 
 CONFIG = ModelConfig(
     family="llama",
@@ -85,10 +86,13 @@ def test_pages_are_cleared_in_every_layer():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
-def test_tokens_move_with_their_scales_in_every_layer(dtype):
-    before = leaves(make_pool(dtype))
+@pytest.mark.parametrize("where", ["cpu", "v6e"])  # a TPU is given single rows
+def test_tokens_move_with_their_scales_in_every_layer(dtype, where):
+    pool = make_pool(dtype)
+    before = leaves(pool)
     # Slot 3 is the second place of page 1; slot 10 is past the end.
-    after = leaves(kv_cache.move_slots(make_pool(dtype), int32(3, 0), int32(8, 10)))
+    with target.state(where):
+        after = leaves(kv_cache.move_slots(pool, int32(3, 0), int32(8, 10)))
     assert len(after) == (2 if dtype == "float32" else 4)
     for old, new in zip(before, after):
         expected = old.copy()

@@ -8,6 +8,7 @@ import pytest
 from jinfer import LLM, SamplingParams, kv_cache, kv_quant, memory
 from jinfer.config import CacheConfig, ModelConfig, kv_format
 from jinfer.models.model import Model
+from pallas_kernels import target
 from pallas_kernels.paged_attention import ragged_paged_attention
 
 FORMATS = ("float8_e4m3fn", "int8", "int4")
@@ -88,17 +89,24 @@ def test_what_is_not_finite_is_seen_and_stays_in_its_head(dtype, bad):
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("num_tokens", [1, 2, 4, 8, 16])
-def test_the_last_row_of_a_bucket_is_written_and_padding_is_dropped(dtype, num_tokens):
+@pytest.mark.parametrize(
+    ("num_tokens", "where"),  # a TPU is given single rows
+    [(1, "cpu"), (2, "cpu"), (4, "cpu"), (8, "cpu"), (16, "cpu"), (1, "v6e"), (8, "v6e")],
+)
+def test_the_last_row_of_a_bucket_is_written_and_padding_is_dropped(dtype, num_tokens, where):
     kv = empty_pool(dtype)
     k, v = heads(3, num_tokens, 2), heads(4, num_tokens, 2)
     slots = np.random.default_rng(5).permutation(PAGES * PAGE)[:num_tokens]
-    full = kv_cache.write(kv, 1, k, v, int32(slots))
+
+    def write(slots):
+        with target.state(where):
+            return kv_cache.write(kv, 1, k, v, int32(slots))
+
     padded = slots.copy()
     padded[1:-1] = kv.num_slots  # what the engine gives to padding rows
     padded[1::2] = -1
     padded[-1] = slots[-1]
-    for given, after in ((slots, full), (padded, kv_cache.write(kv, 1, k, v, int32(padded)))):
+    for given, after in ((slots, write(slots)), (padded, write(padded))):
         expected = [np.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(kv)]
         stored = [*zip(*(kv_quant.quantize(x, dtype) for x in (k, v)))]
         new = [np.asarray(x) for pair in stored for x in pair]  # k, v, k_scale, v_scale

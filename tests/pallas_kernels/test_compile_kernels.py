@@ -87,6 +87,28 @@ ENTRY %main (p: s4[64,32]) -> bf16[8,32] {
     assert script.written(copied, types) == ["bf16[64,32]"]
 
 
+def test_copies_of_the_pool_are_found_and_writes_in_place_are_none(script):
+    hlo = """HloModule m
+%fused_computation.1 (p: bf16[4,8]) -> bf16[4,8] {
+  ROOT %t = bf16[4,8]{1,0} transpose(%p)
+}
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %scatter_fusion = bf16[4,8]{1,0} fusion(%p, %copy.3), kind=kCustom, calls=%fused_computation.1
+  %copy.3 = bf16[2,8]{1,0} copy(%q)
+  ROOT %g = bf16[4,8]{1,0} get-tuple-element(%scatter_fusion), index=0
+}
+"""
+    types = ("bf16[4,8]",)
+    assert script.copied(hlo, types) == []
+    for line in (
+        "%copy.5 = bf16[4,8]{0,1:T(8,128)(2,1)} copy(%p)",
+        "%copy-start = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[]) copy-start(%p)",
+        "%loop_transpose_fusion.1 = bf16[4,8]{1,0} fusion(%p), kind=kLoop, calls=%other",
+    ):
+        twice = hlo.replace("  ROOT %g", f"  {line}\n  ROOT %g")
+        assert script.copied(twice, types) == ["1 x bf16[4,8]"]
+
+
 def test_a_compiling_process_that_dies_is_a_failed_row(script, capsys):
     args = script.parse(["--target", "v5e"])
     args.op = ["no_such_op"]
@@ -127,7 +149,11 @@ def test_missing_wheels_are_one_clear_line():
 @pytest.mark.parametrize("name", ["h100", "v5e"])
 @pytest.mark.parametrize(
     "op, only, num",
-    [("quant_matmul", "M16 K4096 N6144 int4 g128", 1), ("fp8_matmul", "M16 K4096 N6144", 2)],
+    [
+        ("kv_write", "bfloat16", 1),
+        ("quant_matmul", "M16 K4096 N6144 int4 g128", 1),
+        ("fp8_matmul", "M16 K4096 N6144", 2),
+    ],
 )
 def test_each_op_compiles_for_a_target_that_is_not_there(name, op, only, num, tmp_path):
     if reason := target.why_not_compile(name):

@@ -43,6 +43,30 @@ def test_every_case_simulated_agrees_with_jnp(case, attend_both, simulated):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "kv_dtype"),
+    [
+        (64, 16, "float32"),  # bf16, as the queries are
+        (96, 32, "float32"),
+        (128, 64, "float32"),
+        (256, 128, "float32"),
+        (64, 16, "int8"),
+        (96, 128, "float8_e4m3fn"),
+        (128, 32, "float8_e4m3fn"),
+    ],
+)
+def test_heads_and_pages_of_real_models(
+    make_case, attend_both, simulated, head_dim, page_size, kv_dtype
+):
+    seqs = ((1, 2 * page_size + 1), (3, page_size), (0, 0), (1, 1))
+    case = make_case(
+        name="", seqs=seqs, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, num_tokens=7
+    )
+    attend_both(case.build(dtype="bfloat16"), "mosaic_gpu")
+    assert not target.races_found("gpu")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
 def test_8_bit_pages_of_64_tokens(make_case, attend_both, simulated, kv_dtype):
     case = make_case(name="", seqs=((1, 200), (1, 64)), page_size=64, kv_dtype=kv_dtype)

@@ -55,6 +55,27 @@ def test_16_bit_pages(make_case, attend_both, simulated):
     attend_both(case.build(dtype="bfloat16"), "mosaic_tpu")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "kv_dtype"),
+    [
+        (128, 16, "float32"),  # bf16, as the queries are
+        (256, 64, "float32"),
+        (128, 128, "float8_e4m3fn"),
+        (256, 128, "int8"),
+    ],
+)
+def test_heads_and_pages_of_real_models(
+    make_case, attend_both, simulated, head_dim, page_size, kv_dtype
+):
+    seqs = ((1, 2 * page_size + 1), (3, page_size), (0, 0), (1, 1))
+    case = make_case(
+        name="", seqs=seqs, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, num_tokens=7
+    )
+    attend_both(case.build(dtype="bfloat16"), "mosaic_tpu")
+    assert not target.races_found()
+
+
 @pytest.mark.parametrize("impl", ["xla", "mosaic_tpu"])
 def test_it_agrees_with_the_specification_of_the_kernel_that_jax_brings(make_case, simulated, impl):
     """JAX's own wants K and V interleaved, [P, B, 2 K, H], and no empty place."""

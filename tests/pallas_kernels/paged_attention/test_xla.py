@@ -47,6 +47,17 @@ def test_tiles_do_not_matter(case, reference):
     check(inputs, reference(inputs), config=XlaTiles(kv_block=8, q_block=16))
 
 
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (96, 32), (128, 64), (256, 128)])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float8_e4m3fn", "int8"])
+def test_heads_and_pages_of_real_models(make_case, reference, head_dim, page_size, kv_dtype):
+    seqs = ((1, 2 * page_size + 1), (3, page_size), (0, 0), (1, 1))
+    case = make_case(
+        name="", seqs=seqs, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, num_tokens=7
+    )
+    inputs = case.build()
+    check(inputs, reference(inputs))
+
+
 def test_one_program_serves_every_length(make_case, reference):
     traces = []
     inputs = make_case(name="", seqs=((1, 300), (1, 300))).build()
