@@ -59,6 +59,7 @@ def make_cases() -> dict[str, Method]:
         cases[f"int{bits} rtn asym"] = make_method("rtn", f"{fmt}-asym")
         cases[f"int{bits} gptq"] = make_method("gptq", fmt, **PLAIN)
         cases[f"int{bits} gptq act-order"] = make_method("gptq", fmt)
+        cases[f"int{bits} gptq act-order correct 0.5"] = make_method("gptq", fmt, correct=0.5)
         cases[f"int{bits} gptq asym mse"] = make_method("gptq", f"{fmt}-asym", mse=True)
         cases[f"int{bits} awq asym"] = make_method("awq", f"{fmt}-asym")
     return cases

@@ -14,7 +14,7 @@ SUMMARY = "quantize a model and report what it cost"
 METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
 EXPORTS = ("native", "gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes", "gguf")
 _MEASURED_TOKENS = 1024  # of the calibration text, for --target-bits
-_OPTIONS = ("mse", "order", "damp", "alpha", "clip")
+_OPTIONS = ("mse", "order", "damp", "alpha", "clip", "correct")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of GPTQ's inputs (act)",
     )
     options.add_argument("--damp", type=float, default=argparse.SUPPRESS, help="GPTQ's (0.01)")
+    options.add_argument(
+        "--correct",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="STRENGTH",
+        help="GPTQ first moves weights to make up for quantized inputs, 0 .. 1 (0)",
+    )
     options.add_argument(
         "--alpha", type=float, default=argparse.SUPPRESS, help="SmoothQuant's (0.5)"
     )

@@ -40,12 +40,15 @@ class InputStats:
       abs_sum: f32 [I], sum of |x|.
       abs_max: f32 [I], largest |x|.
       count: i32 [], tokens.
+      drift: f32 [I, I], sum of x (x' - x)^T with x' the float model's input for the same token;
+        None where nobody corrects with it.
     """
 
     gram: Array
     abs_sum: Array
     abs_max: Array
     count: Array
+    drift: Array | None = None
 
     @property
     def mean_abs(self) -> Array:
@@ -55,7 +58,8 @@ class InputStats:
     def divided(self, s: Array) -> InputStats:
         """Statistics of x / s."""
         outer = s[:, None] * s[None, :]
-        return InputStats(self.gram / outer, self.abs_sum / s, self.abs_max / s, self.count)
+        drift = None if self.drift is None else self.drift / outer
+        return InputStats(self.gram / outer, self.abs_sum / s, self.abs_max / s, self.count, drift)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -79,6 +83,18 @@ def measure(x: Array, stride: int = 1) -> InputStats:
     zero = jnp.zeros(num_inputs)
     start = InputStats(jnp.zeros((num_inputs, num_inputs)), zero, zero, jnp.int32(0))
     return lax.scan(add, start, x)[0]
+
+
+@jax.jit
+def measure_drift(x: Array, reference: Array) -> Array:
+    """f32 [I, I]: sum of x (x' - x)^T over tokens of `x` and `reference` x', both [C, S, T, I]."""
+    num_inputs = x.shape[-1]
+
+    def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+        x, reference = (a.reshape(-1, num_inputs).astype(jnp.float32) for a in pair)
+        return total + jnp.dot(x.T, reference - x, precision=lax.Precision.HIGHEST), None
+
+    return lax.scan(add, jnp.zeros((num_inputs, num_inputs)), (x, reference))[0]
 
 
 def chunks_of(tokens: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -64,12 +64,17 @@ def to_dtype_of(layer: Mapping[str, Any], like: Mapping[str, Any]) -> Layer:
 
 @dataclasses.dataclass
 class LayerQuantizer:
-    """Quantizes the block of one layer; see `pipeline.quantize_model`."""
+    """Quantizes the block of one layer; see `pipeline.quantize_model`.
+
+    `reference` are the block's inputs in the float model, for methods that correct; `run` replaces
+    them with its outputs there.
+    """
 
     model: Model
     index: int
     recipe: Recipe
     is_sequential: bool = True
+    reference: Array | None = None
 
     def __post_init__(self) -> None:
         self.kind = calibrate.kind_of(self.model, self.index)
@@ -111,9 +116,12 @@ class LayerQuantizer:
             # Only what was folded keeps its statistics: the rest meets quantized neighbours.
             before = {g: s for g, s in before.items() if self._fold_of(g) == "awq"}
 
+        references = self._references()
+
         def stage(group: Group, inputs: Array) -> None:
+            reference = next(references)
             if group not in before:
-                before[group] = self._measure(p, group, inputs)
+                before[group] = self._measure(p, group, inputs, reference)
                 after.update(self._fold(p, {group: before[group]}, ("smoothquant",)))
             self._solve(p, group, after[group], before[group])
 
@@ -131,6 +139,22 @@ class LayerQuantizer:
         if not needs_output:
             return None
         return calibrate.block_outputs(model, kind, p, residual, h, hidden)
+
+    def _references(self) -> Iterator[Array | None]:
+        """Yields what each group's `_measure` takes as inputs, in the float model; the block's
+        outputs become `reference` when the last has been asked for."""
+        x, p, model, kind = self.reference, self.original, self.model, self.kind
+        if x is None:
+            yield from [None] * len(GROUPS)
+            return
+        yield calibrate.attention_inputs(model, kind, p, x)
+        mixed = calibrate.mix_values(model, kind, p, x)
+        yield mixed
+        residual, h = calibrate.mlp_inputs(model, kind, p, x, mixed)
+        yield h
+        hidden = None if self.is_moe else calibrate.hidden_inputs(model, kind, p, h)
+        self.reference = calibrate.block_outputs(model, kind, p, residual, h, hidden)
+        yield h if hidden is None else hidden
 
     def fold(self, layer: Mapping[str, Any], x: Array) -> tuple[Layer, Array]:
         """Returns the block with scales folded but nothing quantized, and the float outputs."""
@@ -165,7 +189,9 @@ class LayerQuantizer:
             return stats, None
         return stats, calibrate.block_outputs(model, kind, p, residual, h, hidden)
 
-    def _measure(self, p: Layer, group: Group, inputs: Array) -> Stats:
+    def _measure(
+        self, p: Layer, group: Group, inputs: Array, reference: Array | None = None
+    ) -> Stats:
         """Statistics of a group's inputs; of experts' `down` from the inputs of the MLP."""
         if group == DOWN and self.is_moe:
             gate, up = (p["mlp"][part]["w"] for part in GATES[1])
@@ -173,11 +199,15 @@ class LayerQuantizer:
             for e in range(self.model.config.num_experts):
                 one_gate, one_up = jax.tree.map(lambda a, e=e: a[e], (gate, up))
                 hidden = calibrate.expert_hidden(self.model, one_gate, one_up, inputs)
-                out.append(self._measure_one(group, hidden))
+                float_hidden = None
+                if reference is not None:
+                    floats = (self.original["mlp"][part]["w"][e] for part in GATES[1])
+                    float_hidden = calibrate.expert_hidden(self.model, *floats, reference)
+                out.append(self._measure_one(group, hidden, float_hidden))
             return out
-        return self._measure_one(group, inputs)
+        return self._measure_one(group, inputs, reference)
 
-    def _measure_one(self, group: Group, inputs: Array) -> InputStats:
+    def _measure_one(self, group: Group, inputs: Array, reference: Array | None) -> InputStats:
         num_tokens, num_inputs = inputs.size // inputs.shape[-1], inputs.shape[-1]
         solves = any((m := self._method(group, part)) and m.solver == "gptq" for part in group[1])
         stride = 1 if solves else max(1, num_tokens // (GRAM_TOKENS * num_inputs))
@@ -188,6 +218,9 @@ class LayerQuantizer:
             f"inputs of layers.{self.index}.{group[0]}.{group[1][0]} hold NaN or infinity: "
             f"the model's activations overflow on the calibration text",
         )
+        if any((m := self._method(group, part)) and m.correct for part in group[1]):
+            assert reference is not None
+            stats = dataclasses.replace(stats, drift=calibrate.measure_drift(inputs, reference))
         return stats
 
     # ---- folds

@@ -69,16 +69,28 @@ def quantize_model(
     x = None
     if tokens is not None and recipe.needs_calibration:
         x = calibrate.embed(model, params, calibrate.chunks_of(tokens)).astype(jnp.float32)
+    # What the float model has at the same place: where quantized blocks have led it astray, the
+    # methods that correct pull it back.
+    corrects = any(method is not None and method.correct for _, method in recipe.rules)
+    require(
+        not corrects or is_sequential,
+        "correct makes up for quantized inputs, and these are the float model's: it goes with "
+        "--sequential only",
+    )
+    reference = x if corrects else None
     new_layers, rows = [], []
     for i, layer in enumerate(layers):
-        worker = LayerQuantizer(model, i, recipe, is_sequential=is_sequential)
+        worker = LayerQuantizer(model, i, recipe, is_sequential=is_sequential, reference=reference)
         is_last = i == len(layers) - 1
         if done is not None and i in done:
             new, layer_rows = dict(done[i]), []
             if x is not None and not is_last:
                 x = worker.forward(new if is_sequential else layer, x)
+                if reference is not None:
+                    reference = worker.forward(layer, reference)
         else:
             new, x, layer_rows = worker.run(layer, x, needs_output=not is_last)
+            reference = worker.reference
             if on_layer is not None:
                 on_layer(i, new, layer_rows)
         new_layers.append(new)

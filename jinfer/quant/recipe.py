@@ -32,6 +32,8 @@ class Method:
       mse: search ranges rather than take extremes (rtn, gptq).
       grid: symmetric integer grid, see `qformat.find_scales`.
       order, static_groups, damp: GPTQ's.
+      correct: how far GPTQ first moves weights to make up for quantized inputs, 0 .. 1; see
+        `correction`.
       alpha: SmoothQuant's.
       clip: AWQ's clip search.
       scale_dtype: storage of scales.
@@ -46,6 +48,7 @@ class Method:
     order: str = "act"
     static_groups: bool = True
     damp: float = 0.01
+    correct: float = 0.0
     alpha: float = 0.5
     clip: bool = True
     scale_dtype: str = "float16"
@@ -60,6 +63,11 @@ class Method:
         ):
             value = getattr(self, field)
             require(value in allowed, f"{field} must be one of {allowed}, got {value!r}")
+        require(0 <= self.correct <= 1, f"correct must lie in 0 .. 1, got {self.correct}")
+        require(
+            not self.correct or (self.solver == "gptq" and self.fold == "none"),
+            "correct is an option of gptq, without folds",
+        )
         fmt = self.format
         require(
             self.solver != "hqq" or (fmt.kind == "int" and not fmt.symmetric),

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jinfer.qtensor import QTensor, check_finite, dequantize, quantize, split_outputs
 from jinfer.quant.awq import clip_weights
 from jinfer.quant.calibrate import InputStats
+from jinfer.quant.correction import correct_weight
 from jinfer.quant.gptq import GPTQInfo, quantize_gptq
 from jinfer.quant.hqq import quantize_hqq
 from jinfer.quant.recipe import Method
@@ -144,8 +145,14 @@ def _gptq(
 ) -> tuple[list[QTensor], GPTQInfo]:
     """Solves weights of one input at once, side by side; experts too, output by output."""
     flat = [w if w.ndim == 2 else jnp.moveaxis(w, 0, 1).reshape(w.shape[1], -1) for w in weights]
+    together = jnp.concatenate(flat, axis=1)
+    if method.correct:
+        assert stats.drift is not None
+        together = correct_weight(
+            together, stats.gram, stats.drift, strength=method.correct, damp=method.damp
+        )
     together, info = quantize_gptq(
-        jnp.concatenate(flat, axis=1),
+        together,
         stats.gram,
         _weight_only(method),
         order=method.order,  # pyright: ignore[reportArgumentType]

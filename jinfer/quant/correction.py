@@ -1,0 +1,61 @@
+"""Weights that make up for what quantized neighbours did to their inputs; knows matrices only.
+
+GPTQ asks that Q do to the inputs X what W does to them; but X comes from blocks that are quantized
+already, and what the model needs is W's output on the float model's inputs X'. The weight that
+comes nearest to it is W + (X^T X)^-1 X^T (X' - X) W. This is QEP of Arai and Ichikawa 2025
+(arXiv:2504.09629); GPTAQ of Li et al. 2025 (arXiv:2504.02692) has the same aim.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jinfer.config import require
+from jinfer.qtensor import check_finite
+from jinfer.quant.factor import inverse_factor
+
+
+def correct_weight(
+    w: Array, gram: Array, drift: Array, *, strength: float, damp: float = 0.01
+) -> Array:
+    """Moves `w` towards the least squares solution of ||X V - X' W|| over V.
+
+    Args:
+      w: [I, O], the float weight.
+      gram: f32 [I, I], X^T X of the inputs that it will have.
+      drift: f32 [I, I], X^T (X' - X), with X' the float model's inputs for the same tokens.
+      strength: 0 leaves `w` alone, 1 goes the whole way; in between less noise is learned.
+      damp: fraction of mean(diag gram) added to its diagonal.
+
+    Returns:
+      f32 [I, O]; `w` itself where no damping makes `gram` positive definite.
+
+    Raises:
+      ValueError: shapes disagree, values are not finite, or a strength outside 0 .. 1.
+    """
+    square = (w.shape[0], w.shape[0])
+    require(
+        w.ndim == 2 and gram.shape == square and drift.shape == square,
+        f"a weight [I, O] needs gram and drift [I, I], got {list(w.shape)}, {list(gram.shape)} "
+        f"and {list(drift.shape)}",
+    )
+    require(0 <= strength <= 1, f"strength must lie in 0 .. 1, got {strength}")
+    for value, what in ((w, "weight"), (gram, "gram"), (drift, "drift")):
+        check_finite(value, what)
+    return _correct(w, gram, drift, strength, damp)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _correct(w: Array, gram: Array, drift: Array, strength: float, damp: float) -> Array:
+    w = w.astype(jnp.float32)
+    dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
+    is_dead = (jnp.diagonal(gram) == 0).astype(jnp.float32)
+    upper, _, _, failed = inverse_factor(gram + jnp.diag(is_dead), damp)
+    # `upper` is of gram / mean(diag gram): the mean comes back here.
+    mean = jnp.mean(jnp.diagonal(gram) + is_dead)
+    step = dot(upper.T, dot(upper, dot(drift, w))) / mean
+    return jnp.where(failed, w, w + strength * step)
