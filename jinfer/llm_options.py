@@ -172,8 +172,9 @@ def take_heads(
         medusa_tree.check_tree(tree, num_heads=shape.num_heads)
     highest = max(max(node) for node in tree)
     require(
-        highest < model.vocab_size,
-        f"the tree asks for the guess of rank {highest}, the model has {model.vocab_size} tokens",
+        highest < shape.num_guessable,
+        f"the tree asks for the guess of rank {highest}, the heads guess among "
+        f"{shape.num_guessable} tokens",
     )
     return {**config, "tree": tree}, heads
 

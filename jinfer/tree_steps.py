@@ -88,13 +88,7 @@ def tree_step(
         guesses = jnp.argmax(logits, axis=-1).astype(jnp.int32).T[:, :, None]
     else:
         from_here = hidden[jnp.take_along_axis(at, walk.nodes[-1:], axis=0)[0]]  # [S, D]
-        guesses = jnp.stack(
-            [
-                jax.lax.top_k(medusa.head_logits(model, params, heads, k, from_here), num_ranks)[1]
-                for k in range(heads["w"].shape[0])
-            ],
-            axis=1,
-        )
+        guesses = medusa.guess(model, params, heads, from_here, num_ranks=num_ranks)
     is_sound = steps.is_sound(hidden, batch) & jnp.all(steps.is_finite(walk.logits), axis=0)
     tokens = jnp.where(is_sound, walk.tokens, steps.NOT_FINITE)
     return StepOutput(tokens, walk.logits, hidden, walk.counts, guesses), kv, state

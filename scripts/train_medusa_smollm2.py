@@ -19,19 +19,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jinfer.cli import main
 
-NUM_PROMPTS = 512
-LONGEST = 800  # characters: the answers are to be learnt, not the prompts
+NUM_PROMPTS = 768
+SHORTEST, LONGEST = 100, 400  # characters: the answers are to be learnt, not the prompts
+MORE = "\n\nExplain your answer."  # most tasks of the mix ask for a word or two
 RECIPE = {
     "model": "smollm2",
     "dtype": "float32",
     "num-heads": 3,
+    "draft-vocab-size": 4096,
     "temperature": 0,
     "max-texts": NUM_PROMPTS,
-    "max-tokens": 96,
-    "window": 192,
-    "batch-size": 4,
-    "tree-nodes": 16,
-    "checkpoint-every": 25,
+    "max-tokens": 128,
+    "max-model-len": 512,
+    "max-num-seqs": 64,
+    "max-num-batched-tokens": 160,  # 64 decodes and one short prompt
+    "window": 384,
+    "epochs": 6,
+    "batch-size": 512,
+    "tree-nodes": 63,
+    "checkpoint-every": 100,
 }
 
 
@@ -45,7 +51,7 @@ def read_prompts(folder: Path) -> list[str]:
     with gzip.open(folder / "t0_mix_3k.jsonl.gz", "rt") as file:
         others = [json.loads(line)["prompt"] for line in file]
     asked = [text for text in asked if len(text) <= LONGEST]
-    others = [text for text in others if len(text) <= LONGEST]
+    others = [text + MORE for text in others if SHORTEST <= len(text) <= LONGEST]
     missing = NUM_PROMPTS - len(asked)
     return asked + [others[i * len(others) // missing] for i in range(missing)]
 

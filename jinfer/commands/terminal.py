@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 PROG = "jinfer"
@@ -14,6 +15,15 @@ PROG = "jinfer"
 def say(message: str) -> None:
     """Prints a line to stderr under the command's name."""
     print(f"{PROG}: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Says how long what is done inside took, by the clock and of the CPU."""
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    yield
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    say(f"{what}: {seconds:.1f} s, {cpu_seconds:.1f} s of CPU time")
 
 
 def one_line(error: Exception) -> str:

@@ -12,7 +12,9 @@ NUM_DRAFTS = 4  # for which the report says what to expect
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer train-draft`."""
-    training.add_arguments(parser, output="the draft model", batch_size=4, learning_rate=3e-4)
+    training.add_arguments(
+        parser, output="the draft model", batch_size=4, example="windows", learning_rate=3e-4
+    )
     parser.add_argument("--num-layers", type=int, default=4, help="of the draft (4)")
 
 
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     training.check_same_run(args, "num_layers")
     data = training.read_data(args, target, params)
     objective = draft_training.Distillation(target, draft)
-    weights = training.train(args, objective, params, weights, data)
+    weights = training.train(args, objective, params, weights, (data.tokens, data.spans))
     greedy, sampled = draft_training.agreement(
         *(target, draft, params, weights, data.held_tokens, data.held_spans),
         batch_size=args.batch_size,

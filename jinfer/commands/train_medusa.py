@@ -6,14 +6,19 @@ import argparse
 from typing import Any
 
 from jinfer.commands import flags, training
+from jinfer.commands.terminal import timed
 
 SUMMARY = "train Medusa heads for a model"
 TOP_KS = (1, 2, 3, 5, 10)
+NUM_RANKS = 20  # guesses of a head that a tree may have
+WINDOWS_A_RUN = 8  # of which hidden states are computed together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer train-medusa`."""
-    training.add_arguments(parser, output="the heads", batch_size=8, learning_rate=1e-3)
+    training.add_arguments(
+        parser, output="the heads", batch_size=1024, example="tokens", learning_rate=1e-3
+    )
     parser.add_argument("--num-heads", type=int, default=4, help="(4)")
     parser.add_argument(
         "--shared-unembedding",
@@ -21,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="heads without a linear of their own; default: where these would add more than a "
         "quarter to the model",
+    )
+    parser.add_argument(
+        "--draft-vocab-size",
+        type=int,
+        metavar="N",
+        help="heads guess among the N most frequent tokens of what is learnt only: smaller and "
+        "faster; default: among all",
     )
     parser.add_argument("--tree-nodes", type=int, default=16, help="guesses a step (16)")
 
@@ -33,37 +45,85 @@ def run(args: argparse.Namespace) -> int:
     learnt as one text.
     Without it the model writes texts of its own. A tenth of the windows is kept apart to measure
     each head on. --output gets heads.safetensors and medusa.json, with the accuracies and a tree of
-    guesses fitted to them, and "data.npz" and "checkpoints", from which the same command goes on
-    after a cut.
+    guesses fitted to them, and "data.npz", "hidden.npz" (the model's hidden states of all tokens to
+    learn, computed once: 4 bytes times the hidden size each) and "checkpoints", from which the same
+    command goes on after a cut.
     """
     from jinfer.spec import medusa, medusa_training
-    from jinfer.spec.medusa_tree import expected_tokens, fit_tree
+    from jinfer.spec.medusa_tree import fit_tree, tokens_per_step
 
     model, params = training.load_model(args)
     shared = args.shared_unembedding
     if shared is None:
-        linears = args.num_heads * model.config.vocab_size * model.config.hidden_size
-        shared = 4 * linears > _size(params)
+        num_guessable = args.draft_vocab_size or model.config.vocab_size
+        shared = 4 * args.num_heads * num_guessable * model.config.hidden_size > _size(params)
     config = medusa.MedusaConfig(
         num_heads=args.num_heads,
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
         shared_unembedding=shared,
+        draft_vocab_size=args.draft_vocab_size,
     )
-    training.check_same_run(args, "num_heads", "shared_unembedding")
-    data = training.read_data(args, model, params)
-    heads = medusa.init(config, model, params)
+    training.check_same_run(args, "num_heads", "shared_unembedding", "draft_vocab_size")
+    learnt, held = _examples(args, model, params)
+    tokens = None
+    if config.draft_vocab_size is not None:
+        tokens = medusa_training.draft_tokens(
+            learnt.targets, vocab_size=config.vocab_size, size=config.draft_vocab_size
+        )
+    heads = medusa.init(config, model, params, tokens)
+    weights, frozen = medusa.split(config, heads)
+    targets = medusa_training.as_ranks(learnt.targets, tokens, config.vocab_size)
     objective = medusa_training.HeadLoss(model)
-    heads = training.train(args, objective, params, heads, data)
-    accuracies = medusa_training.rank_accuracies(
-        model, params, heads, data.held_tokens, data.held_spans, batch_size=args.batch_size
-    )
-    tree = fit_tree(accuracies.tolist(), num_nodes=args.tree_nodes)
+    weights = training.train(args, objective, (params, frozen), weights, (learnt.hidden, targets))
+    heads = {**frozen, **weights}
+    ranks = medusa_training.target_ranks(model, params, heads, held, num_ranks=NUM_RANKS)
+    accuracies = medusa_training.rank_accuracies(ranks, NUM_RANKS)
+    tree = fit_tree(ranks.tolist(), num_nodes=args.tree_nodes, max_rank=NUM_RANKS)
     medusa.save(args.output, config, heads, rank_accuracies=accuracies.tolist(), tree=tree)
-    _print_report(accuracies, len(data.held_tokens))
-    expected = expected_tokens(tree, accuracies.tolist())
+    print(f"{len(learnt.hidden)} tokens learnt from, {len(held.hidden)} kept apart")
+    if tokens is not None:
+        can = (medusa_training.as_ranks(held.targets, tokens, config.vocab_size) >= 0).sum()
+        share = can / max(1, (held.targets >= 0).sum())
+        print(f"{100 * share:.1f} % of what is kept apart is in the draft vocabulary")
+    _print_report(accuracies)
+    # Fitted to one half, judged on the other: what it would get on texts that it was not fitted to.
+    half = len(ranks) // 2
+    parts = ranks[:half].tolist(), ranks[half:].tolist()
+    expected = sum(
+        tokens_per_step(fit_tree(a, num_nodes=args.tree_nodes, max_rank=NUM_RANKS), b) / 2
+        for a, b in (parts, parts[::-1])
+    )
     print(f"tree of {len(tree)} guesses: {expected:.2f} tokens a step expected; in {args.output}")
     return 0
+
+
+def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, Any]:
+    """Returns what to learn and what is kept apart, from --output if a run before left it there."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from jinfer.spec.medusa_training import Examples, examples
+
+    file = args.output / "hidden.npz"
+    if not file.is_file():
+        data = training.read_data(args, model, params)
+        windows = (data.tokens, data.spans), (data.held_tokens, data.held_spans)
+        found = []
+        for tokens, spans in windows:
+            bar = tqdm(total=len(tokens), desc="hidden states", unit="window", disable=None)
+            with timed(f"hidden states of {len(tokens)} windows"), bar:
+                found += examples(
+                    *(model, params, tokens, spans),
+                    num_heads=args.num_heads,
+                    batch_size=WINDOWS_A_RUN,
+                    on_batch=lambda done, bar=bar: bar.update(done - bar.n),
+                )
+        np.savez(file.with_suffix(".tmp.npz"), *found)
+        file.with_suffix(".tmp.npz").replace(file)
+    with np.load(file) as arrays:
+        hidden, targets, held_hidden, held_targets = (arrays[f"arr_{i}"] for i in range(4))
+    return Examples(hidden, targets), Examples(held_hidden, held_targets)
 
 
 def _size(params: Any) -> int:
@@ -72,9 +132,9 @@ def _size(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _print_report(accuracies: Any, num_windows: int) -> None:
+def _print_report(accuracies: Any) -> None:
     shown = [k for k in TOP_KS if k <= accuracies.shape[1]]
-    print(f"accuracy on {num_windows} windows kept apart, %")
+    print("accuracy on the tokens kept apart, %")
     print("head  " + "".join(f"{f'top-{k}':>8}" for k in shown))
     for i, row in enumerate(accuracies):
         print(f"{i:<6}" + "".join(f"{100 * row[:k].sum():8.1f}" for k in shown))

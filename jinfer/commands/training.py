@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinfer.commands import flags
-from jinfer.commands.terminal import say
+from jinfer.commands.terminal import say, timed
+
+# Flags of the engine that generates texts.
+_WRITING_FLAGS = ("max-model-len", "max-num-seqs", "max-num-batched-tokens")
 
 
 class Data(NamedTuple):
@@ -22,16 +25,22 @@ class Data(NamedTuple):
 
 
 def add_arguments(
-    parser: argparse.ArgumentParser, *, output: str, batch_size: int, learning_rate: float
+    parser: argparse.ArgumentParser,
+    *,
+    output: str,
+    batch_size: int,
+    example: str,
+    learning_rate: float,
 ) -> None:
-    """Declares the flags; `output` says what comes out."""
+    """Declares the flags; `output` says what comes out, `example` what a batch consists of."""
     parser.add_argument("--model", default=flags.DEFAULT_MODEL, help="as for jinfer generate")
     parser.add_argument("--dtype", default="auto", help="of the model's weights (auto)")
     parser.add_argument("--data", type=Path, metavar="FILE", help="what to learn from; see above")
     parser.add_argument("--output", type=Path, metavar="DIR", required=True, help=output)
-    parser.add_argument("--steps", type=int, help="default: two epochs")
+    parser.add_argument("--steps", type=int, help="instead of --epochs")
+    parser.add_argument("--epochs", type=int, default=2, help="how often all is learnt (2)")
     parser.add_argument(
-        "--batch-size", type=int, default=batch_size, help=f"windows a step ({batch_size})"
+        "--batch-size", type=int, default=batch_size, help=f"{example} a step ({batch_size})"
     )
     parser.add_argument("--window", type=int, default=256, help="tokens a window (256)")
     parser.add_argument(
@@ -43,6 +52,9 @@ def add_arguments(
     parser.add_argument("--max-texts", type=int, default=512, help="read or generate (512)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of a generated text (256)")
     parser.add_argument("--temperature", type=float, default=0.7, help="of generated texts (0.7)")
+    for name, options in flags.ENGINE_FLAGS:
+        if name in _WRITING_FLAGS:
+            parser.add_argument(f"--{name}", **options)
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -52,14 +64,19 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
 
 
-def train(args: argparse.Namespace, objective: Any, params: Any, weights: Any, data: Data) -> Any:
-    """Runs or goes on with a training and returns the weights, with a progress bar on the way."""
+def train(
+    args: argparse.Namespace, objective: Any, params: Any, weights: Any, data: Sequence[Any]
+) -> Any:
+    """Runs or goes on with a training and returns the weights, with a progress bar on the way.
+
+    `data` are arrays of which each example has a row.
+    """
     import numpy as np
     from tqdm import tqdm
 
     from jinfer.spec import training
 
-    num_steps = args.steps or -(-2 * len(data.tokens) // args.batch_size)
+    num_steps = args.steps or -(-args.epochs * len(data[0]) // args.batch_size)
     config = training.TrainingConfig(
         num_steps=num_steps,
         batch_size=args.batch_size,
@@ -76,13 +93,12 @@ def train(args: argparse.Namespace, objective: Any, params: Any, weights: Any, d
         bar.update(step - bar.n)
 
     try:
-        with bar:
+        with timed("training"), bar:
             return training.train(
                 objective,
                 params,
                 weights,
-                data.tokens,
-                data.spans,
+                data,
                 config,
                 checkpoints=checkpoints,
                 on_step=advance,
@@ -98,7 +114,7 @@ def check_same_run(args: argparse.Namespace, *own: str) -> None:
     """
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "run.json"
-    names = ("model", "dtype", "data", *own, "steps", "batch_size")
+    names = ("model", "dtype", "data", *own, "steps", "epochs", "batch_size")
     names += ("window", "learning_rate", "weight_decay", "seed", "max_texts", "max_tokens")
     settings = {name: str(getattr(args, name)) for name in (*names, "temperature")}
     if file.is_file():
@@ -124,8 +140,12 @@ def read_data(args: argparse.Namespace, model: Any, params: Any) -> Data:
     if file.is_file():
         with np.load(file) as arrays:
             return _split(args, arrays["tokens"], arrays["spans"])
-    llm = LLM(model, params=params, tokenizer=args.model, generation_config="none")
-    tokens, spans = windows(list(_texts(args, llm)), args.window)
+    given = {
+        name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _WRITING_FLAGS
+    }
+    llm = LLM(model, params=params, tokenizer=args.model, generation_config="none", **given)
+    with timed("texts"):
+        tokens, spans = windows(list(_texts(args, llm)), args.window)
     order = np.random.default_rng(args.seed).permutation(len(tokens))
     tokens, spans = tokens[order], spans[order]
     np.savez(file.with_suffix(".tmp.npz"), tokens=tokens, spans=spans)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jinfer import ops
 from jinfer.config import ModelConfig, require
@@ -37,15 +37,29 @@ class MedusaConfig:
       hidden_size, vocab_size: the model's.
       shared_unembedding: the heads have the model's unembedding instead of a linear each: D * D
         instead of D * (D + V) weights a head, which suits small models with large vocabularies.
+      draft_vocab_size: N, tokens that the heads guess among, V by default. Fewer make heads smaller
+        and faster; a token that they cannot guess is only never guessed, since the model verifies
+        all guesses. Zhao et al. 2025 (FR-Spec, arXiv:2502.14856).
     """
 
     num_heads: int
     hidden_size: int
     vocab_size: int
     shared_unembedding: bool
+    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         require(self.num_heads > 0, f"num_heads must be positive, got {self.num_heads}")
+        size = self.draft_vocab_size
+        require(
+            size is None or 0 < size <= self.vocab_size,
+            f"draft_vocab_size must be 1 to the vocabulary's {self.vocab_size}, got {size}",
+        )
+
+    @property
+    def num_guessable(self) -> int:
+        """The tokens that a head guesses among."""
+        return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 
     def check(self, model: ModelConfig) -> None:
         """Raises ValueError, naming both, unless the heads are made for a model of this shape."""
@@ -58,31 +72,72 @@ class MedusaConfig:
             )
 
 
-def init(config: MedusaConfig, model: Model, params: Params) -> dict[str, Array]:
+def init(
+    config: MedusaConfig,
+    model: Model,
+    params: Params,
+    draft_tokens: Int[np.ndarray, "N"] | None = None,
+) -> dict[str, Array]:
     """Returns heads that all say what the model's own head says.
 
     The residual block x + silu(x w + b) starts at zero, the linear as a copy of the model's.
 
+    Args:
+      config: see there.
+      model, params: the model and its weights.
+      draft_tokens: the token ids of the draft vocabulary, if `config` names its size.
+
     Returns:
-      w [K, D, D], b [K, D], and unless shared head [K, D, V], f32.
+      w [K, D, D], b [K, D] and, unless the model's own is shared whole, head [K, D, N], f32; with a
+      draft vocabulary also tokens [N] i32, and if it is shared one head for all, [1, D, N].
     """
     config.check(model.config)
+    given = None if draft_tokens is None else len(draft_tokens)
+    require(
+        given == config.draft_vocab_size,
+        f"draft_vocab_size is {config.draft_vocab_size}, and {given} draft_tokens are given",
+    )
     k, d = config.num_heads, config.hidden_size
     heads = {"w": jnp.zeros((k, d, d), jnp.float32), "b": jnp.zeros((k, d), jnp.float32)}
-    if not config.shared_unembedding:
-        is_tied = model.config.tie_word_embeddings
-        w = params["embed"]["w"] if is_tied else params["lm_head"]["w"]
-        if isinstance(w, QTensor):
-            raise ValueError("the model's head is quantized: train heads with shared_unembedding")
-        w = (w.T if is_tied else w).astype(jnp.float32)
-        heads["head"] = jnp.tile(w[None], (k, 1, 1))
+    if config.shared_unembedding and draft_tokens is None:
+        return heads
+    w = params["embed"]["w"] if model.config.tie_word_embeddings else params["lm_head"]["w"]
+    if isinstance(w, QTensor):
+        raise ValueError(
+            "the model's head is quantized: train heads with shared_unembedding and without a "
+            "draft vocabulary"
+        )
+    w = w.T if model.config.tie_word_embeddings else w
+    if draft_tokens is not None:
+        heads["tokens"] = jnp.asarray(draft_tokens, jnp.int32)
+        w = w[:, heads["tokens"]]
+    copies = 1 if config.shared_unembedding else k
+    heads["head"] = jnp.tile(w[None].astype(jnp.float32), (copies, 1, 1))
     return heads
+
+
+def split(
+    config: MedusaConfig, heads: Mapping[str, Array]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Returns (what is trained, what stays as it is) of heads."""
+    trained = ("w", "b") if config.shared_unembedding else ("w", "b", "head")
+    return (
+        {name: x for name, x in heads.items() if name in trained},
+        {name: x for name, x in heads.items() if name not in trained},
+    )
+
+
+def num_guessable(model: Model, heads: Mapping[str, Array]) -> int:
+    """Returns N, the tokens that each head guesses among."""
+    return heads["tokens"].shape[0] if "tokens" in heads else model.config.vocab_size
 
 
 def head_logits(
     model: Model, params: Params, heads: Mapping[str, Array], k: int, hidden: Float[Array, "*B D"]
-) -> Float[Array, "*B V"]:
+) -> Float[Array, "*B N"]:
     """Returns head k's f32 logits for the token k + 2 places after each hidden state's own.
+
+    They are those of the draft vocabulary `heads["tokens"]` if there is one, else of all tokens.
 
     Args:
       model: static.
@@ -96,9 +151,25 @@ def head_logits(
         x = x + jax.nn.silu(ops.linear(x, heads["w"][k], heads["b"][k]))
         if "head" not in heads:
             return model.unembed(params, x.astype(hidden.dtype))
-        return ops.soft_cap(
-            ops.head(x, heads["head"][k], is_tied=False), model.config.final_soft_cap
-        )
+        own = heads["head"][min(k, heads["head"].shape[0] - 1)]
+        return ops.soft_cap(ops.head(x, own, is_tied=False), model.config.final_soft_cap)
+
+
+def guess(
+    model: Model,
+    params: Params,
+    heads: Mapping[str, Array],
+    hidden: Float[Array, "S D"],
+    *,
+    num_ranks: int,
+) -> Int[Array, "S K R"]:
+    """Returns the token ids that each head finds likeliest, best first; see `head_logits`."""
+    ranked = [
+        jax.lax.top_k(head_logits(model, params, heads, k, hidden), num_ranks)[1]
+        for k in range(heads["w"].shape[0])
+    ]
+    guesses = jnp.stack(ranked, axis=1)
+    return heads["tokens"][guesses] if "tokens" in heads else guesses
 
 
 def save(
@@ -130,7 +201,8 @@ def load(
 
     Raises:
       FileNotFoundError: there are no heads.
-      ValueError: they are made for another model, or the tree is deeper than they are many.
+      ValueError: they are made for another model, the tree is deeper than they are many, or the
+        weights are not of the shapes that their description says.
     """
     from safetensors.numpy import load_file
 
@@ -141,9 +213,28 @@ def load(
         )
     described: dict[str, Any] = json.loads((folder / _CONFIG_FILE).read_text())
     names = [field.name for field in dataclasses.fields(MedusaConfig)]
-    config = MedusaConfig(**{name: described[name] for name in names})
+    config = MedusaConfig(**{name: described[name] for name in names if name in described})
     config.check(model)
     tree = tuple(tuple(node) for node in described["tree"])
     check_tree(tree, num_heads=config.num_heads)
-    heads = {name: jnp.asarray(x) for name, x in load_file(folder / _WEIGHTS_FILE).items()}
-    return config, heads, tree
+    arrays = load_file(folder / _WEIGHTS_FILE)
+    got, wanted = {name: x.shape for name, x in arrays.items()}, _shapes(config)
+    require(got == wanted, f"{folder / _WEIGHTS_FILE} should have the arrays {wanted}, has {got}")
+    if "tokens" in arrays:
+        ids = arrays["tokens"]
+        require(
+            bool((ids >= 0).all() and (ids < config.vocab_size).all()),
+            f"{folder / _WEIGHTS_FILE}: its draft vocabulary has ids {ids.min()} to {ids.max()}, "
+            f"the model's are 0 to {config.vocab_size - 1}",
+        )
+    return config, {name: jnp.asarray(x) for name, x in arrays.items()}, tree
+
+
+def _shapes(config: MedusaConfig) -> dict[str, tuple[int, ...]]:
+    k, d = config.num_heads, config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"w": (k, d, d), "b": (k, d)}
+    if config.draft_vocab_size is not None:
+        shapes["tokens"] = (config.draft_vocab_size,)
+    if config.draft_vocab_size is not None or not config.shared_unembedding:
+        shapes["head"] = (1 if config.shared_unembedding else k, d, config.num_guessable)
+    return shapes

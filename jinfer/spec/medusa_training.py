@@ -1,10 +1,15 @@
-"""What Medusa heads learn, the backbone frozen, and how often they are right; see `training`."""
+"""What Medusa heads learn, and how often they are right; see `training`.
+
+The backbone stays as it is, so its hidden states are computed once and kept: an example is the
+hidden state of one token and the tokens that each head should guess after it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,98 +22,185 @@ from jinfer.spec import medusa
 from jinfer.spec.training import hidden_states
 from jinfer.typing import Params
 
-
-def _targets(tokens: Array, spans: Array, k: int) -> tuple[Array, Array]:
-    """Returns what head k should say at each place, and whether there is such a token, [B, T]."""
-    places = jnp.arange(tokens.shape[1])[None] + k + 2
-    is_there = (places >= spans[:, :1]) & (places < spans[:, 1:])
-    return jnp.roll(tokens, -(k + 2), axis=1), is_there
+NO_TARGET, MISSED = -1, -2
+_ROUND_TO = 64  # tokens: windows are computed at few different lengths
 
 
-def losses(
+class Examples(NamedTuple):
+    """What heads learn from.
+
+    Attributes:
+      hidden: [M, D] f32, after the final norm.
+      targets: [M, K] token ids, head k's being the token k + 2 places on; NO_TARGET for none.
+    """
+
+    hidden: Float[np.ndarray, "M D"]
+    targets: Int[np.ndarray, "M K"]
+
+
+def examples(
     model: Model,
     params: Params,
-    heads: dict[str, Array],
-    tokens: Int[Array, "B T"],
-    spans: Int[Array, "B 2"],
-) -> Float[Array, "K"]:
-    """Returns each head's mean cross entropy over the places that have a target, in nats."""
-    hidden = jax.lax.stop_gradient(hidden_states(model, params, tokens))
+    tokens: Int[np.ndarray, "N T"],
+    spans: Int[np.ndarray, "N 2"],
+    *,
+    num_heads: int,
+    batch_size: int = 8,
+    on_batch: Callable[[int], object] | None = None,
+) -> Examples:
+    """Runs the model over windows and returns an example for each place where heads guess.
 
-    def loss(k: int) -> Array:
-        targets, is_there = _targets(tokens, spans, k)
+    Places are those from the last token before a window's span on: nothing is ever guessed after an
+    earlier one, whose next tokens are given. Windows of about the same length run together.
 
-        @jax.checkpoint  # the logits, by far the largest array, are computed twice, not kept
-        def total(heads: dict[str, Array]) -> Array:
-            logits = medusa.head_logits(model, params, heads, k, hidden)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-            return jnp.sum(jnp.where(is_there, each, 0.0))
+    Args:
+      model: static.
+      params: its weights.
+      tokens, spans: see `training.windows`.
+      num_heads: K.
+      batch_size: windows a run.
+      on_batch: called after each run with the number of windows done.
 
-        return total(heads) / jnp.maximum(jnp.sum(is_there, dtype=jnp.float32), 1.0)
+    Returns:
+      The examples of the windows one after the other, in the order of the windows.
+    """
+    parts: dict[int, Examples] = {}
+    order = np.argsort(spans[:, 1], kind="stable")
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        length = min(tokens.shape[1], -(-int(spans[rows, 1].max()) // _ROUND_TO) * _ROUND_TO)
+        filled: Any = np.zeros((batch_size, length), np.int32)
+        filled[: len(rows)] = tokens[rows, :length]
+        hidden = np.asarray(_hidden_states(model, params, filled), np.float32)
+        for row, states in zip(rows.tolist(), hidden, strict=False):
+            first, end = spans[row].tolist()
+            places = np.arange(max(first - 1, 0), end - 2)
+            wanted = places[:, None] + 2 + np.arange(num_heads)
+            there = tokens[row][np.minimum(wanted, end - 1)]
+            parts[row] = Examples(states[places], np.where(wanted < end, there, NO_TARGET))
+        if on_batch is not None:
+            on_batch(min(begin + batch_size, len(order)))
+    in_order = [parts[row] for row in range(len(order))]
+    return Examples(*(np.concatenate(arrays) for arrays in zip(*in_order, strict=True)))
 
-    return jnp.stack([loss(k) for k in range(heads["w"].shape[0])])
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _hidden_states(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Array:
+    return hidden_states(model, params, tokens)
+
+
+def draft_tokens(
+    targets: Int[np.ndarray, "M K"], *, vocab_size: int, size: int
+) -> Int[np.ndarray, "N"]:
+    """Returns the `size` most frequent tokens; of equals the one with the lower id.
+
+    In vocabularies made of merges the lower id is the one more frequent elsewhere. Zhao et al. 2025
+    (arXiv:2502.14856), section 3.2.
+    """
+    counts = np.bincount(targets[targets >= 0], minlength=vocab_size)
+    return np.argsort(-counts, kind="stable")[:size].astype(np.int32)
+
+
+def as_ranks(
+    targets: Int[np.ndarray, "M K"], tokens: Int[np.ndarray, "N"] | None, vocab_size: int
+) -> Int[np.ndarray, "M K"]:
+    """Returns the place of each target in `tokens`, NO_TARGET for those that are not among them.
+
+    Without tokens, all are, in the order of their ids.
+    """
+    if tokens is None:
+        return targets
+    places = np.full(vocab_size, NO_TARGET, np.int32)
+    places[np.asarray(tokens)] = np.arange(len(tokens))
+    return np.where(targets >= 0, places[targets], NO_TARGET)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadLoss:
-    """The heads' losses, the nearer token's counting more; a `training.Objective`."""
+    """The heads' cross entropies, the nearer token's counting more; a `training.Objective`."""
 
     model: Model
     decay: float = 0.8
 
     def __call__(
         self,
-        params: Params,
-        weights: dict[str, Array],
-        tokens: Int[Array, "B T"],
-        spans: Int[Array, "B 2"],
+        params: tuple[Params, Mapping[str, Array]],
+        weights: Mapping[str, Array],
+        hidden: Float[Array, "B D"],
+        targets: Int[Array, "B K"],
     ) -> tuple[Float[Array, ""], Float[Array, "K"]]:
-        """Returns their sum with weights decay ** k, and each."""
-        each = losses(self.model, params, weights, tokens, spans)
+        """Returns their sum with weights decay ** k, and each in nats.
+
+        Args:
+          params: the model's, and what of the heads stays as it is.
+          weights: the rest of the heads.
+          hidden, targets: see `Examples`; targets as places in what the heads guess among.
+        """
+        model_params, frozen = params
+
+        @functools.partial(jax.checkpoint, static_argnums=1)  # logits are large: made twice
+        def loss(weights: Mapping[str, Array], k: int) -> Array:
+            heads = {**frozen, **weights}
+            logits = medusa.head_logits(self.model, model_params, heads, k, hidden)
+            is_there = targets[:, k] >= 0
+            each = optax.softmax_cross_entropy_with_integer_labels(
+                logits, jnp.maximum(targets[:, k], 0)
+            )
+            total = jnp.sum(jnp.where(is_there, each, 0.0))
+            return total / jnp.maximum(jnp.sum(is_there, dtype=jnp.float32), 1.0)
+
+        each = jnp.stack([loss(weights, k) for k in range(targets.shape[1])])
         return jnp.sum(each * self.decay ** jnp.arange(each.shape[0], dtype=jnp.float32)), each
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_ranks"))
-def count_ranks(
+def _ranks(
     model: Model,
     params: Params,
-    heads: dict[str, Array],
-    tokens: Int[Array, "B T"],
-    spans: Int[Array, "B 2"],
+    heads: Mapping[str, Array],
+    hidden: Float[Array, "B D"],
+    targets: Int[Array, "B K"],
     *,
     num_ranks: int,
-) -> tuple[Int[Array, "K R"], Int[Array, "K"]]:
-    """Counts how often the guess of each rank of each head is right, and the places looked at."""
-    hidden = hidden_states(model, params, tokens)
-    hits, places = [], []
-    for k in range(heads["w"].shape[0]):
-        targets, is_there = _targets(tokens, spans, k)
-        logits = medusa.head_logits(model, params, heads, k, hidden)
-        _, guesses = jax.lax.top_k(logits, num_ranks)
-        is_hit = (guesses == targets[:, :, None]) & is_there[:, :, None]
-        hits.append(jnp.sum(is_hit, axis=(0, 1), dtype=jnp.int32))
-        places.append(jnp.sum(is_there, dtype=jnp.int32))
-    return jnp.stack(hits), jnp.stack(places)
+) -> Int[Array, "B K"]:
+    guesses = medusa.guess(model, params, heads, hidden, num_ranks=num_ranks)  # [B, K, R]
+    is_hit = guesses == targets[:, :, None]
+    return jnp.where(jnp.any(is_hit, axis=2), jnp.argmax(is_hit, axis=2), MISSED)
 
 
-def rank_accuracies(
+def target_ranks(
     model: Model,
     params: Params,
-    heads: dict[str, Array],
-    tokens: Int[np.ndarray, "N T"],
-    spans: Int[np.ndarray, "N 2"],
+    heads: Mapping[str, Array],
+    held: Examples,
     *,
     num_ranks: int = 10,
-    batch_size: int = 8,
-) -> Float[np.ndarray, "K R"]:
-    """Returns how often the guess of rank r of head k is the text's token; top-k is a row's sum."""
-    hits, places = 0, 0
-    num_ranks = min(num_ranks, model.config.vocab_size)
-    for begin in range(0, len(tokens), batch_size):
-        rows = np.arange(begin, begin + batch_size)
-        part: Any = np.take(tokens, rows, axis=0, mode="clip")
-        part_spans: Any = np.take(spans, rows, axis=0, mode="clip")
-        part_spans[rows >= len(tokens)] = 0
-        found = count_ranks(model, params, heads, part, part_spans, num_ranks=num_ranks)
-        hits, places = hits + np.asarray(found[0]), places + np.asarray(found[1])
-    return hits / np.maximum(places, 1)[:, None]
+    batch_size: int = 512,
+) -> Int[np.ndarray, "M K"]:
+    """Returns the rank of each target among the guesses of its head; MISSED if it is not there.
+
+    A target that a head cannot guess, being outside its draft vocabulary, is missed too; where
+    there is none the rank is NO_TARGET.
+    """
+    num_ranks = min(num_ranks, medusa.num_guessable(model, heads))
+    parts = []
+    for begin in range(0, len(held.hidden), batch_size):
+        hidden: Any = held.hidden[begin : begin + batch_size]
+        targets: Any = held.targets[begin : begin + batch_size]
+        missing = batch_size - len(hidden)
+        hidden = np.pad(hidden, ((0, missing), (0, 0)))
+        padded = np.pad(targets, ((0, missing), (0, 0)), constant_values=NO_TARGET)
+        ranks = np.asarray(_ranks(model, params, heads, hidden, padded, num_ranks=num_ranks))
+        parts.append(np.where(targets >= 0, ranks[: len(targets)], NO_TARGET))
+    return np.concatenate(parts)
+
+
+def rank_accuracies(ranks: Int[np.ndarray, "M K"], num_ranks: int) -> Float[np.ndarray, "K R"]:
+    """Returns how often the guess of rank r of head k is right; top-k is a row's sum.
+
+    Args:
+      ranks: see `target_ranks`.
+      num_ranks: R.
+    """
+    hits = (ranks[:, :, None] == np.arange(num_ranks)).sum(0)
+    return hits / np.maximum((ranks != NO_TARGET).sum(0), 1)[:, None]

@@ -6,8 +6,7 @@ A node is the ranks (from 0) of the guesses that lead to it: (0,) is the first h
 
 from __future__ import annotations
 
-import heapq
-import math
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,38 +60,56 @@ def parents_of(tree: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(numbers[tuple(node[:-1])] for node in tree)
 
 
-def fit_tree(rank_accuracies: Sequence[Sequence[float]], *, num_nodes: int) -> Tree:
-    """Returns the `num_nodes` nodes that together expect most accepted tokens, likeliest first.
+def fit_tree(ranks: Sequence[Sequence[int]], *, num_nodes: int, max_rank: int = 10) -> Tree:
+    """Returns the `num_nodes` nodes that stand most often in given texts, most frequent first.
 
-    A node is accepted if all guesses on its path are right, with probability about the product of
-    their accuracies: each accepted node is a token gained, so that the best tree is that of the
-    likeliest nodes (Cai et al. 2024, section 2.3.3). A parent is at least as likely as its child.
+    A node stands at a place if all guesses on its path are right. Each node that stands is a token
+    gained, so the best tree of a size is that of the nodes that stand most often; a parent does so
+    at least as often as its child. Cai et al. 2024 (section 2.3.3) take the product of the heads'
+    accuracies instead; but where one head is right the next one is more likely so, and a tree
+    fitted to what they got right together is deeper.
 
     Args:
-      rank_accuracies: [K][R], how often the guess of rank r of head k is right.
-      num_nodes: most nodes; fewer where no more have a chance.
+      ranks: [M][K], the rank (from 0) of what follows each place among the guesses of each head; a
+        head that does not guess it, or has nothing to guess, has a rank below 0.
+      num_nodes: most nodes; fewer where no more ever stand.
+      max_rank: guesses of a head that are looked at.
+
+    Raises:
+      ValueError: num_nodes is not positive, or no guess is ever right.
     """
     require(num_nodes > 0, f"num_nodes must be positive, got {num_nodes}")
-    tree: list[tuple[int, ...]] = []
-    open_nodes: list[tuple[float, int, tuple[int, ...]]] = []
-
-    def offer(parent: tuple[int, ...], likelihood: float) -> None:
-        if len(parent) < len(rank_accuracies):
-            for rank, accuracy in enumerate(rank_accuracies[len(parent)]):
-                node = (*parent, rank)
-                if accuracy > 0:
-                    heapq.heappush(open_nodes, (-likelihood * accuracy, len(node), node))
-
-    offer((), 1.0)
-    while open_nodes and len(tree) < num_nodes:
-        negative, _, node = heapq.heappop(open_nodes)
-        tree.append(node)
-        offer(node, -negative)
-    return tuple(tree)
+    counts: collections.Counter[tuple[int, ...]] = collections.Counter()
+    for row in ranks:
+        node: tuple[int, ...] = ()
+        for rank in row:
+            if not 0 <= rank < max_rank:
+                break
+            node = (*node, rank)
+            counts[node] += 1
+    require(bool(counts), "no head ever guesses what follows: train them for longer")
+    return tuple(sorted(counts, key=lambda n: (-counts[n], len(n), n))[:num_nodes])
 
 
-def expected_tokens(tree: Tree, rank_accuracies: Sequence[Sequence[float]]) -> float:
-    """Returns how many tokens a step yields if guesses are right independently of each other."""
-    return 1.0 + sum(
-        math.prod(rank_accuracies[level][rank] for level, rank in enumerate(node)) for node in tree
-    )
+def tokens_per_step(tree: Tree, ranks: Sequence[Sequence[int]]) -> float:
+    """Returns how many tokens a step of greedy decoding yields on texts it would have written.
+
+    Steps go from place to place as decoding does: after one with n guesses right comes the place
+    n + 1 further on. (The mean over all places would count easy passages, which decoding leaves in
+    few steps, as often as they have places.)
+
+    Args:
+      tree: see `fit_tree`.
+      ranks: likewise; the places of the texts one after the other.
+    """
+    nodes = frozenset(tree)
+    place = num_steps = 0
+    while place < len(ranks):
+        node: tuple[int, ...] = ()
+        for rank in ranks[place]:
+            if (*node, rank) not in nodes:
+                break
+            node = (*node, rank)
+        place += 1 + len(node)
+        num_steps += 1
+    return place / max(1, num_steps)

@@ -29,10 +29,10 @@ class TrainingConfig:
 
     Attributes:
       num_steps: optimizer steps.
-      batch_size: windows a step.
+      batch_size: examples a step.
       learning_rate: at its peak; cosine to zero after a linear warm-up of `warmup` of all steps.
       weight_decay: of AdamW.
-      seed: of the order of windows.
+      seed: of the order of examples.
       checkpoint_every: steps between checkpoints.
     """
 
@@ -89,7 +89,7 @@ def windows(
 
 
 def batch_rows(step: int, num_rows: int, config: TrainingConfig) -> np.ndarray:
-    """Returns which windows step `step` takes: each once before any a second time, and so on."""
+    """Returns which examples step `step` takes: each once before any a second time, and so on."""
     start = step * config.batch_size
     places = np.arange(start, start + config.batch_size)
     orders = {
@@ -113,9 +113,12 @@ class Objective(Protocol):
     """What is to become small; hashable, since it makes the program."""
 
     def __call__(
-        self, params: Params, weights: Any, tokens: Int[Array, "B T"], spans: Int[Array, "B 2"]
+        self, params: Any, weights: Any, *batch: Array
     ) -> tuple[Float[Array, ""], Float[Array, "K"]]:
-        """Returns the loss of `weights`, and what to show of it; `params` stay as they are."""
+        """Returns the loss of `weights`, and what to show of it; `params` stay as they are.
+
+        The batch is a row of each array of the data for each of B examples.
+        """
         ...
 
 
@@ -123,15 +126,14 @@ class Objective(Protocol):
 def train_step(
     objective: Objective,
     config: TrainingConfig,
-    params: Params,
+    params: Any,
     state: tuple[Any, Any],
-    tokens: Int[Array, "B T"],
-    spans: Int[Array, "B 2"],
+    *batch: Array,
 ) -> tuple[tuple[Any, Any], Float[Array, "K"]]:
     """Returns (weights, optimizer state), donated, after one AdamW step, and the losses before."""
     weights, opt_state = state
     loss = functools.partial(objective, params)
-    grads, each = jax.grad(loss, has_aux=True)(weights, tokens, spans)
+    grads, each = jax.grad(loss, has_aux=True)(weights, *batch)
     with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
         updates, opt_state = config.optimizer().update(grads, opt_state, weights)
         weights = optax.apply_updates(weights, updates)
@@ -170,10 +172,9 @@ class Checkpoints:
 
 def train(
     objective: Objective,
-    params: Params,
+    params: Any,
     weights: Any,
-    tokens: Int[np.ndarray, "N T"],
-    spans: Int[np.ndarray, "N 2"],
+    data: Sequence[np.ndarray],
     config: TrainingConfig,
     *,
     checkpoints: Checkpoints | None = None,
@@ -185,7 +186,7 @@ def train(
       objective: says what they should do.
       params: what the objective reads beside them, which stays as it is.
       weights: where to start; a pytree, which is copied.
-      tokens, spans: see `windows`.
+      data: arrays of which each example has a row, say those of `windows`.
       config: of the training.
       checkpoints: where states are kept and found.
       on_step: called after each step with the number of steps done and the losses before it.
@@ -195,9 +196,9 @@ def train(
     found = checkpoints.restore(state) if checkpoints is not None else None
     start, state = found if found is not None else (0, state)
     for step in range(start, config.num_steps):
-        rows = batch_rows(step, len(tokens), config)
-        part: Any = tokens[rows], spans[rows]
-        state, each = train_step(objective, config, params, state, *part)
+        rows = batch_rows(step, len(data[0]), config)
+        batch: Any = [array[rows] for array in data]
+        state, each = train_step(objective, config, params, state, *batch)
         if on_step is not None:
             on_step(step + 1, np.asarray(each))
         is_last = step + 1 == config.num_steps

@@ -52,7 +52,7 @@ def test_a_draft_learns_what_its_target_says(params):
     config = training.TrainingConfig(num_steps=60, batch_size=8, learning_rate=1e-2)
     trained = training.train(
         draft_training.Distillation(TARGET, DRAFT),
-        *(params, start, tokens, spans, config),
+        *(params, start, (tokens, spans), config),
         on_step=lambda _, each: losses.append(float(each[0])),
     )
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])

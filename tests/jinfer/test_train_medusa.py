@@ -29,6 +29,7 @@ MODEL = Model(
 )
 SMALL = ("--window", 24, "--batch-size", 2, "--steps", 4, "--num-heads", 2, "--tree-nodes", 5)
 SMALL += ("--checkpoint-every", 2, "--max-texts", 4, "--max-tokens", 60)
+FILES = ("heads.safetensors", "medusa.json")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,25 @@ def test_heads_from_texts_that_the_model_writes_and_a_second_run_does_nothing(
     assert train("--output", tmp_path, *SMALL, "--seed", 3) == 2
     error = capsys.readouterr().err
     assert "{'seed': '0'}" in error and "{'seed': '3'}" in error
+
+
+def test_the_same_command_makes_the_same_bytes(tmp_path, capsys):
+    argv = (*SMALL, "--draft-vocab-size", 9, "--temperature", 0, "--num-heads", 3)
+    for name in ("a", "b"):
+        assert train("--output", tmp_path / name, *argv) == 0
+        report = capsys.readouterr().out
+        assert "% of what is kept apart is in the draft vocabulary" in report
+    for file in FILES:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    _, heads, _ = medusa.load(tmp_path / "a", MODEL.config)
+    assert heads["tokens"].shape == (9,)
+    # a cut after the data were made, and after a checkpoint
+    (tmp_path / "a" / FILES[1]).unlink()
+    (tmp_path / "a" / "hidden.npz").unlink()
+    (tmp_path / "a" / "checkpoints" / "4").rename(tmp_path / "gone")
+    assert train("--output", tmp_path / "a", *argv) == 0
+    for file in FILES:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_texts_are_learnt_as_they_are_and_other_lines_are_refused(tmp_path, capsys):

@@ -72,6 +72,23 @@ def heads(params, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def few_heads(params, tmp_path_factory):
+    """The same for every second token only, backwards."""
+    folder = tmp_path_factory.mktemp("few_heads")
+    tokens = np.arange(VOCAB - 2, 0, -2, dtype=np.int32)
+    config = medusa.MedusaConfig(
+        num_heads=2,
+        hidden_size=32,
+        vocab_size=VOCAB,
+        shared_unembedding=True,
+        draft_vocab_size=len(tokens),
+    )
+    weights = medusa.init(config, MODEL, params, tokens)
+    medusa.save(folder, config, weights, rank_accuracies=[[0.5]], tree=((0,), (1,), (0, 0)))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def draft(params):
     """A drafter of one layer, the target's first: right now and then."""
     model = Model(dataclasses.replace(CONFIG, num_layers=1, layer_types=CONFIG.layer_types[:1]))
@@ -84,13 +101,14 @@ def draft(params):
 
 
 @pytest.fixture(scope="module")
-def config_of(heads, draft):
+def config_of(heads, few_heads, draft):
     """The `speculative_config` of each method."""
     return {
         "ngram": NGRAM,
         "self": SELF,
         "draft": draft,
         "medusa": {"method": "medusa", "heads": heads, "adaptive": False},
+        "medusa-few": {"method": "medusa", "heads": few_heads, "adaptive": False},
         "lookahead": {
             "method": "lookahead",
             "window": 2,
@@ -156,7 +174,8 @@ def assert_same(got, expected):
         ("ngram", None),
         ("ngram", 19),
         pytest.param("medusa", None, marks=pytest.mark.slow),
-        ("medusa", 19),
+        pytest.param("medusa", 19, marks=pytest.mark.slow),
+        ("medusa-few", 19),
         pytest.param("lookahead", None, marks=pytest.mark.slow),
         ("lookahead", 19),
         *(pytest.param("self", pages, marks=pytest.mark.slow) for pages in (None, 19)),
@@ -297,12 +316,18 @@ def test_what_cannot_be_met_is_refused(make_llm, config, message):
         ([[0, 1]], "without its parent"),
         ("deep", "list of lists of ranks"),
         ([], "1 to 63 nodes"),
-        ([[300]], "the model has 300 tokens"),
+        ([[300]], "rank 300, the heads guess among 300 tokens"),
     ],
 )
 def test_a_tree_that_does_not_suit_is_refused(make_llm, heads, tree, message):
     with pytest.raises(ValueError, match=message):
         make_llm(speculative_config={"method": "medusa", "heads": heads, "tree": tree})
+
+
+def test_a_tree_of_more_ranks_than_the_draft_vocabulary_is_refused(make_llm, few_heads):
+    with pytest.raises(ValueError, match="rank 150, the heads guess among 149 tokens"):
+        config = {"method": "medusa", "heads": few_heads, "tree": [[150]]}
+        make_llm(speculative_config=config)
 
 
 def test_heads_of_another_width_are_refused(make_llm, params, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
 from jinfer.spec import medusa, medusa_training, training
-from jinfer.spec.medusa_tree import check_tree, expected_tokens, fit_tree
+from jinfer.spec.medusa_tree import check_tree, fit_tree, tokens_per_step
 from jinfer.spec.training import Checkpoints, TrainingConfig
 
 VOCAB, HIDDEN, HEADS = 61, 24, 2
@@ -31,7 +31,7 @@ CONFIG = medusa.MedusaConfig(
     num_heads=HEADS, hidden_size=HIDDEN, vocab_size=VOCAB, shared_unembedding=False
 )
 LOSS = medusa_training.HeadLoss(MODEL)
-TRAINING = TrainingConfig(num_steps=80, batch_size=8, learning_rate=3e-2, checkpoint_every=40)
+TRAINING = TrainingConfig(num_steps=80, batch_size=128, learning_rate=3e-2, checkpoint_every=40)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,17 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def trained(params, data):
+def learnt(params, data):
+    return medusa_training.examples(MODEL, params, *data, num_heads=HEADS)
+
+
+@pytest.fixture(scope="module")
+def trained(params, learnt):
     """(heads, losses by step) of an unbroken run."""
     seen = []
     heads = medusa.init(CONFIG, MODEL, params)
     heads = training.train(
-        LOSS, params, heads, *data, TRAINING, on_step=lambda _, each: seen.append(each)
+        LOSS, (params, {}), heads, learnt, TRAINING, on_step=lambda _, each: seen.append(each)
     )
     return heads, np.stack(seen)
 
@@ -80,9 +85,11 @@ def test_the_loss_of_each_head_falls_and_the_backbone_stays(params, data, traine
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, params))
 
 
-def test_heads_learn_the_token_that_is_theirs(params, data, trained):
+def test_heads_learn_the_token_that_is_theirs(params, data, learnt, trained):
     """The counting texts: after token v head k should say v + 2 + k."""
-    accuracies = medusa_training.rank_accuracies(MODEL, params, trained[0], *data, num_ranks=4)
+    ranks = medusa_training.target_ranks(MODEL, params, trained[0], learnt, num_ranks=4)
+    assert ((ranks == medusa_training.NO_TARGET) == (learnt.targets < 0)).all()
+    accuracies = medusa_training.rank_accuracies(ranks, 4)
     assert accuracies.shape == (HEADS, 4)
     assert (accuracies[:, 0] > 0.5).all()
     assert (accuracies.sum(1) <= 1 + 1e-6).all()
@@ -94,33 +101,108 @@ def test_heads_learn_the_token_that_is_theirs(params, data, trained):
         assert is_right[:, 1 : 16 - 2 - k].mean() > 0.5
 
 
-def test_padding_teaches_nothing(params):
+def test_examples_are_the_places_after_which_heads_guess(params):
+    """Of a prompt only the last token; padding and the batch do not matter."""
+    tokens, spans = training.windows([(list(range(20, 30)), 4), (list(range(5)), 0)], 10)
+    got = medusa_training.examples(MODEL, params, tokens, spans, num_heads=3, batch_size=8)
+    none = medusa_training.NO_TARGET
+    assert got.targets.tolist() == [
+        *[[t + 2, t + 3, t + 4] for t in (23, 24, 25)],
+        [28, 29, none],
+        [29, none, none],
+        *([2, 3, 4], [3, 4, none], [4, none, none]),
+    ]
+    whole = jax.jit(training.hidden_states, static_argnums=0)(MODEL, params, tokens)
+    want = np.concatenate([whole[0, 3:8], whole[1, :3]])
+    np.testing.assert_allclose(got.hidden, want, rtol=1e-4, atol=1e-5)
+    one = medusa_training.examples(MODEL, params, tokens, spans, num_heads=3, batch_size=1)
+    np.testing.assert_array_equal(one.targets, got.targets)
+    np.testing.assert_allclose(one.hidden, got.hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_that_is_none_teaches_nothing(params, learnt):
     heads = medusa.init(CONFIG, MODEL, params)
-    tokens = np.arange(16, dtype=np.int32)[None] + 1
-    spans = np.array([[0, 9]], np.int32)
-    other = np.where(np.arange(16)[None] < 9, tokens, 50)
-    losses = jax.jit(medusa_training.losses, static_argnums=0)
-    got = losses(MODEL, params, heads, tokens, spans)
-    want = losses(MODEL, params, heads, other, spans)
-    np.testing.assert_array_equal(got, want)
+    hidden, targets = learnt.hidden[:6], learnt.targets[:6].copy()
+    targets[2:, 0] = medusa_training.NO_TARGET
+    _, some = LOSS((params, {}), heads, hidden, targets)
+    _, first = LOSS((params, {}), heads, hidden[:2], targets[:2])
+    np.testing.assert_allclose(some[0], first[0], rtol=1e-5)
+    targets[:] = medusa_training.NO_TARGET
+    assert LOSS((params, {}), heads, hidden, targets)[1].tolist() == [0, 0]
 
 
-def test_of_a_prompt_nothing_is_learnt(params):
-    _, spans = training.windows([(list(range(10)), 3)], 6)
-    assert spans.tolist() == [[3, 6], [0, 4]]
-    heads = medusa.init(CONFIG, MODEL, params)
-    tokens = np.arange(16, dtype=np.int32)[None] + 1
-    losses = jax.jit(medusa_training.losses, static_argnums=0)
-
-    def total(begin, end):
-        num_targets = np.array([end - max(begin, k + 2) for k in range(HEADS)], np.float32)
-        span = np.array([[begin, end]], np.int32)
-        return num_targets * losses(MODEL, params, heads, tokens, span)
-
-    np.testing.assert_allclose(total(0, 9), total(0, 5) + total(5, 9), rtol=1e-5)
+def test_the_draft_vocabulary_is_of_the_most_frequent_targets():
+    targets = np.array([[5, 5], [5, 3], [3, 2], [9, medusa_training.NO_TARGET]])
+    tokens = medusa_training.draft_tokens(targets, vocab_size=12, size=5)
+    assert tokens.tolist() == [5, 3, 2, 9, 0]
+    ranks = medusa_training.as_ranks(targets, tokens[:3], 12)
+    assert ranks.tolist() == [[0, 0], [0, 1], [1, 2], [-1, -1]]
 
 
-def test_a_run_that_was_cut_ends_with_the_same_bits(params, data, trained, tmp_path):
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_heads_of_a_draft_vocabulary_guess_as_others_would_among_its_tokens(
+    params, learnt, is_shared
+):
+    tokens = np.array([40, 3, 17, 5, 60], np.int32)
+    config = dataclasses.replace(CONFIG, shared_unembedding=is_shared, draft_vocab_size=5)
+    heads = medusa.init(config, MODEL, params, tokens)
+    assert heads["head"].shape == (1 if is_shared else HEADS, HIDDEN, 5)
+    hidden = learnt.hidden[:9]
+    whole = np.asarray(MODEL.unembed(params, hidden))[:, tokens]
+    best = tokens[np.argsort(-whole, axis=-1)[:, :3]]
+    got = medusa.guess(MODEL, params, heads, hidden, num_ranks=3)
+    np.testing.assert_array_equal(got, np.stack([best] * HEADS, axis=1))
+
+
+def test_of_a_shared_draft_vocabulary_only_the_blocks_are_trained(params, learnt, tmp_path):
+    """And what is outside of it can be no hit."""
+    config = dataclasses.replace(CONFIG, shared_unembedding=True, draft_vocab_size=30)
+    tokens = medusa_training.draft_tokens(learnt.targets, vocab_size=VOCAB, size=30)
+    weights, frozen = medusa.split(config, medusa.init(config, MODEL, params, tokens))
+    assert set(weights) == {"w", "b"} and set(frozen) == {"head", "tokens"}
+    data = learnt.hidden, medusa_training.as_ranks(learnt.targets, tokens, VOCAB)
+    losses = []
+    weights = training.train(
+        *(LOSS, (params, frozen), weights, data, TRAINING),
+        on_step=lambda _, each: losses.append(each),
+    )
+    assert (losses[-1] < losses[0] - 1.0).all()
+    heads = {**frozen, **weights}
+    ranks = medusa_training.target_ranks(MODEL, params, heads, learnt, num_ranks=99)
+    found = medusa_training.rank_accuracies(ranks, 30)
+    inside = np.isin(learnt.targets, tokens).sum(0) / (learnt.targets >= 0).sum(0)
+    np.testing.assert_allclose(found.sum(1), inside, rtol=1e-6)
+    medusa.save(tmp_path, config, heads, rank_accuracies=found.tolist(), tree=((0,),))
+    again, loaded, _ = medusa.load(tmp_path, MODEL.config)
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tokens", np.arange(4, dtype=np.int32), r"should have the arrays .*'tokens': \(5,\)"),
+        ("tokens", np.arange(57, 62, dtype=np.int32), "ids 57 to 61, the model's are 0 to 60"),
+        ("head", np.zeros((HEADS, HIDDEN, 5), np.float32), r"'head': \(1, 24, 5\)"),
+    ],
+)
+def test_weights_of_other_shapes_than_described_are_refused(params, tmp_path, name, value, message):
+    config = dataclasses.replace(CONFIG, shared_unembedding=True, draft_vocab_size=5)
+    heads = medusa.init(config, MODEL, params, np.arange(5, dtype=np.int32))
+    medusa.save(tmp_path, config, {**heads, name: value}, rank_accuracies=[[1.0]], tree=((0,),))
+    with pytest.raises(ValueError, match=message):
+        medusa.load(tmp_path, MODEL.config)
+
+
+def test_a_draft_vocabulary_of_another_size_is_refused(params):
+    with pytest.raises(ValueError, match="must be 1 to the vocabulary's 61, got 62"):
+        dataclasses.replace(CONFIG, draft_vocab_size=62)
+    config = dataclasses.replace(CONFIG, draft_vocab_size=5)
+    with pytest.raises(ValueError, match="draft_vocab_size is 5, and 4 draft_tokens are given"):
+        medusa.init(config, MODEL, params, np.arange(4))
+
+
+def test_a_run_that_was_cut_ends_with_the_same_bits(params, learnt, trained, tmp_path):
     class Cut(Exception):
         pass
 
@@ -131,16 +213,14 @@ def test_a_run_that_was_cut_ends_with_the_same_bits(params, data, trained, tmp_p
     heads = medusa.init(CONFIG, MODEL, params)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(Cut):
-        training.train(LOSS, params, heads, *data, TRAINING, checkpoints=checkpoints, on_step=cut)
+        training.train(
+            *(LOSS, (params, {}), heads, learnt, TRAINING), checkpoints=checkpoints, on_step=cut
+        )
     checkpoints.close()
     steps = []
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     resumed = training.train(
-        LOSS,
-        params,
-        heads,
-        *data,
-        TRAINING,
+        *(LOSS, (params, {}), heads, learnt, TRAINING),
         checkpoints=checkpoints,
         on_step=lambda step, _: steps.append(step),
     )
@@ -151,7 +231,7 @@ def test_a_run_that_was_cut_ends_with_the_same_bits(params, data, trained, tmp_p
 
 def test_saved_heads_load_as_they_were(params, trained, tmp_path):
     accuracies = [[0.5, 0.2], [0.3, 0.1]]
-    tree = fit_tree(accuracies, num_nodes=4)
+    tree = ((0,), (1,), (0, 0), (0, 1))
     medusa.save(tmp_path, CONFIG, trained[0], rank_accuracies=accuracies, tree=tree)
     config, heads, loaded_tree = medusa.load(tmp_path, MODEL.config)
     assert (config, loaded_tree) == (CONFIG, tree)
@@ -190,17 +270,32 @@ def test_what_is_no_tree_is_refused(tree, message):
 
 def test_the_fitted_tree_is_the_best_of_its_size():
     """Against all trees of 3 nodes with 2 heads of 2 ranks."""
-    accuracies = [[0.6, 0.3], [0.5, 0.2]]
+    ranks = np.random.default_rng(0).choice([0, 1, -2, 5], (60, 2), p=[0.5, 0.2, 0.2, 0.1]).tolist()
+
+    def gained(tree):
+        return sum((a,) in tree for a, _ in ranks) + sum((a, b) in tree for a, b in ranks)
+
     nodes = [(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
-    tree = fit_tree(accuracies, num_nodes=3)
+    tree = fit_tree(ranks, num_nodes=3, max_rank=2)
     check_tree(tree, num_heads=2)
-    best = 0.0
+    best = 0
     for chosen in itertools.combinations(nodes, 3):
         if all(len(node) == 1 or node[:1] in chosen for node in chosen):
-            best = max(best, expected_tokens(chosen, accuracies))
-    assert expected_tokens(tree, accuracies) == pytest.approx(best)
-    assert len(fit_tree(accuracies, num_nodes=100)) == 6
-    assert fit_tree([[1.0], [1.0]], num_nodes=2) == ((0,), (0, 0))
+            best = max(best, gained(chosen))
+    assert gained(tree) == best
+    assert set(fit_tree(ranks, num_nodes=100, max_rank=2)) == set(nodes)
+    assert fit_tree([[0, 0], [0, -2]], num_nodes=2) == ((0,), (0, 0))
+    with pytest.raises(ValueError, match="no head ever guesses"):
+        fit_tree([[-2, 0], [-1, -1]], num_nodes=2)
+
+
+def test_tokens_a_step_are_counted_as_decoding_goes():
+    tree = ((0,), (1,), (0, 1))
+    #  2 guesses right, to the 4th place; none right; 1 right, beyond the end
+    ranks = [[0, 1], [0, 1], [0, 1], [2, 0], [1, 0], [0, 0]]
+    assert tokens_per_step(tree, ranks) == pytest.approx((3 + 1 + 2) / 3)
+    assert tokens_per_step(tree, [[1, 1]] * 4) == 2.0
+    assert tokens_per_step(tree, [[-1, 0]] * 4) == 1.0
 
 
 def test_each_window_comes_once_before_any_comes_twice():
