@@ -116,6 +116,7 @@ def check_same_run(args: argparse.Namespace, *own: str) -> None:
     file = args.output / "run.json"
     names = ("model", "dtype", "data", *own, "steps", "epochs", "batch_size")
     names += ("window", "learning_rate", "weight_decay", "seed", "max_texts", "max_tokens")
+    names += tuple(name.replace("-", "_") for name in _WRITING_FLAGS)
     settings = {name: str(getattr(args, name)) for name in (*names, "temperature")}
     if file.is_file():
         before = json.loads(file.read_text())
