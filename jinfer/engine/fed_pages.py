@@ -23,13 +23,14 @@ class FedPages:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self._page_size = page_size
         self._num_fed = [0] * num_pages
+        self._not_full = set(range(num_pages))
 
     def note_moves(self, moves: PageMoves) -> None:
         """Follows what is done with whole pages before a step."""
         for page in moves.cleared:
-            self._num_fed[page] = 0
+            self._set(page, 0)
         for source, page, count in moves.copied:
-            self._num_fed[page] = min(self._num_fed[source], count)
+            self._set(page, min(self._num_fed[source], count))
 
     def note_plan(self, plan: Plan) -> None:
         """Takes in a plan that is being launched: all it writes, or nothing, is fed."""
@@ -44,14 +45,17 @@ class FedPages:
             first, last = max(0, start - i * size), min(size, end - i * size)
             page = pages[i]
             if not is_fed:
-                self._num_fed[page] = min(self._num_fed[page], first)
+                self._set(page, min(self._num_fed[page], first))
             elif self._num_fed[page] >= first:
-                self._num_fed[page] = last
+                self._set(page, last)
 
     def first_missing(self, pages: Sequence[int], num_tokens: int) -> int:
         """Returns the first of `num_tokens` positions that was not fed; `num_tokens`: all were."""
         size = self._page_size
-        for i in range(-(-num_tokens // size)):
+        num_whole = num_tokens // size
+        # Every step asks for all of a long text, and mostly nothing is missing.
+        begin = num_whole if self._not_full.isdisjoint(pages[:num_whole]) else 0
+        for i in range(begin, -(-num_tokens // size)):
             place = i * size + self._num_fed[pages[i]]
             if place < min((i + 1) * size, num_tokens):
                 return place
@@ -80,3 +84,10 @@ class FedPages:
                 start += count
                 room -= count
         return batches
+
+    def _set(self, page: int, num_fed: int) -> None:
+        self._num_fed[page] = num_fed
+        if num_fed == self._page_size:
+            self._not_full.discard(page)
+        else:
+            self._not_full.add(page)
