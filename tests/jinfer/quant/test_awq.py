@@ -93,14 +93,17 @@ def test_clipping_picks_the_best_of_ten_ranges_group_by_group():
     h, _ = stats(x)
     clipped = np.asarray(clip_weights(w, h, FMT))
     for column in range(3):
+        limits = np.abs(np.asarray(w[:, column])).max() * (1 - 0.05 * np.arange(10))
         losses = []
-        for i in range(10):
-            limit = float(jnp.abs(w[:, column]).max()) * (1 - 0.05 * i)
+        for limit in limits:
             v = jnp.clip(w[:, column : column + 1], -limit, limit)
             delta = np.asarray(fake_quantize(v, FMT) - w[:, column : column + 1], "f8")[:, 0]
             losses.append(delta @ np.asarray(h, "f8") @ delta)
-        limit = np.abs(np.asarray(w[:, column])).max() * (1 - 0.05 * int(np.argmin(losses)))
-        np.testing.assert_allclose(np.abs(clipped[:, column]).max(), limit, rtol=1e-5)
+        picked = np.flatnonzero(np.isclose(limits, np.abs(clipped[:, column]).max(), rtol=1e-5))
+        assert picked.size == 1, "clipped to none of the ten ranges"
+        # A scale that differs in its last bit rounds a weight the other way: ranges may swap where
+        # their losses are close. Most are not: 8.72, 8.95, 9.00, 9.70, 17.2 .. 34.6 in the last.
+        assert losses[picked[0]] <= 1.03 * min(losses)
 
 
 def test_bad_arguments_are_named():

@@ -96,7 +96,9 @@ def test_an_identity_hessian_gives_round_to_nearest_bit_for_bit(text, order, sta
         w, jnp.eye(SIZE), fmt, order=order, static_groups=static_groups, mse=mse
     )
     np.testing.assert_array_equal(got.codes(), expected.codes())
-    np.testing.assert_array_equal(got.scale, expected.scale)
+    # The MSE search shrinks a range, high * p - low * p: XLA may contract that to an FMA in one of
+    # two programs and not in the other (it does with the flags of conftest.py).
+    np.testing.assert_array_max_ulp(got.scale, expected.scale, maxulp=int(mse))
     assert int(info.num_dead) == 0 and not bool(info.fell_back)
 
 
