@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     the model's own answer is learnt; or any other file, learnt as one text. Without it the model
     writes texts of its own. A tenth of the windows is kept apart to measure the draft on. --output
     gets "model", a folder that any command takes and speculative_config names, report.json, and
-    "data.npz" and "checkpoints", from which the same command goes on after a cut.
+    "answers.jsonl", "data.npz" and "checkpoints", from which the same command goes on after a cut.
     """
     import json
 

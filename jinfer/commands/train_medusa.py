@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     learnt as one text.
     Without it the model writes texts of its own. A tenth of the windows is kept apart to measure
     each head on. --output gets heads.safetensors and medusa.json, with the accuracies and a tree of
-    guesses fitted to them, and "data.npz", "hidden.npz" (the model's hidden states of all tokens to
-    learn, computed once: 4 bytes times the hidden size each) and "checkpoints", from which the same
-    command goes on after a cut.
+    guesses fitted to them, and "answers.jsonl", "data.npz", "hidden.npz" (the model's hidden states
+    of all tokens to learn, computed once: 4 bytes times the hidden size each) and "checkpoints",
+    from which the same command goes on after a cut.
     """
     from jinfer.spec import medusa, medusa_training
     from jinfer.spec.medusa_tree import fit_tree, tokens_per_step

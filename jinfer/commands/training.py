@@ -198,13 +198,41 @@ def _texts(args: argparse.Namespace, llm: Any) -> Iterator[tuple[list[int], int]
 def _answers(
     args: argparse.Namespace, llm: Any, prompts: list[list[int]]
 ) -> Iterator[tuple[list[int], int]]:
+    from tqdm import tqdm
+
     from jinfer import SamplingParams
 
     if not prompts:
         return
     say(f"the model writes {len(prompts)} texts of at most {args.max_tokens} tokens")
     fields = {"temperature": args.temperature, "max_tokens": args.max_tokens, "detokenize": False}
-    params = [SamplingParams(**fields, seed=args.seed + i) for i in range(len(prompts))]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=True)
-    for prompt, output in zip(prompts, outputs, strict=True):
-        yield [*prompt, *output.outputs[0].token_ids], len(prompt)
+    file = args.output / "answers.jsonl"
+    answers = _read_answers(file)
+    bar = tqdm(total=len(prompts), initial=len(answers), desc="texts", unit="text", disable=None)
+    with file.open("a") as lines, bar:
+        lines.write("\n")  # ends what a cut may have left unfinished
+        for i, prompt in enumerate(prompts):
+            if i not in answers:
+                params = SamplingParams(**fields, seed=args.seed + i)
+                llm.add_request(str(i), {"prompt_token_ids": prompt}, params)
+        while llm.has_unfinished_requests():
+            for output in filter(lambda output: output.finished, llm.step()):
+                i, token_ids = int(output.request_id), list(output.outputs[0].token_ids)
+                answers[i] = token_ids
+                lines.write(json.dumps([i, token_ids]) + "\n")
+                lines.flush()
+                bar.update()
+    for i, prompt in enumerate(prompts):
+        yield [*prompt, *answers[i]], len(prompt)
+
+
+def _read_answers(file: Path) -> dict[int, list[int]]:
+    """Returns what a run that was cut has written, by the number of the prompt."""
+    answers = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            i, token_ids = json.loads(line)
+        except ValueError:  # the cut came in the middle
+            continue
+        answers[i] = token_ids
+    return answers

@@ -164,9 +164,8 @@ class Runner:
     def _launch_ragged(self, plan: Plan) -> Launched:
         is_prefill = any(seq.is_prefill for seq in plan.seqs)
         max_drafts = buckets.fit(self.buckets.drafts, plan.max_drafts) if plan.max_drafts else 0
-        if self._is_tree and not is_prefill:
-            max_drafts = self.buckets.drafts[-1]
-        if not is_prefill:
+        # A step that only guesses anew, with no tree to verify, runs as a short prefill.
+        if not is_prefill and (max_drafts or not self._is_tree):
             size = buckets.fit(self.buckets.decode, len(plan.seqs))
             batch = self._verify_padding(size, max_drafts)
         else:

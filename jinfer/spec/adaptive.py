@@ -39,7 +39,7 @@ class DraftLength:
         # how many steps of other kinds have been since, and what a trial costs beside its step.
         self._seconds: dict[tuple[int, int], collections.deque[float]] = {}
         self._since: collections.Counter[tuple[int, int]] = collections.Counter()
-        self._resume_seconds: dict[int, float] = {}
+        self._resumptions: dict[int, collections.deque[float]] = {}
 
     def choose(self, lengths: Sequence[int], *, may_try: bool = True) -> int:
         """Returns most drafts a sequence for a step.
@@ -98,7 +98,8 @@ class DraftLength:
         """Takes in what a step cost that made drafting possible again, which is no trial itself."""
         batch = num_seqs.bit_length()
         if plain := self._seconds.get((batch, 0)):
-            self._resume_seconds[batch] = max(0.0, seconds - min(plain))
+            found = self._resumptions.setdefault(batch, collections.deque(maxlen=NUM_TRIALS))
+            found.append(max(0.0, seconds - min(plain)))
 
     def note_drafts(self, num_drafts: int, num_accepted: int) -> None:
         """Takes in how many of a sequence's drafts stood; the first that falls is the last seen."""
@@ -111,8 +112,9 @@ class DraftLength:
         seconds = self._known(batch, best)
         lost = self._known(batch, size)
         lost -= self._expected_tokens(lengths, size) / self._rate(lengths, batch, best)
-        if size and not best:
-            lost += self._resume_seconds.get(batch, 0.0)
+        resumptions = self._resumptions.get(batch, ())
+        if size and not best and len(resumptions) >= NUM_TRIALS:
+            lost += min(resumptions)
         wait = math.ceil(lost / (TRIAL_SHARE * seconds))
         if self._is_measured(batch, size):
             wait = max(wait, RETRY_AFTER)

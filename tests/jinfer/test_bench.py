@@ -2,6 +2,7 @@
 
 import json
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import pytest
 
 import jinfer
 from jinfer import cli
-from jinfer.commands import bench_kv, bench_soak
+from jinfer.commands import bench_kv, bench_soak, bench_spec
 from jinfer.config import ModelConfig
 from jinfer.engine.costs import TransferCosts
 from jinfer.models.model import Model
+from jinfer.outputs import RequestMetrics
 
 FIELDS = {"case", "metric", "unit", "value", "peer", "peer_value", "ratio", "goal", "limit", "own"}
 
@@ -192,6 +194,35 @@ def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     assert 0.0 < got["ngram/overall/b1", "acceptance"]["value"] < 1.0
     speedup = got["ngram/qa/b1", "speedup"]
     assert speedup["value"] == pytest.approx(speedup["ratio"] * speedup["peer_value"])
+
+
+class Turns:
+    """An engine that compiles in its first turns, and tells how many there were."""
+
+    compiled = 0
+
+    def __init__(self, num_compiling):
+        self.num_compiling, self.num_turns = num_compiling, 0
+
+    @property
+    def num_compilations(self):
+        return Turns.compiled
+
+    def generate(self, prompts, params, use_tqdm):
+        self.num_turns += 1
+        Turns.compiled += self.num_turns <= self.num_compiling
+        metrics = RequestMetrics(num_decode_steps=1, num_decode_tokens=self.num_turns)
+        outputs = [types.SimpleNamespace(token_ids=[1] * self.num_turns)]
+        return [types.SimpleNamespace(outputs=outputs, metrics=metrics) for _ in prompts]
+
+
+@pytest.mark.parametrize(("plain", "own", "num_turns"), [(0, 0, 1), (1, 0, 2), (1, 2, 3)])
+def test_the_speculation_bench_counts_no_turn_that_compiled(plain, own, num_turns):
+    engines = Turns(plain), Turns(own)
+    slow, fast, num_same = bench_spec._measure(*engines, [[1], [2]], 2, 8)
+    assert [engine.num_turns for engine in engines] == [num_turns] * 2
+    assert slow.tokens == fast.tokens == fast.decode_tokens == 2 * num_turns
+    assert num_same == 2
 
 
 def test_the_speculation_bench_asks_for_heads(tmp_path, capsys):

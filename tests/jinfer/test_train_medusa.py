@@ -65,7 +65,7 @@ def test_heads_from_texts_that_the_model_writes_and_a_second_run_does_nothing(
         raise AssertionError("nothing is left to do")
 
     monkeypatch.setattr(training, "train_step", refuse)
-    monkeypatch.setattr(jinfer.LLM, "generate", refuse)
+    monkeypatch.setattr(jinfer.LLM, "step", refuse)
     assert train("--output", tmp_path, *SMALL) == 0
     assert capsys.readouterr().out == report
     assert train("--output", tmp_path, *SMALL, "--seed", 3) == 2
@@ -73,8 +73,32 @@ def test_heads_from_texts_that_the_model_writes_and_a_second_run_does_nothing(
     assert "{'seed': '0'}" in error and "{'seed': '3'}" in error
 
 
-def test_the_same_command_makes_the_same_bytes(tmp_path, capsys):
+def cut_after(num_texts, monkeypatch):
+    """Has the engine die after so many texts."""
+    step, done = jinfer.LLM.step, []
+
+    def step_or_die(llm):
+        if len(done) >= num_texts:
+            raise OSError("the machine is gone")
+        outputs = step(llm)
+        done.extend(output for output in outputs if output.finished)
+        return outputs
+
+    monkeypatch.setattr(jinfer.LLM, "step", step_or_die)
+
+
+def test_the_same_command_makes_the_same_bytes(tmp_path, capsys, monkeypatch):
     argv = (*SMALL, "--draft-vocab-size", 9, "--temperature", 0, "--num-heads", 3)
+    argv += ("--max-num-seqs", 2)
+    # a cut in the midst of the texts, and of a line
+    with monkeypatch.context() as patch:
+        cut_after(2, patch)
+        assert train("--output", tmp_path / "a", *argv) != 0
+    answers = tmp_path / "a" / "answers.jsonl"
+    first, *others = filter(None, answers.read_text().splitlines())
+    assert others
+    answers.write_text(answers.read_text()[:-3])
+    capsys.readouterr()
     for name in ("a", "b"):
         assert train("--output", tmp_path / name, *argv) == 0
         report = capsys.readouterr().out
@@ -83,6 +107,7 @@ def test_the_same_command_makes_the_same_bytes(tmp_path, capsys):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     _, heads, _ = medusa.load(tmp_path / "a", MODEL.config)
     assert heads["tokens"].shape == (9,)
+    assert answers.read_text().splitlines().count(first) == 1  # not written again
     # a cut after the data were made, and after a checkpoint
     (tmp_path / "a" / FILES[1]).unlink()
     (tmp_path / "a" / "hidden.npz").unlink()

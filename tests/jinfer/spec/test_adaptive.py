@@ -120,8 +120,11 @@ def test_what_it_costs_to_begin_again_makes_rests_longer():
     for extra in (0.0, 5.0):
         length, rng = DraftLength((4,)), np.random.default_rng(6)
         serve(length, [4], lambda _, n: 4.0 if n else 1.0, 0.5, 2 * NUM_TRIALS, rng)
+        length.note_resumption(1, 999.0)  # which compiled
+        before = length.num_steps_without([4])
         length.note_resumption(1, 1.0 + extra)
         rests.append(length.num_steps_without([4]))
+        assert rests[0] == before
     assert rests[1] - rests[0] == pytest.approx(5.0 / TRIAL_SHARE, abs=2)
 
 

@@ -235,10 +235,16 @@ def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method)
     rng = random.Random(0)
     rest_at_random(llm, rng)
     plans = []
-    launch = llm._runner.launch
+    launch, verify_tree = llm._runner.launch, llm._runner._verify_tree
     llm._runner.launch = lambda plan: plans.append(plan) or launch(plan)
+    trees = []
+    llm._runner._verify_tree = lambda *args: trees.append((plans[-1], args)) or verify_tree(*args)
     for _ in range(3):
         assert_same(llm.generate(prompts, greedy, use_tqdm=False), expected)
+    # Trees are as wide as they may be, or not there at all.
+    widths = [(len(parents) - 1, plan.max_drafts) for plan, (*_, parents) in trees]
+    assert all((width > 0) == (most > 0) for width, most in widths)
+    assert (method in ("medusa", "lookahead")) == bool(widths)
     metrics = llm.get_metrics()
     assert metrics["num_preemptions"] > 0 and metrics["num_cached_tokens"] > 0
     rests = [plan.is_resting for plan in plans if not any(s.is_prefill for s in plan.seqs)]
