@@ -7,13 +7,12 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_models import make_model
 
 import jinfer
 from jinfer import cli
 from jinfer.commands import bench_kv, bench_soak, bench_spec
-from jinfer.config import ModelConfig
 from jinfer.engine.costs import TransferCosts
-from jinfer.models.model import Model
 from jinfer.outputs import RequestMetrics
 
 FIELDS = {"case", "metric", "unit", "value", "peer", "peer_value", "ratio", "goal", "limit", "own"}
@@ -22,18 +21,7 @@ FIELDS = {"case", "metric", "unit", "value", "peer", "peer_value", "ratio", "goa
 @pytest.fixture
 def tiny_model(monkeypatch):
     """Puts a tiny random model in the place of whatever `jinfer.load` would load."""
-    config = ModelConfig(
-        family="llama",
-        vocab_size=2048,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-    )
-    model = Model(config)
+    model = make_model(2048, max_position_embeddings=512)
     loaded = model, model.init(jax.random.key(0))
     monkeypatch.setattr(jinfer, "load", lambda *args, **options: loaded)
     monkeypatch.setattr(jinfer.LLM, "warmup", lambda llm: 0.0)  # compile what is used only

@@ -19,32 +19,19 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from tiny_models import make_model
 
 from jinfer import LLM, SamplingParams
-from jinfer.config import ModelConfig
 from jinfer.engine import recovery
 from jinfer.engine.costs import TransferCosts
 from jinfer.engine.holdings import Holdings
 from jinfer.engine.host_pages import HostPages
 from jinfer.engine.pages import PagePool
 from jinfer.engine.runner import Runner
-from jinfer.models.model import Model
 
 NUM_HOST_PAGES = 10
 POISON = 1  # the token whose embedding is NaN
-MODEL = Model(
-    ModelConfig(
-        family="llama",
-        vocab_size=151,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
-)
+MODEL = make_model(151, max_position_embeddings=64)
 LIMITS = {
     "max_model_len": 48,
     "max_num_seqs": 4,

@@ -7,23 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_models import make_config
 
 import jinfer
 from jinfer import cli
-from jinfer.config import ModelConfig
 from jinfer.models.model import Model
 
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=128,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
+CONFIG = make_config(128, max_position_embeddings=64)
 
 
 class Characters:

@@ -4,30 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import make_model
 
 from jinfer import LLM, SamplingParams
-from jinfer.config import ModelConfig
 from jinfer.engine import core, recovery, watchdog
 from jinfer.engine.runner import Runner
 from jinfer.engine.watchdog import Watchdog
-from jinfer.models.model import Model
 from jinfer.spec.ngram import NgramIndex
 
 POISON = 13  # the token whose embedding is NaN
 NAMESPACE = ("float32", None)
-MODEL = Model(
-    ModelConfig(
-        family="llama",
-        vocab_size=199,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-    )
-)
+MODEL = make_model(199)
 LIMITS = {
     "max_model_len": 96,
     "max_num_seqs": 4,

@@ -5,26 +5,14 @@ import logging
 import jax
 import numpy as np
 import pytest
+from tiny_models import make_model
 
 from jinfer import LLM, BeamSearchParams, SamplingParams
-from jinfer.config import ModelConfig
 from jinfer.engine.costs import TransferCosts
-from jinfer.models.model import Model
 
 PAGE, CHUNK, NUM_HOST_PAGES = 8, 16, 60
-FIELDS = {
-    "family": "llama",
-    "vocab_size": 211,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
-MODEL = Model(ModelConfig(**FIELDS))
-WINDOWED = Model(ModelConfig(**FIELDS, sliding_window=12, layer_types=("sliding", "full")))
+MODEL = make_model(211)
+WINDOWED = make_model(211, sliding_window=12, layer_types=("sliding", "full"))
 PAGE_BYTES = 2 * 2 * 2 * 8 * 4 * PAGE  # K and V, layers, heads, width, f32, tokens
 LIMITS = {
     "max_model_len": 96,

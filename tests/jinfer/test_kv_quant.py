@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import make_config
 
 from jinfer import LLM, SamplingParams, kv_cache, kv_quant, memory
 from jinfer.config import CacheConfig, ModelConfig, kv_format
@@ -12,17 +13,7 @@ from pallas_kernels import target
 from pallas_kernels.paged_attention import ragged_paged_attention
 
 FORMATS = ("float8_e4m3fn", "int8", "int4")
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=199,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-)
+CONFIG = make_config(199, head_dim=16)
 PAGES, PAGE = 6, 4
 
 

@@ -6,39 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import byte_tokenizer, make_model
 
 from jinfer import LLM, RequestOutputKind, SamplingParams
-from jinfer.config import ModelConfig
-from jinfer.models.model import Model
 
 VOCAB = 300
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=256,
-    eos_token_ids=(7,),
-)
-MODEL = Model(CONFIG)
+MODEL = make_model(VOCAB, max_position_embeddings=256, eos_token_ids=(7,))
 LIMITS = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 24, "block_size": 8}
 
 
 def make_tokenizer():
-    """One token a byte, then a special end token and ids that stand for nothing."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(alphabet)}
-    vocab |= {f"<{i}>": i for i in range(len(alphabet), VOCAB)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<299>")
+    tokenizer = byte_tokenizer(VOCAB)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     return tokenizer
 

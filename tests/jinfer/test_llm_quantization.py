@@ -6,37 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import hf_llama, make_config
 
 from jinfer import LLM, SamplingParams, load, memory
-from jinfer.config import ModelConfig
 from jinfer.models.model import Model
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import QTensor, dequantize
 from jinfer.quant.on_load import quantize_params
 from jinfer.weights.save import save_folder
 
-HF = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-}
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
+HF = hf_llama(max_position_embeddings=64)
+CONFIG = make_config(
+    96, hidden_size=64, intermediate_size=96, head_dim=16, max_position_embeddings=64
 )
 MODEL = Model(CONFIG)
 LIMITS = {"max_model_len": 32, "max_num_seqs": 2, "max_num_batched_tokens": 16, "block_size": 8}

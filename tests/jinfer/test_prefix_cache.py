@@ -6,24 +6,13 @@ Few programs are compiled: a step holds 16 tokens, of one sequence or of up to f
 import jax
 import numpy as np
 import pytest
+from tiny_models import make_model
 
 from jinfer import LLM, SamplingParams
-from jinfer.config import ModelConfig, RopeConfig
-from jinfer.models.model import Model
+from jinfer.config import RopeConfig
 
 PAGE, CHUNK = 8, 16
-FIELDS = {
-    "family": "llama",
-    "vocab_size": 211,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
-MODEL = Model(ModelConfig(**FIELDS))
+MODEL = make_model(211)
 LIMITS = {
     "max_model_len": 96,
     "max_num_seqs": 4,
@@ -246,7 +235,7 @@ def test_a_salt_keeps_prompts_apart_and_skipping_reads_nothing(warm):
 )
 def test_ropes_that_look_at_the_length_share_nothing_beyond_it(scaling, factors):
     rope = RopeConfig(scaling=scaling, factor=4.0, original_max_position=2 * CHUNK, **factors)
-    model = Model(ModelConfig(**FIELDS, rope=rope))
+    model = make_model(211, rope=rope)
     params = model.init(jax.random.key(2))
     warm, cold = (
         LLM(model, params=params, enable_prefix_caching=is_warm, **LIMITS)

@@ -5,37 +5,15 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_models import hf_llama, make_model
 
 from jinfer import cli
-from jinfer.config import ModelConfig
-from jinfer.models.model import Model
 from jinfer.weights.save import save_folder
 
-MODEL = Model(
-    ModelConfig(
-        family="llama",
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-    )
+MODEL = make_model(
+    128, num_layers=1, hidden_size=64, intermediate_size=96, head_dim=16, max_position_embeddings=64
 )
-HF = {
-    "model_type": "llama",
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-}
+HF = hf_llama(vocab_size=128, num_hidden_layers=1, max_position_embeddings=64)
 
 
 class Characters:

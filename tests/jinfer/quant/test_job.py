@@ -6,6 +6,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from tiny_models import hf_llama
 
 from jinfer.qtensor import QTensor
 from jinfer.quant.job import Job, run_job
@@ -14,18 +15,7 @@ from jinfer.quant.recipe import Recipe, make_method, parse_quantization
 from jinfer.weights.load import load
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (4, 32)).astype(np.int32)
-HF = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-}
+HF = hf_llama()
 
 
 @pytest.fixture

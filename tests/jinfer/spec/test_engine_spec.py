@@ -6,43 +6,21 @@ import random
 import jax
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import byte_tokenizer, make_config
 
 from jinfer import LLM, SamplingParams
-from jinfer.config import ModelConfig
 from jinfer.models.model import Model
 from jinfer.spec import medusa
 
 VOCAB = 300
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=256,
-    eos_token_ids=(7,),
-    tie_word_embeddings=True,
+CONFIG = make_config(
+    VOCAB, max_position_embeddings=256, eos_token_ids=(7,), tie_word_embeddings=True
 )
 MODEL = Model(CONFIG)
 LIMITS = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 24, "block_size": 8}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False}
 SELF = {**NGRAM, "method": "self", "format": "int4-g32"}
 SLOW = ("self", "draft", "medusa", "lookahead")
-
-
-def make_tokenizer():
-    """One token a byte; the ids beyond stand for nothing."""
-    vocab = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {f"<{i}>": i for i in range(len(vocab), VOCAB)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<299>")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +31,7 @@ def params():
 @pytest.fixture(scope="module")
 def make_llm(params):
     def make(**options):
-        return LLM(MODEL, params=params, tokenizer=make_tokenizer(), **{**LIMITS, **options})
+        return LLM(MODEL, params=params, tokenizer=byte_tokenizer(VOCAB), **{**LIMITS, **options})
 
     return make
 
@@ -354,7 +332,7 @@ def test_a_draft_model_of_another_vocabulary_is_refused_with_both_named(make_llm
 
 
 def test_a_draft_model_of_another_tokenizer_is_refused_with_both_named(make_llm, draft):
-    other = make_tokenizer()
+    other = byte_tokenizer(VOCAB)
     other.add_tokens(["<more>"])
     with pytest.raises(ValueError, match=r"tokenizer of the draft model .* '<more>' is 300 there"):
         make_llm(speculative_config={**draft, "tokenizer": other})
