@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jinfer.commands.bench_report import Row, add_json_argument, finish  # noqa: E402
+from jinfer.llm_options import enable_compilation_cache  # noqa: E402
 from jinfer.models.model import Model  # noqa: E402
 from jinfer.qlayout import lay_out  # noqa: E402
 from jinfer.quant import calibrate, texts  # noqa: E402
@@ -78,6 +79,8 @@ class Goal:
 GOALS = (
     Goal("int4 gptq act-order", "int4 rtn", "kl", 0.40),
     Goal("int3 gptq act-order", "int3 rtn", "kl", 0.55),
+    Goal("int4 gptq act-order correct 0.5", "int4 rtn", "kl", 0.40),
+    Goal("int3 gptq act-order correct 0.5", "int3 rtn", "kl", 0.55),
     Goal("int4 gptq asym mse", "int4 gptq", "linear_error", 0.80),
     Goal("int3 gptq asym mse", "int3 gptq", "linear_error", 0.80),
     Goal("int4 awq asym", "int4 rtn asym", "kl", 0.60),
@@ -105,7 +108,12 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=1024, help="tokens of each of them (1024)")
     parser.add_argument("--held-out", type=int, default=8192, help="tokens for the errors (8192)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--cases", help="only those whose name holds this")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="NAME",
+        help="only these; what is no case's whole name stands for all whose names hold it",
+    )
     parser.add_argument(
         "--report", action="store_true", help="measure nothing; print what has been measured"
     )
@@ -124,13 +132,14 @@ def main() -> int:
         "context": args.context,
         "held_out": args.held_out,
     }
-    cases = {n: m for n, m in make_cases().items() if args.cases is None or args.cases in n}
+    cases = chosen(args.cases)
     wanted = [
         (name, seed)
         for seed in args.seeds
         for name, method in cases.items()
         if seed == args.seeds[0] or method.needs_calibration
     ]
+    enable_compilation_cache()
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.work / "cells.jsonl"
     done = read_cells(file, sizes)
@@ -142,6 +151,17 @@ def main() -> int:
         done = measure(args, sizes, cases, wanted, file)
     report(args, done, wanted)
     return 0
+
+
+def chosen(wanted: list[str] | None) -> dict[str, Method]:
+    """Returns the cases that --cases asks for, all of them for None."""
+    cases = make_cases()
+    if wanted is None:
+        return cases
+    found = {n for n in cases for want in wanted if n == want or (want not in cases and want in n)}
+    if not found:
+        raise SystemExit(f"no case is called so: {', '.join(cases)}")
+    return {name: method for name, method in cases.items() if name in found}
 
 
 def digest(path: Path) -> str:
@@ -336,6 +356,8 @@ def report(
         f"{args.length} --windows {args.windows} --context {args.context} --held-out "
         f"{args.held_out} --seeds {seeds}"
     )
+    if args.cases is not None:
+        command += " --cases " + " ".join(f'"{name}"' for name in args.cases)
     measured = [cell for group in cells.values() for cell in group]
     finish(rows, command=command, json_file=args.json, cells=measured)
 

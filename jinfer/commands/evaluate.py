@@ -39,12 +39,14 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from jinfer import load
+    from jinfer.llm_options import enable_compilation_cache
     from jinfer.quant import texts
     from jinfer.quant.evaluate import evaluate
     from jinfer.tokenizer import load_tokenizer
 
     if args.context < 2:
         raise ValueError(f"--context must be at least 2 tokens, got {args.context}")
+    enable_compilation_cache()
     text = "\n\n".join(texts.read_texts(args.text))
     tokenizer = load_tokenizer(args.model)
     windows = texts.windows(

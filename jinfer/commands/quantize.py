@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     import jinfer
+    from jinfer.llm_options import enable_compilation_cache
     from jinfer.models.model import Model
     from jinfer.quant import sensitivity
     from jinfer.quant.job import Job, check_job, run_job
@@ -121,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
     from jinfer.weights.save import check_free
 
     check_free(args.output)
+    enable_compilation_cache()
     if args.target_bits is not None and args.recipe is not None:
         raise ValueError("--target-bits makes a recipe, --recipe gives one: use one of them")
     options = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}

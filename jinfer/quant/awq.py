@@ -20,13 +20,13 @@ from jinfer.qformat import (
     decode,
     encode,
     expand_groups,
-    find_scales,
     scales_from_range,
     split_groups,
 )
 from jinfer.qtensor import check_finite
 
 NUM_RATIOS = 20  # exponents 0, 1/20, .. 19/20
+COARSE = 4  # of them are passed over at first
 NUM_CLIPS = 10  # ranges of 100 %, 95 %, .. 55 %
 CLIP_STEP = 0.05
 LEAST_SCALE = 1e-4
@@ -44,7 +44,8 @@ def search_scales(
     """Finds s such that rounding W s and dividing by s again moves the outputs least.
 
     Candidates: s = 1; and mean|x|^r (paper), or mean|x|^r / (mean|w| / amax)^(1 - r) with `duo`
-    (AutoAWQ), normalized to sqrt(max s min s) = 1, for r = 0, 1/20, .. 19/20.
+    (AutoAWQ), normalized to sqrt(max s min s) = 1, for r = 0, 1/20, .. 19/20; nine of these twenty
+    are tried, see `_trials`.
 
     Args:
       w: [I, O], all weights that share the input, side by side along O.
@@ -84,13 +85,12 @@ def _search_scales(
     mean_abs = jnp.maximum(mean_abs, LEAST_SCALE)
 
     def candidate(i: Array) -> Array:
-        ratio = (i - 1).astype(jnp.float32) / NUM_RATIOS
+        ratio = i.astype(jnp.float32) / NUM_RATIOS
         s = mean_abs**ratio
         if duo:
             s = s / (relative ** (1 - ratio) + LEAST_SCALE)
         s = jnp.maximum(s, LEAST_SCALE)
-        s = s / jnp.sqrt(jnp.max(s) * jnp.min(s))
-        return jnp.where(i == 0, jnp.ones(num_inputs), s)
+        return s / jnp.sqrt(jnp.max(s) * jnp.min(s))
 
     def loss(s: Array) -> Array:
         delta = fake_quantize(w * s[:, None], fmt) / s[:, None] - w
@@ -98,15 +98,36 @@ def _search_scales(
         # Two small sums: one over all entries would depend on the number of threads.
         return jnp.sum(jnp.sum(delta * product, axis=0))
 
-    def step(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        s = candidate(i)
-        new = loss(s)
-        is_better = new < best[1]
-        return jnp.where(is_better, s, best[0]), jnp.where(is_better, new, best[1])
+    def step(found: tuple[Array, Array, Array], trial: tuple[Array, Array, Array]):
+        (centre, best_i, best), (start, offset, moves) = found, trial
+        centre = jnp.where(moves, best_i, centre)
+        i = jnp.clip(jnp.where(start >= 0, start, centre + offset), 0, NUM_RATIOS - 1)
+        new = loss(candidate(i))
+        is_better = new < best
+        found = centre, jnp.where(is_better, i, best_i), jnp.where(is_better, new, best)
+        return found, None
 
-    plain = loss(jnp.ones(num_inputs))
-    s, best = lax.fori_loop(1, NUM_RATIOS + 1, step, (jnp.ones(num_inputs), plain))
-    return s, best, plain
+    ones = jnp.ones(num_inputs)
+    plain = loss(ones)
+    zero = jnp.int32(0)
+    _, best_i, best = lax.scan(step, (zero, zero, jnp.float32(jnp.inf)), _trials())[0]
+    is_better = best < plain
+    return jnp.where(is_better, candidate(best_i), ones), jnp.minimum(best, plain), plain
+
+
+def _trials() -> tuple[Array, Array, Array]:
+    """Where the search looks: every fourth exponent, then two and one beside the best so far.
+
+    Returns:
+      For each try: its exponent, or -1; else how far from the centre; and whether the centre moves
+      to the best before it.
+    """
+    coarse = range(0, NUM_RATIOS, COARSE)
+    offsets = [sign * d for d in (COARSE // 2, COARSE // 4) for sign in (-1, 1)]
+    start = jnp.asarray([*coarse, *[-1] * len(offsets)], jnp.int32)
+    offset = jnp.asarray([*[0] * len(coarse), *offsets], jnp.int32)
+    moves = jnp.asarray([*[False] * len(coarse), *[o < 0 for o in offsets]])
+    return start, offset, moves
 
 
 def _pool(values: Array, ties: Array) -> Array:
@@ -128,10 +149,11 @@ def _relative_size(w: Array, fmt: QFormat) -> Array:
 def fake_quantize(w: Array, fmt: QFormat) -> Array:
     """f32 [I, O] rounded on `fmt`'s grid and back."""
     num_inputs, num_outputs = w.shape
-    scale, zero = find_scales(w, fmt)
-    rows = expand_groups(scale, fmt, num_inputs, num_outputs)
-    zeros = None if zero is None else expand_groups(zero, fmt, num_inputs, num_outputs)
-    return decode(encode(w, rows, zeros, fmt), rows, zeros, fmt)
+    parts = split_groups(w, fmt.group_size(num_inputs))  # [G, g, O]
+    low, high = (f(parts, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
+    scale, zero = scales_from_range(low, high, fmt)
+    parts = decode(encode(parts, scale, zero, fmt), scale, zero, fmt)
+    return parts.reshape(-1, num_outputs)[:num_inputs]
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -36,7 +36,7 @@ class InputStats:
     """Statistics of one linear's inputs over calibration tokens.
 
     Attributes:
-      gram: f32 [I, I], sum of x x^T (over every `stride`-th token).
+      gram: f32 [I, I], sum of x x^T (over every `stride`-th chunk).
       abs_sum: f32 [I], sum of |x|.
       abs_max: f32 [I], largest |x|.
       count: i32 [], tokens.
@@ -64,25 +64,23 @@ class InputStats:
 
 @functools.partial(jax.jit, static_argnums=1)
 def measure(x: Array, stride: int = 1) -> InputStats:
-    """Statistics of [C, S, T, I]; `stride` thins the tokens of the Gram matrix, its main cost."""
+    """Statistics of [C, S, T, I]; of every `stride`-th chunk alone the Gram matrix, the main cost.
+
+    Whole chunks, since each place of a sequence must count as often as any other: first tokens
+    have inputs many times as large as the rest.
+    """
     num_inputs = x.shape[-1]
 
-    def add(total: InputStats, chunk: Array) -> tuple[InputStats, None]:
-        flat = chunk.reshape(-1, num_inputs).astype(jnp.float32)
-        size = jnp.abs(flat)
+    def add(total: tuple[Array, Array], chunk: Array) -> tuple[tuple[Array, Array], None]:
+        size = jnp.abs(chunk.reshape(-1, num_inputs).astype(jnp.float32))
         # A product with ones: the order of jnp.sum depends on the number of threads on CPUs.
-        ones = jnp.ones(flat.shape[0], jnp.float32)
-        new = InputStats(
-            total.gram + gram(flat[::stride]),
-            total.abs_sum + jnp.dot(ones, size, precision=lax.Precision.HIGHEST),
-            jnp.maximum(total.abs_max, jnp.max(size, axis=0)),
-            total.count + flat.shape[0],
-        )
-        return new, None
+        ones = jnp.ones(size.shape[0], jnp.float32)
+        abs_sum = total[0] + jnp.dot(ones, size, precision=lax.Precision.HIGHEST)
+        return (abs_sum, jnp.maximum(total[1], jnp.max(size, axis=0))), None
 
     zero = jnp.zeros(num_inputs)
-    start = InputStats(jnp.zeros((num_inputs, num_inputs)), zero, zero, jnp.int32(0))
-    return lax.scan(add, start, x)[0]
+    abs_sum, abs_max = lax.scan(add, (zero, zero), x)[0]
+    return InputStats(gram(x[::stride]), abs_sum, abs_max, jnp.int32(x.size // num_inputs))
 
 
 @jax.jit
@@ -122,13 +120,17 @@ def kind_of(model: Model, layer: int) -> int:
     return next(i for i in range(config.num_layers) if kind(i) == kind(layer))
 
 
-def _taps(model: Model, kind: int, layer_params: Params, x: Array) -> block.Taps:
+def _run_block(
+    model: Model, kind: int, layer_params: Params, x: Array
+) -> tuple[Array, None, block.Taps]:
     positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
     lens = jnp.full_like(positions, x.shape[-2])
     attend = functools.partial(_attend, model)
-    return model.block_with_taps(kind, layer_params, x, positions, attend, None, context_lens=lens)[
-        2
-    ]
+    return model.block_with_taps(kind, layer_params, x, positions, attend, None, context_lens=lens)
+
+
+def _taps(model: Model, kind: int, layer_params: Params, x: Array) -> block.Taps:
+    return _run_block(model, kind, layer_params, x)[2]
 
 
 def _attend(model: Model, layer: int, q: Array, k: Array, v: Array, cache: None):
@@ -146,6 +148,12 @@ def _attend(model: Model, layer: int, q: Array, k: Array, v: Array, cache: None)
         )
         outs.append(out)
     return jnp.concatenate(outs, axis=-3), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_block(model: Model, kind: int, layer_params: Params, x: Array) -> Array:
+    """A whole block at once, of one text x [T, D] from its start."""
+    return _run_block(model, kind, layer_params, x)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -46,16 +46,22 @@ def correct_weight(
     require(0 <= strength <= 1, f"strength must lie in 0 .. 1, got {strength}")
     for value, what in ((w, "weight"), (gram, "gram"), (drift, "drift")):
         check_finite(value, what)
-    return _correct(w, gram, drift, strength, damp)
+    return _step(w, drift, *_factor(gram, damp), strength)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _correct(w: Array, gram: Array, drift: Array, strength: float, damp: float) -> Array:
-    w = w.astype(jnp.float32)
-    dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
+@functools.partial(jax.jit, static_argnums=1)
+def _factor(gram: Array, damp: float) -> tuple[Array, Array, Array]:
+    """U with U^T U = mean (gram + damping)^-1, that mean of its diagonal, and whether none is."""
     is_dead = (jnp.diagonal(gram) == 0).astype(jnp.float32)
     upper, _, _, failed = inverse_factor(gram + jnp.diag(is_dead), damp)
-    # `upper` is of gram / mean(diag gram): the mean comes back here.
-    mean = jnp.mean(jnp.diagonal(gram) + is_dead)
+    return upper, jnp.mean(jnp.diagonal(gram) + is_dead), failed
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _step(
+    w: Array, drift: Array, upper: Array, mean: Array, failed: Array, strength: float
+) -> Array:
+    w = w.astype(jnp.float32)
+    dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
     step = dot(upper.T, dot(upper, dot(drift, w))) / mean
     return jnp.where(failed, w, w + strength * step)

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jinfer.models.model import Model
+from jinfer.quant import calibrate
 from jinfer.typing import Params
 
 
@@ -42,25 +43,72 @@ class Evaluation:
     seconds: float
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def window_logits(model: Model, params: Params, tokens: Array) -> Array:
-    """f32 [T, V] logits of one window [T]: what `evaluate` scores."""
-    return model.logits(params, tokens[None])[0]
+    """f32 [T, V] logits of one window [T]: what `evaluate` scores.
+
+    Block by block, so that what is compiled is one block of each kind and not the whole model.
+    """
+    if not isinstance(params["layers"], tuple):
+        return _whole_logits(model, params, tokens)
+    return logits_from(model, params, 0, embed(model, params, tokens))
+
+
+def logits_from(model: Model, params: Params, start: int, x: Array) -> Array:
+    """f32 [T, V] logits of a window whose layer `start` reads x [T, D]."""
+    for i, layer in enumerate(params["layers"][start:], start):
+        x = calibrate.run_block(model, calibrate.kind_of(model, i), layer, x)
+    return _unembed(model, _without_layers(params), x)
+
+
+def _without_layers(params: Params) -> Params:
+    return {name: p for name, p in params.items() if name != "layers"}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole_logits(model: Model, params: Params, tokens: Array) -> Array:
+    return model.logits(params, tokens)
+
+
+def embed(model: Model, params: Params, tokens: Array) -> Array:
+    """[T, D]: what the first layer reads."""
+    return _embed(model, _without_layers(params), tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model: Model, params: Params, tokens: Array) -> Array:
+    return model.embed(params, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unembed(model: Model, params: Params, x: Array) -> Array:
+    return model.unembed(params, model.final_norm(params, x))
 
 
 @jax.jit
 def _nll(logits: Array, tokens: Array) -> Array:
     """Mean negative log likelihood of tokens 1.. given those before."""
-    scores = jax.nn.log_softmax(logits[:-1])
-    return -jnp.mean(jnp.take_along_axis(scores, tokens[1:, None], axis=1))
+    return -jnp.mean(jnp.take_along_axis(_log_softmax(logits)[:-1], tokens[1:, None], axis=1))
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    return shifted - jnp.log(_sum(jnp.exp(shifted)))[:, None]
+
+
+def _sum(x: Array) -> Array:
+    """[T, V] -> [T]: by a product with ones, ten times as fast as jnp.sum on CPUs."""
+    return jnp.dot(x, jnp.ones(x.shape[1]), precision=lax.Precision.HIGHEST)
 
 
 @jax.jit
-def _divergence(reference: Array, logits: Array) -> tuple[Array, Array]:
-    p, q = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
-    kl = jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
-    same = jnp.mean((jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(jnp.float32))
-    return kl, same
+def divergence(reference: Array, logits: Array) -> tuple[Array, Array]:
+    """KL(reference || logits) of [T, V], mean over positions, and how often their tops agree."""
+    p, q = _log_softmax(reference), _log_softmax(logits)
+    kl = jnp.mean(_sum(jnp.exp(p) * (p - q)))
+    # What jnp.argmax finds, in a tenth of its time on CPUs: q where p is largest is q's largest.
+    is_top = reference == jnp.max(reference, axis=-1, keepdims=True)
+    same = jnp.max(jnp.where(is_top, logits, -jnp.inf), axis=-1) == jnp.max(logits, axis=-1)
+    return kl, jnp.mean(same.astype(jnp.float32))
 
 
 def evaluate(
@@ -96,8 +144,28 @@ def evaluate(
             f"the reference has {against[0].config.vocab_size} tokens, the model "
             f"{vocab_size}: their distributions cannot be compared"
         )
+    return _evaluate(model, params, windows, against, on_window)[0]
+
+
+def evaluate_both(
+    model: Model, params: Params, reference: Params, windows: np.ndarray
+) -> tuple[Evaluation, Evaluation]:
+    """`evaluate` of `params` against `reference`, and of `reference`, which runs once for both."""
+    found = _evaluate(model, params, windows, (model, reference), None)
+    assert found[1] is not None
+    return found[0], found[1]
+
+
+def _evaluate(
+    model: Model,
+    params: Params,
+    windows: np.ndarray,
+    against: tuple[Model, Params] | np.ndarray | None,
+    on_window: Callable[[int], None] | None,
+) -> tuple[Evaluation, Evaluation | None]:
+    """Scores of `params`, and of the reference where it is a model."""
     start = time.perf_counter()
-    nll, kl, same = [], [], []
+    nll, reference_nll, kl, same = [], [], [], []
     for i, window in enumerate(windows):
         tokens = jnp.asarray(window, jnp.int32)
         logits = window_logits(model, params, tokens)
@@ -107,15 +175,24 @@ def evaluate(
                 reference = jnp.asarray(against[i].astype(np.float32))
             else:
                 reference = window_logits(*against, tokens)
-            pair = _divergence(reference, logits)
+                reference_nll.append(float(_nll(reference, tokens)))
+            pair = divergence(reference, logits)
             kl.append(float(pair[0]))
             same.append(float(pair[1]))
         if on_window is not None:
             on_window(i + 1)
+    seconds = time.perf_counter() - start
+    found = _summary(nll, kl, same, windows, seconds)
+    return found, _summary(reference_nll, [], [], windows, seconds) if reference_nll else None
+
+
+def _summary(
+    nll: list[float], kl: list[float], same: list[float], windows: np.ndarray, seconds: float
+) -> Evaluation:
     mean = float(np.mean(nll))
     if not math.isfinite(mean):
         raise ValueError("the model's logits hold NaN or infinity on this text")
-    n = len(windows)
+    n, length = windows.shape
     return Evaluation(
         perplexity=math.exp(mean),
         nll=mean,
@@ -123,7 +200,7 @@ def evaluate(
         kl_se=float(np.std(kl, ddof=1) / n**0.5) if len(kl) > 1 else None,
         top1=float(np.mean(same)) if same else None,
         num_windows=n,
-        length=windows.shape[1],
-        num_scored=n * (windows.shape[1] - 1),
-        seconds=time.perf_counter() - start,
+        length=length,
+        num_scored=n * (length - 1),
+        seconds=seconds,
     )

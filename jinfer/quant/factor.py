@@ -100,10 +100,15 @@ def _leaf(a: Array) -> Array:
     places = jnp.arange(size)
 
     def eliminate(i: Array, both: Array) -> Array:
-        pivot = lax.rsqrt(jnp.where(both[i, i] > 0, both[i, i], jnp.nan))
-        row = both[i] * pivot
-        factors = jnp.where(places > i, both[:, i] * pivot, 0.0)
-        return (both - factors[:, None] * row[None, :]).at[i].set(row)
+        row = lax.dynamic_index_in_dim(both, i, keepdims=False)
+        column = lax.dynamic_index_in_dim(both, i, axis=1, keepdims=False)
+        pivot = lax.dynamic_index_in_dim(column, i, keepdims=False)
+        pivot = lax.rsqrt(jnp.where(pivot > 0, pivot, jnp.nan))
+        row = row * pivot
+        factors = jnp.where(places > i, column * pivot, 0.0)
+        return jnp.where(
+            (places == i)[:, None], row[None, :], both - factors[:, None] * row[None, :]
+        )
 
     both = jnp.concatenate([a, jnp.eye(size, dtype=a.dtype)], axis=1)
     return lax.fori_loop(0, size, eliminate, both)[:, size:]

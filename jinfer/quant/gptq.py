@@ -1,14 +1,16 @@
 """GPTQ on one matrix and its Hessian; knows nothing of models, calibration text or files.
 
-Frantar et al. 2022 (arXiv:2210.17323). One jitted program a shape: a scan over blocks of inputs,
-in each a loop over the block's inputs.
+Frantar et al. 2022 (arXiv:2210.17323). One jitted program for the factor of each Hessian's
+size and one for each weight's shape: a scan over blocks of inputs, in each one over parts, in each
+one over inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from jinfer.quant.rtn import pick_scales
 Order = Literal["none", "act", "group"]
 
 BLOCK = 128  # inputs whose errors are passed on to the rest together
-PART = 64
+PART = 32  # inputs of a loop that passes each error on at once
 
 
 @jax.tree_util.register_dataclass
@@ -102,9 +104,10 @@ def quantize_gptq(
     )
     check_finite(w, "weight")
     check_finite(hessian, "hessian")
-    return _solve_jit(
-        w, hessian, fmt, order, static_groups, damp, mse, grid, jnp.dtype(scale_dtype)
-    )
+    num_groups = fmt.num_groups(num_inputs)
+    turns = _take_turns_jit(hessian, order, fmt.group_size(num_inputs), num_groups, damp)
+    dtype = jnp.dtype(scale_dtype)
+    return _round_jit(w, turns, fmt, order, static_groups, mse, grid, dtype), turns.info
 
 
 def solve(
@@ -119,17 +122,61 @@ def solve(
     scale_dtype: Any = jnp.float32,
 ) -> tuple[QTensor, GPTQInfo]:
     """`quantize_gptq` without its checks: safe under jit and vmap (over weights of one shape)."""
-    num_inputs, num_outputs = w.shape
-    group, num_groups = fmt.group_size(num_inputs), fmt.num_groups(num_inputs)
-    w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
+    num_inputs = w.shape[0]
+    num_groups = fmt.num_groups(num_inputs)
+    turns = _take_turns(hessian, order, fmt.group_size(num_inputs), num_groups, damp)
+    return _round(w, turns, fmt, order, static_groups, mse, grid, scale_dtype), turns.info
+
+
+class Turns(NamedTuple):
+    """What a Hessian decides: compiled apart, since weights of many widths share one.
+
+    Attributes:
+      perm: i32 [I], inputs in the order of their turn.
+      group_ids: i32 [I], the group of each turn where groups are filled in that order.
+      upper: f32 [I, I], U with U^T U = (H + damping)^-1, in the order of turns.
+      is_dead: bool [I], inputs that never fired, as stored.
+      info: for the caller.
+    """
+
+    perm: Array
+    group_ids: Array
+    upper: Array
+    is_dead: Array
+    info: GPTQInfo
+
+
+def _take_turns(hessian: Array, order: Order, group: int, num_groups: int, damp: float) -> Turns:
+    hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
     is_dead = diagonal == 0
-    w = jnp.where(is_dead[:, None], 0.0, w)
     hessian = hessian + jnp.diag(is_dead.astype(jnp.float32))
-    find = functools.partial(pick_scales, fmt=fmt, mse=mse, grid=grid, scale_dtype=scale_dtype)
-
     perm, group_ids = _column_order(diagonal, order, group, num_groups)
     upper, damp_used, num_retries, fell_back = inverse_factor(hessian[perm][:, perm], damp)
+    num_dead = jnp.sum(is_dead).astype(jnp.int32)
+    info = GPTQInfo(damp_used, num_retries, fell_back, num_dead)
+    return Turns(perm, group_ids, upper, is_dead, info)
+
+
+_take_turns_jit = jax.jit(_take_turns, static_argnums=(1, 2, 3, 4))
+
+
+def _round(
+    w: Array,
+    turns: Turns,
+    fmt: QFormat,
+    order: Order,
+    static_groups: bool,
+    mse: bool,
+    grid: Grid,
+    scale_dtype: Any,
+) -> QTensor:
+    """The loop over inputs."""
+    num_inputs, num_outputs = w.shape
+    group, num_groups = fmt.group_size(num_inputs), fmt.num_groups(num_inputs)
+    perm, group_ids, upper = turns.perm, turns.group_ids, turns.upper
+    w = jnp.where(turns.is_dead[:, None], 0.0, w.astype(jnp.float32))
+    find = functools.partial(pick_scales, fmt=fmt, mse=mse, grid=grid, scale_dtype=scale_dtype)
     is_sequential = static_groups or order != "act"
     if static_groups:
         scale, zero = find(w)
@@ -149,15 +196,13 @@ def solve(
     upper = jnp.pad(upper, ((0, pad), (0, pad)))
     upper = upper + jnp.diag((jnp.arange(padded) >= num_inputs).astype(jnp.float32))
 
-    code_dtype = jax.eval_shape(
-        lambda: encode(w[:1, :1], jnp.ones((1, 1)), None, dataclasses.replace(fmt, symmetric=True))
-    ).dtype
-
     def refit(rows: Array, start: Array, table):
         fresh = lax.dynamic_slice(rows, (start, 0), (group, num_outputs))
         whole = dataclasses.replace(fmt, group=-1)
         new = pick_scales(fresh, whole, mse=mse, grid=grid, scale_dtype=scale_dtype)
         return jax.tree.map(lambda t, n: t.at[ids[start]].set(n[0]), table, new)
+
+    part_size = PART if static_groups or num_groups == 1 else math.gcd(group, PART)
 
     def run_block(carry, index):
         rows, table = carry
@@ -165,39 +210,45 @@ def solve(
         upper_rows = lax.dynamic_slice(upper, (first, 0), (BLOCK, padded))
 
         def run_part(inner, part_index):
-            # Inside a block, parts of PART inputs: their loop then works on few rows.
+            # Inside a block, parts of few inputs: each step of their loop then works on few rows.
             current, table = inner
-            begin = part_index * PART
-            part_rows = lax.dynamic_slice(upper_rows, (begin, first), (PART, BLOCK))
-            factor = lax.dynamic_slice(part_rows, (0, begin), (PART, PART))
-            ratios = factor / jnp.diagonal(factor)[:, None]
+            begin = part_index * part_size
+            turn = first + begin
+            if not static_groups:  # a group starts where a part does
 
-            def run_column(i, state):
-                part, codes, errors, table = state
-                turn = first + begin + i
-                if not static_groups:
+                def refit_here(table):
+                    return refit(lax.dynamic_update_slice(rows, current, (first, 0)), turn, table)
 
-                    def refit_here(table):
-                        now = lax.dynamic_update_slice(current, part, (begin, 0))
-                        return refit(lax.dynamic_update_slice(rows, now, (first, 0)), turn, table)
+                is_start = (turn % group == 0) & (turn < num_inputs)
+                table = lax.cond(is_start, refit_here, lambda t: t, table)
+            part_rows = lax.dynamic_slice(upper_rows, (begin, first), (part_size, BLOCK))
+            factor = lax.dynamic_slice(part_rows, (0, begin), (part_size, part_size))
+            pivots = jnp.diagonal(factor)
+            part_ids = lax.dynamic_slice(ids, (turn,), (part_size,))
+            grids = jax.tree.map(lambda t: t[part_ids], table)
 
-                    is_start = (turn % group == 0) & (turn < num_inputs)
-                    table = lax.cond(is_start, refit_here, lambda t: t, table)
-                s, z = jax.tree.map(lambda t: t[ids[turn]], table)
-                code = encode(part[i], s, z, fmt)
-                error = part[i] - decode(code, s, z, fmt)
-                part = part - ratios[i][:, None] * error[None, :]
-                return part, codes.at[i].set(code), errors.at[i].set(error / factor[i, i]), table
+            def run_column(state, column):
+                # The last input's error is passed on here, not where it arises: XLA would compute
+                # it anew for every row.
+                part, ratios, error = state
+                part = part - ratios[:, None] * error[None, :]
+                i, ratios, (s, z) = column
+                row = lax.dynamic_index_in_dim(part, i, keepdims=False)
+                code = encode(row, s, z, fmt)
+                error = row - decode(code, s, z, fmt)
+                return (part, ratios, error), (code, error)
 
-            part = lax.dynamic_slice(current, (begin, 0), (PART, num_outputs))
-            state = (part, jnp.zeros(part.shape, code_dtype), jnp.zeros_like(part), table)
-            _, codes, errors, table = lax.fori_loop(0, PART, run_column, state)
-            current = current - pass_on(part_rows, begin + PART, errors)
+            part = lax.dynamic_slice(current, (begin, 0), (part_size, num_outputs))
+            state = (part, jnp.zeros(part_size), jnp.zeros(num_outputs))
+            columns = (jnp.arange(part_size), factor / pivots[:, None], grids)
+            _, (codes, errors) = lax.scan(run_column, state, columns)
+            errors = errors / pivots[:, None]
+            current = current - pass_on(part_rows, begin + part_size, errors)
             return (current, table), (codes, errors)
 
         current = lax.dynamic_slice(rows, (first, 0), (BLOCK, num_outputs))
         (_, table), (codes, errors) = lax.scan(
-            run_part, (current, table), jnp.arange(BLOCK // PART)
+            run_part, (current, table), jnp.arange(BLOCK // part_size)
         )
         rows = rows - pass_on(upper_rows, first + BLOCK, errors.reshape(BLOCK, num_outputs))
         return (rows, table), codes
@@ -208,14 +259,12 @@ def solve(
     codes = codes.reshape(padded, num_outputs)[:num_inputs]
     if is_sequential:
         codes = codes[jnp.argsort(perm)]
-    out = from_codes(
+    return from_codes(
         codes, scale, zero, fmt, perm=None if is_sequential else perm.astype(jnp.int32)
     )
-    num_dead = jnp.sum(is_dead).astype(jnp.int32)
-    return out, GPTQInfo(damp_used, num_retries, fell_back, num_dead)
 
 
-_solve_jit = jax.jit(solve, static_argnums=(2, 3, 4, 5, 6, 7, 8))
+_round_jit = jax.jit(_round, static_argnums=(2, 3, 4, 5, 6, 7))
 
 
 def pass_on(upper_rows: Array, start: Array, errors: Array) -> Array:

@@ -18,7 +18,7 @@ from jinfer.models.families import is_linear, names_of
 from jinfer.models.model import Model
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import QTensor, array_bytes
-from jinfer.quant.evaluate import Evaluation, evaluate
+from jinfer.quant.evaluate import Evaluation, evaluate_both
 from jinfer.quant.pipeline import linear_names, quantize_model
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.report import Report
@@ -115,9 +115,8 @@ def run_job(
     start = time.perf_counter()
     quality: dict[str, Evaluation] = {}
     if job.held_out is not None:
-        quality["float"] = evaluate(model, params, job.held_out)
-        served = lay_out(quantized)
-        quality["quantized"] = evaluate(model, served, job.held_out, against=(model, params))
+        found = evaluate_both(model, lay_out(quantized), params, job.held_out)
+        quality = {"float": found[1], "quantized": found[0]}
         seconds["evaluate"] = time.perf_counter() - start
 
     start = time.perf_counter()

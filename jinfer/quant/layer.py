@@ -12,6 +12,7 @@ from jax import Array
 
 from jinfer.config import require
 from jinfer.models.model import Model
+from jinfer.qlayout import lay_out
 from jinfer.qtensor import QTensor
 from jinfer.quant import calibrate
 from jinfer.quant.awq import search_scales
@@ -30,7 +31,7 @@ from jinfer.quant.solve import Row, merge_rows, solve_group, stack
 Layer: TypeAlias = dict[str, Any]
 
 FOLD_TOKENS = 128  # tokens that folds are checked on
-GRAM_TOKENS = 32  # tokens for each input that a Gram matrix takes where GPTQ does not solve with it
+GRAM_TOKENS = 8192  # tokens that a Gram matrix takes, about, where GPTQ does not solve with it
 
 Group: TypeAlias = tuple[str, tuple[str, ...]]
 Stats: TypeAlias = InputStats | list[InputStats]  # a list: one for each expert
@@ -81,6 +82,7 @@ class LayerQuantizer:
         self.is_moe = self.model.config.is_moe_layer(self.index)
         self.rows: list[Row] = []
         self.folded: dict[Group, Array] = {}
+        self.found: dict[tuple[str, str], QTensor] = {}
 
     def run(
         self, layer: Mapping[str, Any], x: Array | None, *, needs_output: bool = True
@@ -93,10 +95,12 @@ class LayerQuantizer:
             assert x is not None
             error = self._fold_error(x)
             self.rows = [dataclasses.replace(row, fold_error=error) for row in self.rows]
+        for (block, part), w in self.found.items():
+            p[block][part] = {**p[block][part], "w": w}
         return to_dtype_of(p, layer), out, self.rows
 
     def _run(self, p: Layer, x: Array | None, needs_output: bool) -> Array | None:
-        """Quantizes `p` in place."""
+        """Quantizes `p` in place: finds QTensors, and leaves in `p` what they multiply as."""
         if x is None:
             for group in GROUPS:
                 self._solve(p, group, None, None)
@@ -166,7 +170,7 @@ class LayerQuantizer:
 
     def forward(self, p: Mapping[str, Any], x: Array) -> Array:
         """Returns the outputs of a block as it is."""
-        model, kind = self.model, self.kind
+        model, kind, p = self.model, self.kind, as_served(p)
         mixed = calibrate.mix_values(model, kind, p, x)
         residual, h = calibrate.mlp_inputs(model, kind, p, x, mixed)
         hidden = None if self.is_moe else calibrate.hidden_inputs(model, kind, p, h)
@@ -208,9 +212,9 @@ class LayerQuantizer:
         return self._measure_one(group, inputs, reference)
 
     def _measure_one(self, group: Group, inputs: Array, reference: Array | None) -> InputStats:
-        num_tokens, num_inputs = inputs.size // inputs.shape[-1], inputs.shape[-1]
         solves = any((m := self._method(group, part)) and m.solver == "gptq" for part in group[1])
-        stride = 1 if solves else max(1, num_tokens // (GRAM_TOKENS * num_inputs))
+        num_tokens = inputs.size // inputs.shape[-1]
+        stride = 1 if solves else max(1, num_tokens // GRAM_TOKENS)
         stats = calibrate.measure(inputs, stride)
         require(
             # A sum, since the largest of a NaN and a number may be the number on CPUs.
@@ -329,7 +333,9 @@ class LayerQuantizer:
                     weights, after, method, originals=originals, original_stats=before
                 )
             for part in members:
-                p[block][part] = {**p[block][part], "w": found[names[part]]}
+                w = self.found[block, part] = found[names[part]]
+                if after is not None and self.is_sequential:  # later stages meet it
+                    p[block][part] = {**p[block][part], "w": as_served(w)}
             if method.fold != "none" and self._fold_of(group) == "none":
                 note = f"{', '.join(parts)} read one input but differ in method: nothing folded"
                 rows = [dataclasses.replace(row, notes=(*row.notes, note)) for row in rows]
@@ -362,3 +368,7 @@ class LayerQuantizer:
 def _flat(w: Array) -> Array:
     """[I, O], or experts [E, I, O] side by side, [I, E * O]."""
     return w if w.ndim == 2 else jnp.moveaxis(w, 0, 1).reshape(w.shape[1], -1)
+
+
+# On CPUs that is dense, so that a stage is compiled once for float and quantized blocks.
+as_served = jax.jit(lay_out)

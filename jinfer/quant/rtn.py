@@ -95,11 +95,18 @@ def quantize_rtn(
     """
     require(importance is None or mse, "importance weighs the search: it needs mse=True")
     if not mse:
-        return quantize(w, fmt, grid=grid, scale_dtype=scale_dtype)
+        require(w.ndim >= 2, f"a weight is [..., I, O], got shape {list(w.shape)}")
+        check_finite(w, "weight")
+        return _round(w, fmt, grid, jnp.dtype(scale_dtype))
     require(not fmt.double_quant, f"{fmt}: double scales round after any search; use mse=False")
     require(w.ndim == 2, f"a weight is [I, O], got shape {list(w.shape)}")
     check_finite(w, "weight")
     return _search_and_round(w, importance, fmt, grid, jnp.dtype(scale_dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _round(w: Array, fmt: QFormat, grid: Grid, scale_dtype: Any) -> QTensor:
+    return quantize(w, fmt, grid=grid, scale_dtype=scale_dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

@@ -20,7 +20,8 @@ from jinfer.config import require
 from jinfer.models.model import Model
 from jinfer.qformat import QFormat
 from jinfer.qtensor import dequantize, quantize
-from jinfer.quant.evaluate import evaluate, window_logits
+from jinfer.quant import calibrate
+from jinfer.quant.evaluate import divergence, embed, logits_from
 from jinfer.quant.layer import GROUPS
 from jinfer.quant.recipe import Method, Recipe
 from jinfer.typing import Params
@@ -94,13 +95,12 @@ def measure(
     Args:
       model, params: the float model.
       method: of an integer format, whose bits are replaced.
-      windows: i32 [n, T] tokens to measure on; one forward pass of them for each group.
+      windows: i32 [n, T] tokens to measure on; a forward pass from its layer on for each group.
       on_unit: called with the number of units done.
     """
     formats = [dataclasses.replace(method.format, bits=bits) for bits in WIDTHS]
-    reference = np.stack(
-        [np.asarray(window_logits(model, params, jnp.asarray(w, jnp.int32))) for w in windows]
-    )
+    xs = [embed(model, params, jnp.asarray(w, jnp.int32)) for w in windows]
+    references = [logits_from(model, params, 0, x) for x in xs]
     units = []
     for i, layer in enumerate(params["layers"]):
         for block, parts in GROUPS:
@@ -112,8 +112,13 @@ def measure(
             }
             changed = {**layer, block: {**layer[block], **rounded}}
             layers = (*params["layers"][:i], changed, *params["layers"][i + 1 :])
-            kl = evaluate(model, {**params, "layers": layers}, windows, against=reference).kl
-            assert kl is not None
+            new = {**params, "layers": layers}
+            kl = np.mean(
+                [
+                    float(divergence(reference, logits_from(model, new, i, x))[0])
+                    for reference, x in zip(references, xs)
+                ]
+            )
             shares = [error / errors[0] if errors[0] else 0.0 for error in errors]
             units.append(
                 Unit(
@@ -122,11 +127,12 @@ def measure(
                         sum(_num_bytes(w.shape, method, bits) for w in weights.values())
                         for bits in WIDTHS
                     ),
-                    tuple(max(kl, 0.0) * share for share in shares),
+                    tuple(max(float(kl), 0.0) * share for share in shares),
                 )
             )
             if on_unit is not None:
                 on_unit(len(units))
+        xs = [calibrate.run_block(model, calibrate.kind_of(model, i), layer, x) for x in xs]
     return units
 
 

@@ -6,6 +6,7 @@ Knows matrices and statistics; the walk over blocks is in `pipeline`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jinfer.qtensor import QTensor, check_finite, dequantize, quantize, split_outputs
+from jinfer.qformat import Grid, QFormat
+from jinfer.qtensor import QTensor, check_finite, dequantize, split_outputs
 from jinfer.quant.awq import clip_weights
 from jinfer.quant.calibrate import InputStats
 from jinfer.quant.correction import correct_weight
@@ -100,10 +102,19 @@ def solve_group(
         base_stats = original_stats if original_stats is not None else stats
         error = rtn_error = None
         if stats is not None and base_stats is not None:
-            error = output_error(weights[name], out[name], stats.gram)
-            is_plain = method.solver == "rtn" and not method.mse and method.fold == "none"
-            plain = _plain_rtn(original, method)
-            rtn_error = error if is_plain else output_error(original, plain, base_stats.gram)
+            is_folded = method.fold != "none"
+            error, rtn_error = map(
+                float,
+                _errors(
+                    weights[name],
+                    out[name],
+                    stats.gram,
+                    original if is_folded else None,
+                    base_stats.gram if is_folded else None,
+                    _weight_only(method),
+                    method.grid,
+                ),
+            )
         x = out[name]
         fell_back = any("fell back" in note for note in notes[name])
         rows.append(
@@ -196,7 +207,7 @@ def stack(weights: list[QTensor]) -> QTensor:
 def stand_in(shape: tuple[int, ...], method: Method) -> QTensor:
     """A weight as `method` would make it but for its values: what it can be written to."""
     w = jnp.full(shape[-2:], 0.1, jnp.float32)
-    x = quantize(w, _weight_only(method), scale_dtype=jnp.dtype(method.scale_dtype))
+    x = quantize_rtn(w, _weight_only(method), scale_dtype=jnp.dtype(method.scale_dtype))
     if method.format.act == "static":
         x = with_static_inputs(x, 1.0)
     if method.solver == "gptq" and method.order == "act" and not method.static_groups:
@@ -225,9 +236,21 @@ def merge_rows(rows: list[Row], weight: QTensor) -> Row:
     )
 
 
-def _plain_rtn(w: Array, method: Method) -> QTensor:
-    fmt = _weight_only(method)
-    return quantize_rtn(w, fmt, grid=method.grid)  # pyright: ignore[reportArgumentType]
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _errors(
+    w: Array,
+    x: QTensor,
+    gram: Array,
+    original: Array | None,
+    original_gram: Array | None,
+    fmt: QFormat,
+    grid: Grid,
+) -> tuple[Array, Array]:
+    """Output errors of x, and of the original rounded to nearest; None: `w` and `gram` are it."""
+    original = w if original is None else original
+    original_gram = gram if original_gram is None else original_gram
+    plain = dequantize(quantize_rtn(original, fmt, grid=grid))
+    return _output_error(w, dequantize(x), gram), _output_error(original, plain, original_gram)
 
 
 def output_error(w: Array, x: QTensor, gram: Array) -> float:

@@ -48,6 +48,23 @@ def test_the_gram_matrix_gives_the_loss_of_the_tokens_themselves():
         assert float(loss) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_search_comes_to_the_best_exponent_of_all(seed):
+    x, w = problem(seed)
+    h, size = stats(x)
+    s, _, _ = search_scales(w, h, size, FMT, duo=False)
+    losses = []
+    for i in range(20):
+        scales = size ** (i / 20)
+        scales = scales / jnp.sqrt(scales.max() * scales.min())
+        losses.append(
+            float(output_error(w, fake_quantize(w * scales[:, None], FMT) / scales[:, None], h))
+        )
+    error = float(output_error(w, fake_quantize(w * s[:, None], FMT) / s[:, None], h))
+    assert min(losses) <= error * 1.0001 <= 1.01 * min(losses)
+    assert error < 0.9 * losses[0] and error < 0.9 * losses[-1]
+
+
 def test_what_counts_is_the_size_of_activations_not_of_weights():
     x, w = problem()
     loud, _, _ = search_scales(w, *stats(x), FMT, duo=False)

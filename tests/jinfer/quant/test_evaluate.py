@@ -7,7 +7,7 @@ import pytest
 
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
-from jinfer.quant.evaluate import evaluate
+from jinfer.quant.evaluate import evaluate, evaluate_both
 
 WINDOWS = np.random.default_rng(0).integers(0, 96, (3, 16)).astype(np.int32)
 
@@ -18,8 +18,9 @@ def log_softmax(logits):
     return logits - top - np.log(np.sum(np.exp(logits - top), -1, keepdims=True))
 
 
-def test_scores_are_those_of_float64(make_model):
-    model, params = make_model("llama")
+@pytest.mark.parametrize("kind", ["llama", "gemma"])  # gemma: two kinds of blocks
+def test_scores_are_those_of_float64(make_model, kind):
+    model, params = make_model(kind)
     other = jax.tree.map(lambda a: a * 1.02, params)
     got = evaluate(model, other, WINDOWS, against=(model, params))
     p = log_softmax(model.logits(params, jnp.asarray(WINDOWS)))
@@ -42,6 +43,17 @@ def test_a_model_is_no_distance_from_itself(make_model):
     assert seen == [1, 2, 3]
     alone = evaluate(model, params, WINDOWS[:1])
     assert alone.kl is alone.kl_se is alone.top1 is None
+
+
+def test_a_reference_that_runs_once_is_scored_as_if_alone(make_model):
+    model, params = make_model("llama")
+    other = jax.tree.map(lambda a: a * 1.02, params)
+    got, reference = evaluate_both(model, other, params, WINDOWS)
+    expected = evaluate(model, other, WINDOWS, against=(model, params))
+    alone = evaluate(model, params, WINDOWS)
+    assert (got.nll, got.kl, got.top1) == (expected.nll, expected.kl, expected.top1)
+    assert (reference.nll, reference.kl) == (alone.nll, None)
+    assert reference.nll != got.nll
 
 
 def test_logits_computed_before_serve_as_reference(make_model):

@@ -52,6 +52,17 @@ def test_the_stages_are_the_block(any_model):
     assert distance(model.unembed(params, hidden), logits_of(model, params)) < FLOATS
 
 
+def test_a_thinned_gram_matrix_takes_whole_chunks_and_all_else_every_token():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 16, 8)), jnp.float32)
+    whole, thin = calibrate.measure(x), calibrate.measure(x, 2)
+    np.testing.assert_array_equal(thin.gram, calibrate.measure(x[::2]).gram)
+    assert distance(thin.gram, whole.gram) > 0.1
+    for name in ("abs_sum", "abs_max", "count"):
+        np.testing.assert_array_equal(getattr(thin, name), getattr(whole, name))
+    np.testing.assert_allclose(whole.mean_abs, jnp.mean(jnp.abs(x), (0, 1, 2)), rtol=1e-5)
+    assert int(whole.count) == 160
+
+
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 def test_folding_leaves_float_outputs_equal(any_model, method):
     model, params = any_model

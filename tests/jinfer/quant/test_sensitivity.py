@@ -65,6 +65,13 @@ def test_chosen_widths_beat_one_width_at_the_same_bytes(make_model, monkeypatch)
     seen = []
     units = sensitivity.measure(model, params, method, WINDOWS, on_unit=seen.append)
     assert seen == list(range(1, 9))
+    last = units[-1]  # alone in its width, and measured from its own layer on
+    assert last.modules == ("layers.1.mlp.down",)
+    alone = Recipe(((last.modules[0], make_method("rtn", "int3-g32")),))
+    expected = evaluate(
+        model, quantize_model(model, params, alone)[0], WINDOWS, against=(model, params)
+    )
+    assert last.kl[0] == pytest.approx(expected.kl, rel=0.02)
     monkeypatch.setattr(sensitivity, "measure", lambda *args, **kwargs: units)
     recipe, choices = sensitivity.choose(model, params, method, 4.5, WINDOWS)
     assert [choice.modules for choice in choices] == [unit.modules for unit in units]
