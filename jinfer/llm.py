@@ -192,7 +192,7 @@ class LLM:
     def update_weights(self, params: Params) -> None:
         """Serves `params` from the next step on, quantized first if `quantization` says so.
 
-        Floats are not copied, nothing compiles; cached KV is forgotten.
+        No float is copied unless the device has its own layout, no step compiles; KV is forgotten.
 
         Raises:
           ValueError: tree, shapes or dtypes differ from the present weights'.

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jinfer import memory, qkernels
+from jinfer import formats, memory, qkernels
 from jinfer.config import (
     KV_BITS,
     CacheConfig,
@@ -28,6 +28,7 @@ from jinfer.qlayout import lay_out
 from jinfer.qtensor import array_bytes
 from jinfer.spec import medusa_tree
 from jinfer.typing import Params
+from pallas_kernels import target
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,9 @@ def take_model(
         quantization=quantization,
     )
     own = prepare(own, None, linear_impl)
-    return loaded, qkernels.prepare_params(own, impl=linear_impl, is_owner=True)
+    own = qkernels.prepare_params(own, impl=linear_impl, is_owner=True)
+    device = target.of_device(jax.local_devices()[0])
+    return loaded, formats.place(own, formats.layouts(own, device), is_owner=True)
 
 
 def prepare(params: Params, how: str | None, impl: str) -> Params:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,9 +245,10 @@ class CompileCase:
       expects_wgmma: the PTX must use Hopper's tensor cores through `wgmma`.
       expects_tma: the PTX must use the copy engine.
       never_written: types ("bf16[4096,14336]") of arrays that may exist inside fusions only: dense
-        copies of quantized weights.
+        copies of quantized weights or pages, see `hlo.dense_types`.
       min_alias_bytes: outputs that must lie where donated arguments lay.
       never_copied: types of arrays that no instruction may copy or transpose: the KV pool.
+      layouts: layouts of the first argument's arrays, a tree; None: JAX's own.
     """
 
     name: str
@@ -258,6 +260,7 @@ class CompileCase:
     never_written: tuple[str, ...] = ()
     min_alias_bytes: int = 0
     never_copied: tuple[str, ...] = ()
+    layouts: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -307,18 +310,35 @@ class Compiler:
 
     def abstract(self, tree: Any) -> Any:
         """Returns `tree` with each array replaced by its shape, placed on the target."""
+        return jax.tree.map(self._placed, tree)
 
-        def place(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding)
+    def laid_out(self, tree: Any, layouts: Any) -> Any:
+        """Returns `abstract(tree)` in these layouts, one an array; None: JAX's own."""
 
-        return jax.tree.map(place, tree)
+        def place(layout: Any, x: Any) -> Any:
+            return self.abstract(x) if layout is None else self._placed(x, layout)
 
-    def compile(self, f: Callable[..., Any], *abstract_args: Any) -> Compiled:
-        """Compiles `f` (jitted already, or not) for arrays of these shapes."""
+        return jax.tree.map(place, layouts, tree, is_leaf=lambda x: x is None)
+
+    def _placed(self, x: Any, layout: Any = None) -> jax.ShapeDtypeStruct:
+        where: Any = self.sharding if layout is None else Format(layout, self.sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    def compile(self, f: Callable[..., Any], *abstract_args: Any, layouts: Any = None) -> Compiled:
+        """Compiles `f` (jitted already, or not) for arrays of these shapes.
+
+        Args:
+          f: what is compiled.
+          abstract_args: its arguments' shapes.
+          layouts: of the arrays of the first argument, as in `laid_out`.
+        """
         jitted: Any = f if hasattr(f, "lower") else jax.jit(f)
         start = time.perf_counter()
         with _without_persistent_cache(), _mosaic_gpu_dump(self.target) as reports:
-            lowered = jitted.lower(*self.abstract(abstract_args))
+            args = self.abstract(abstract_args)
+            if layouts is not None:
+                args = (self.laid_out(abstract_args[0], layouts), *args[1:])
+            lowered = jitted.lower(*args)
             options = {"xla_gpu_autotune_level": 0} if self.target.kind == "gpu" else None
             executable = lowered.compile(compiler_options=options)
         return Compiled(

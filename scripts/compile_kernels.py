@@ -171,7 +171,7 @@ def compile_case(case: Any, compiler: Any, hlo_folder: pathlib.Path | None) -> d
     row = empty_row(case.name, compiler.target.name)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            done = compiler.compile(case.fn, *case.abstract_args)
+            done = compiler.compile(case.fn, *case.abstract_args, layouts=case.layouts)
     except (
         Exception
     ) as e:  # whatever a compiler raises is this case's verdict, not the script's end
@@ -204,7 +204,7 @@ def compile_case(case: Any, compiler: Any, hlo_folder: pathlib.Path | None) -> d
             f"only {memory.alias_size_in_bytes / 1e6:.1f} MB of arguments are updated in place"
         )
     if case.never_written and (names := written(done.executable.as_text(), case.never_written)):
-        found.append(f"dense copies of quantized weights: {', '.join(names)}")
+        found.append(f"dense copies of quantized arrays: {', '.join(names)}")
     if case.never_copied and (names := copied(done.executable.as_text(), case.never_copied)):
         found.append(f"copies of what must stay in place: {', '.join(names)}")
     return row | {"failure": "; ".join(found)}

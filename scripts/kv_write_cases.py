@@ -16,13 +16,13 @@ import numpy as np
 
 from jinfer import kv_cache, memory, qtensor
 from jinfer.config import CacheConfig
+from pallas_kernels import hlo
 from pallas_kernels.target import CompileCase, Target
 
 MODEL, NUM_LAYERS = "llama-3-8b", 2
 POOL_TOKENS = 32768
 NUM_TOKENS = (64, 2048)
 POOLS = (("bfloat16", 64), ("float8_e4m3fn", 128), ("int8", 128))  # and tokens a page
-_HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float8_e4m3fn": "f8e4m3fn", "int8": "s8"}
 
 
 def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, ...]:
@@ -46,6 +46,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
                     max_temp_bytes=(1 << 20) + 16 * qtensor.array_bytes(new),
                     min_alias_bytes=sum(qtensor.array_bytes(x) for x in jax.tree.leaves(kv)),
                     never_copied=hlo_types(kv),
+                    never_written=dense_copies(kv),
                 )
             )
     return tuple(cases)
@@ -59,9 +60,15 @@ def _write(kv: Any, k: Any, v: Any, slots: Any) -> Any:
 
 def hlo_types(kv: Any) -> tuple[str, ...]:
     """Returns the types of the pool as XLA prints them: "bf16[1024,8,64,128]", and as rows."""
-    found = set()
-    for pool in (kv.k, kv.v):
-        *places, width = pool.shape
-        for shape in (pool.shape, (math.prod(places), width)):
-            found.add(f"{_HLO_NAMES[pool.dtype.name]}[{','.join(map(str, shape))}]")
-    return tuple(sorted(found))
+    return tuple(sorted({hlo.type_name(x.dtype, s) for x in (kv.k, kv.v) for s in _forms(x)}))
+
+
+def dense_copies(kv: Any) -> tuple[str, ...]:
+    """Returns the types of float copies of a quantized pool; none if it holds floats."""
+    pools = [x for x in (kv.k, kv.v) if x.dtype.itemsize == 1]
+    return hlo.dense_types(*(s for x in pools for s in _forms(x)))
+
+
+def _forms(pool: Any) -> tuple[tuple[int, ...], ...]:
+    *places, width = pool.shape
+    return pool.shape, (math.prod(places), width)

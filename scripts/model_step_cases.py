@@ -1,6 +1,7 @@
 """Whole steps of a Llama-3-8B, weights to sampled tokens: `compile_kernels.py --model-step`.
 
-Nothing is allocated: weights, pool and batch are shapes. Each case says which weights are
+Nothing is allocated: weights, pool and batch are shapes, in the layouts that an engine would give
+them. Each case says which weights are
 quantized, so that no program may write a dense copy of one, and that the KV pool must be updated in
 place.
 """
@@ -17,11 +18,12 @@ import jax.numpy as jnp
 import kv_write_cases
 import numpy as np
 
-from jinfer import kv_cache, memory, qkernels, qtensor, sampling, steps
+from jinfer import formats, kv_cache, memory, qkernels, qtensor, sampling, steps
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.config import CacheConfig
 from jinfer.models.model import Model
 from jinfer.qformat import QFormat
+from pallas_kernels import hlo
 from pallas_kernels.target import CompileCase, Target
 
 MODEL = "llama-3-8b"
@@ -55,7 +57,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
         resident = sum(qtensor.array_bytes(x) for x in jax.tree.leaves((params, kv)))
         if resident + MAX_TEMP_BYTES > HBM_BYTES[target.name]:
             continue
-        make = functools.partial(_case, model, params, kv, name)
+        make = functools.partial(_case, model, params, formats.layouts(params, target), kv, name)
         for num_seqs in DECODE_SEQS[-1:] if quick else DECODE_SEQS:
             cases.append(make("decode", *decode_call(model, kv, num_seqs)))
         for num_tokens in PREFILL_TOKENS[-1:] if quick else PREFILL_TOKENS:
@@ -114,6 +116,7 @@ def _state(model: Model, num_rows: int) -> Any:
 def _case(
     model: Model,
     params: Any,
+    layouts: Any,
     kv: Any,
     variant: str,
     kind: str,
@@ -123,16 +126,14 @@ def _case(
 ) -> CompileCase:
     is_leaf = lambda x: isinstance(x, qkernels.PreparedWeight)  # noqa: E731
     leaves = jax.tree.leaves(params, is_leaf=is_leaf)
-    shapes = {w.shape for w in leaves if is_leaf(w)}
-    dense = {s for i, o in shapes for s in ((i, o), (o, i))}
+    weights = {w.shape for w in leaves if is_leaf(w)}
     return CompileCase(
         name=f"{MODEL} x{model.config.num_layers} {variant}, {kind} {shape}",
         fn=jax.jit(call, donate_argnums=(1, 2)),
         abstract_args=(params, kv, *rest),
         max_temp_bytes=MAX_TEMP_BYTES,
-        never_written=tuple(
-            f"{dtype}[{i},{o}]" for i, o in sorted(dense) for dtype in ("bf16", "f16", "f32")
-        ),
+        never_written=hlo.dense_types(*weights) + kv_write_cases.dense_copies(kv),
         min_alias_bytes=sum(qtensor.array_bytes(x) for x in jax.tree.leaves(kv)),
         never_copied=kv_write_cases.hlo_types(kv),
+        layouts=layouts,
     )

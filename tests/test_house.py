@@ -25,6 +25,7 @@ FLOORS = {
     "jinfer.sampling_params": 0,
     "jinfer.typing": 0,
     "jinfer.batch": 1,
+    "jinfer.formats": 1,
     "jinfer.kv_cache": 1,
     "jinfer.kv_quant": 1,
     "jinfer.ops": 1,

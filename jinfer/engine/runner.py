@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer import kv_cache, qkernels, sampling, steps, tree_steps
+from jinfer import formats, kv_cache, qkernels, sampling, steps, tree_steps
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.config import CacheConfig, EngineConfig
 from jinfer.engine import buckets, ragged_batch, results, tree_batch
@@ -83,7 +83,8 @@ class Runner:
         self.kv = kv_cache.init(self.model.config, self.cache)
         self.state = sampling.init_state(self._num_rows, self.vocab_size)
         self.host = HostPages(self.config.num_host_pages)
-        self.kv, self.state = self.host.bind((self.kv, self.state))
+        pools = self.host.bind((self.kv, self.state))
+        self.kv, self.state = formats.beside(pools, self.params)
 
     @property
     def kv_bytes(self) -> int:
@@ -400,7 +401,7 @@ class Runner:
         steps.log_softmax(out.logits)
 
     def update_weights(self, params: Params) -> None:
-        """Serves `params` from the next step on; copies only what `__init__` would.
+        """Serves `params` from the next step on, laid out like the present ones.
 
         Raises:
           ValueError: their tree, shapes or dtypes differ from the present weights'.
@@ -418,6 +419,7 @@ class Runner:
                     f"weight {jax.tree_util.keystr(path)} must be {before.dtype}"
                     f"{list(before.shape)}, got {after.dtype}{list(jnp.shape(after))}"
                 )
+        params = formats.like(params, self.params)
         if self.drafter is not None:
             self.drafter.update_weights(params)
         self.params = params

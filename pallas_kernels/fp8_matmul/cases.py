@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import hlo
 from pallas_kernels.quant_matmul.cases import LINEARS
 from pallas_kernels.target import CompileCase, Target
 
@@ -96,6 +97,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
         rows = case.num_rows * (case.num_inputs * 2 + case.num_outputs * 8)
         # Mixed fp8 dtypes go through bf16: one copy of the weight.
         is_mixed = case.w_dtype != E4M3
+        dense = hlo.dense_types((case.num_inputs, case.num_outputs))
         compiled.append(
             CompileCase(
                 name=f"fp8_matmul {case}",
@@ -104,6 +106,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
                 max_temp_bytes=(weight if is_mixed else weight // 4) + rows,
                 expects_wgmma=impl == "mosaic_gpu",
                 expects_tma=impl == "mosaic_gpu",
+                never_written=() if is_mixed else dense,
             )
         )
     return tuple(compiled)

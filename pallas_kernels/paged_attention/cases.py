@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import hlo
 from pallas_kernels.paged_attention.base import PagedKV
 from pallas_kernels.target import CompileCase, Target
 
@@ -113,4 +114,6 @@ def _case(
         max_temp_bytes=(32 << 20) + 6 * packed_bytes,
         expects_wgmma=impl == "mosaic_gpu",
         expects_tma=impl == "mosaic_gpu",
+        never_copied=(hlo.type_name(kv, pages.shape),),
+        never_written=() if scale is None else hlo.dense_types(pages.shape),
     )

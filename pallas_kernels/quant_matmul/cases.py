@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import hlo
 from pallas_kernels.quant_matmul.base import FP8_DTYPES
 from pallas_kernels.target import CompileCase, Target
 
@@ -136,6 +137,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
                 + case.num_rows * (case.num_inputs * 4 + case.num_outputs * sums),
                 expects_wgmma=is_kernel,
                 expects_tma=is_kernel,
+                never_written=hlo.dense_types((case.num_inputs, case.num_outputs)),
             )
         )
     return tuple(compiled)
