@@ -47,7 +47,12 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def finish(
-    rows: Sequence[Row], *, command: str, json_file: Path | None, **more: Any
+    rows: Sequence[Row],
+    *,
+    command: str,
+    json_file: Path | None,
+    is_printed: bool = True,
+    **more: Any,
 ) -> dict[str, Any]:
     """Prints the rows and writes the report where asked; returns it.
 
@@ -55,6 +60,7 @@ def finish(
       rows: what was measured.
       command: the command line that measures it again.
       json_file: where to write, or None.
+      is_printed: False: only write, for a report of which more is to come.
       more: further keys of the report, such as raw times.
     """
     report = {
@@ -66,6 +72,15 @@ def finish(
         "rows": [dataclasses.asdict(row) for row in rows],
         **more,
     }
+    if is_printed:
+        _print(report, rows)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _print(report: dict[str, Any], rows: Sequence[Row]) -> None:
     print(f"{report['device']}; " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()))
     last = None
     for row in rows:
@@ -73,10 +88,6 @@ def finish(
             print(f"\n{row.case}")
         last = row.case
         print(_line(row))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
-    return report
 
 
 def _line(row: Row) -> str:

@@ -14,11 +14,13 @@ import dataclasses
 import gc
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinfer.commands.bench_report import Row, finish
 from jinfer.commands.flags import DEFAULT_MODEL
+from jinfer.commands.terminal import say
 
 SUMMARY = "speculative decoding beside plain decoding"
 METHODS: dict[str, dict[str, Any]] = {
@@ -87,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-speculative-tokens", type=int, default=4, help="of chains (4)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="(1 8)")
     parser.add_argument("--limit", type=int, default=8, help="prompts a category (8)")
+    parser.add_argument("--categories", nargs="+", metavar="NAME", help="only these; default: all")
     parser.add_argument("--output-tokens", type=int, default=64, help="(64)")
     parser.add_argument("--max-model-len", type=int, default=2048, help="longer chats are left out")
 
@@ -104,6 +107,10 @@ def run(args: argparse.Namespace) -> int:
     }
     tokenizer = load_tokenizer(args.model)
     chats = read_chats(args.prompts, tokenizer, args.limit, args.max_model_len - args.output_tokens)
+    unknown = set(args.categories or ()) - chats.keys()
+    if unknown:
+        raise ValueError(f"no category {sorted(unknown)} in {args.prompts}: it has {list(chats)}")
+    chats = {name: chats[name] for name in args.categories or chats}
     model, params = load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
     rows: list[Row] = []
     for batch_size in args.batch_sizes:
@@ -120,28 +127,46 @@ def run(args: argparse.Namespace) -> int:
             for prompts in chats.values():
                 _generate(plain, prompts, batch_size, 1)
                 _generate(llm, prompts, batch_size, args.output_tokens if config["adaptive"] else 1)
-            measured = {
-                category: _measure(plain, llm, prompts, batch_size, args.output_tokens)
-                for category, prompts in chats.items()
-            }
+            measured = {}
+            for category, prompts in chats.items():
+                counts = _measure(plain, llm, prompts, batch_size, args.output_tokens)
+                measured[category] = counts
+                say(f"{method}/{category}/b{batch_size}: {_in_short(counts[0], counts[1])}")
+                if args.json is not None and len(args.batch_sizes) == len(methods) == 1:
+                    part = _rows(method, batch_size, measured)  # all that a cut leaves
+                    _finish(args, part, [method], {n: chats[n] for n in measured}, is_printed=False)
             rows += _rows(method, batch_size, measured)
             del llm
             gc.collect()
         del plain
         gc.collect()
+    _finish(args, rows, methods, chats)
+    return 0
+
+
+def _finish(
+    args: argparse.Namespace,
+    rows: list[Row],
+    methods: Iterable[str],
+    chats: dict[str, list[list[int]]],
+    *,
+    is_printed: bool = True,
+) -> None:
+    categories = chats if args.categories or not is_printed else ()
     finish(
         rows,
         command=f"jinfer bench spec --model {args.model} --prompts {args.prompts.name} --methods "
         f"{' '.join(methods)} --num-speculative-tokens {args.num_speculative_tokens} "
         f"--batch-sizes {' '.join(map(str, args.batch_sizes))} --limit {args.limit} "
         f"--output-tokens {args.output_tokens}"
+        + (f" --categories {' '.join(categories)}" if categories else "")
         + (f" --heads {Path(args.heads).name}" if args.heads else "")
         + (f" --draft-model {args.draft_model}" if args.draft_model else "")
         + (f" --self-format {args.self_format}" if args.self_format != "int4-g64" else ""),
         json_file=args.json,
+        is_printed=is_printed,
         workload={name: [len(p) for p in prompts] for name, prompts in chats.items()},
     )
-    return 0
 
 
 def _config(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -192,9 +217,9 @@ def read_chats(path: Path, tokenizer: Any, limit: int, longest: int) -> dict[str
 
 
 def _num_pages(chats: dict[str, list[list[int]]], num_outputs: int, page_size: int = 64) -> int:
-    """All chats at once: nothing is ever evicted."""
+    """All chats at once, so that nothing is evicted; of few sizes, since each is compiled for."""
     lengths = [len(prompt) + num_outputs for prompts in chats.values() for prompt in prompts]
-    return sum(-(-n // page_size) for n in lengths)
+    return 1 << sum(-(-n // page_size) for n in lengths).bit_length()
 
 
 def _generate(llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: int) -> Any:
@@ -239,6 +264,12 @@ def _measure(
         fast.add(b)
         num_same += sum(a == b for a, b in zip(plain_texts, texts, strict=True))
     return slow, fast, num_same
+
+
+def _in_short(slow: _Counts, fast: _Counts) -> str:
+    per_step = fast.decode_tokens / max(1, fast.decode_steps)
+    speedup = fast.tokens / fast.seconds / (slow.tokens / slow.seconds)
+    return f"{per_step:.2f} tokens a step, {speedup:.2f}x in {slow.seconds + fast.seconds:.0f} s"
 
 
 def _rows(

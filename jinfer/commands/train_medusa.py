@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from typing import Any
 
 from jinfer.commands import flags, training
@@ -108,9 +109,13 @@ def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, A
     file = args.output / "hidden.npz"
     if not file.is_file():
         data = training.read_data(args, model, params)
-        windows = (data.tokens, data.spans), (data.held_tokens, data.held_spans)
+        parts = args.output / "hidden"
+        windows = {
+            "learnt": (data.tokens, data.spans),
+            "held": (data.held_tokens, data.held_spans),
+        }
         found = []
-        for tokens, spans in windows:
+        for name, (tokens, spans) in windows.items():
             bar = tqdm(total=len(tokens), desc="hidden states", unit="window", disable=None)
             with timed(f"hidden states of {len(tokens)} windows"), bar:
                 found += examples(
@@ -118,9 +123,11 @@ def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, A
                     num_heads=args.num_heads,
                     batch_size=WINDOWS_A_RUN,
                     on_batch=lambda done, bar=bar: bar.update(done - bar.n),
+                    folder=parts / name,
                 )
         np.savez(file.with_suffix(".tmp.npz"), *found)
         file.with_suffix(".tmp.npz").replace(file)
+        shutil.rmtree(parts)
     with np.load(file) as arrays:
         hidden, targets, held_hidden, held_targets = (arrays[f"arr_{i}"] for i in range(4))
     return Examples(hidden, targets), Examples(held_hidden, held_targets)

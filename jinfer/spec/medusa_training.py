@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,7 @@ def examples(
     num_heads: int,
     batch_size: int = 8,
     on_batch: Callable[[int], object] | None = None,
+    folder: Path | None = None,
 ) -> Examples:
     """Runs the model over windows and returns an example for each place where heads guess.
 
@@ -60,6 +62,7 @@ def examples(
       num_heads: K.
       batch_size: windows a run.
       on_batch: called after each run with the number of windows done.
+      folder: where each run leaves its hidden states, and finds those of the same run before a cut.
 
     Returns:
       The examples of the windows one after the other, in the order of the windows.
@@ -71,7 +74,13 @@ def examples(
         length = min(tokens.shape[1], -(-int(spans[rows, 1].max()) // _ROUND_TO) * _ROUND_TO)
         filled: Any = np.zeros((batch_size, length), np.int32)
         filled[: len(rows)] = tokens[rows, :length]
-        hidden = np.asarray(_hidden_states(model, params, filled), np.float32)
+        file = None if folder is None else folder / f"{begin}.npy"
+        if file is not None and file.is_file():
+            hidden = np.load(file)
+        else:
+            hidden = np.asarray(_hidden_states(model, params, filled), np.float32)
+            if file is not None:
+                _save_whole(file, hidden)
         for row, states in zip(rows.tolist(), hidden, strict=False):
             first, end = spans[row].tolist()
             places = np.arange(max(first - 1, 0), end - 2)
@@ -82,6 +91,14 @@ def examples(
             on_batch(min(begin + batch_size, len(order)))
     in_order = [parts[row] for row in range(len(order))]
     return Examples(*(np.concatenate(arrays) for arrays in zip(*in_order, strict=True)))
+
+
+def _save_whole(file: Path, array: np.ndarray) -> None:
+    """Writes a file that is not there before it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".tmp.npy")
+    np.save(part, array)
+    part.replace(file)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

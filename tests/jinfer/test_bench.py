@@ -166,7 +166,7 @@ class Chat(Characters):
 
 
 def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
-    tmp_path, tiny_model, monkeypatch
+    tmp_path, tiny_model, monkeypatch, capsys
 ):
     monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda name: Chat())
     file = tmp_path / "chats.jsonl"
@@ -182,6 +182,10 @@ def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     assert 0.0 < got["ngram/overall/b1", "acceptance"]["value"] < 1.0
     speedup = got["ngram/qa/b1", "speedup"]
     assert speedup["value"] == pytest.approx(speedup["ratio"] * speedup["peer_value"])
+    capsys.readouterr()
+    argv = ["bench", "spec", *map(str, argv), "--methods", "ngram", "--categories", "qa", "poems"]
+    assert cli.main(argv) == 2
+    assert "no category ['poems']" in capsys.readouterr().err
 
 
 class Turns:

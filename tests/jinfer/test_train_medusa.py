@@ -10,7 +10,7 @@ import jinfer
 from jinfer import cli, tokenizer
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
-from jinfer.spec import medusa, training
+from jinfer.spec import medusa, medusa_training, training
 
 VOCAB = 61
 MODEL = Model(
@@ -73,18 +73,22 @@ def test_heads_from_texts_that_the_model_writes_and_a_second_run_does_nothing(
     assert "{'seed': '0'}" in error and "{'seed': '3'}" in error
 
 
-def cut_after(num_texts, monkeypatch):
-    """Has the engine die after so many texts."""
-    step, done = jinfer.LLM.step, []
+def cut_after(count, owner, name, monkeypatch, made=len):
+    """Has a function die once its results made so many; returns those."""
+    function, done = getattr(owner, name), []
 
-    def step_or_die(llm):
-        if len(done) >= num_texts:
+    def call_or_die(*args):
+        if made(done) >= count:
             raise OSError("the machine is gone")
-        outputs = step(llm)
-        done.extend(output for output in outputs if output.finished)
-        return outputs
+        done.append(function(*args))
+        return done[-1]
 
-    monkeypatch.setattr(jinfer.LLM, "step", step_or_die)
+    monkeypatch.setattr(owner, name, call_or_die)
+    return done
+
+
+def num_texts(steps):
+    return sum(output.finished for outputs in steps for output in outputs)
 
 
 def test_the_same_command_makes_the_same_bytes(tmp_path, capsys, monkeypatch):
@@ -92,12 +96,18 @@ def test_the_same_command_makes_the_same_bytes(tmp_path, capsys, monkeypatch):
     argv += ("--max-num-seqs", 2)
     # a cut in the midst of the texts, and of a line
     with monkeypatch.context() as patch:
-        cut_after(2, patch)
+        cut_after(2, jinfer.LLM, "step", patch, num_texts)
         assert train("--output", tmp_path / "a", *argv) != 0
     answers = tmp_path / "a" / "answers.jsonl"
     first, *others = filter(None, answers.read_text().splitlines())
     assert others
     answers.write_text(answers.read_text()[:-3])
+    # and one among the hidden states
+    for most, num_made in ((2, 2), (9, 1)):
+        with monkeypatch.context() as patch:
+            made = cut_after(most, medusa_training, "_hidden_states", patch)
+            assert (train("--output", tmp_path / "a", *argv) == 0) == (most == 9)
+            assert len(made) == num_made
     capsys.readouterr()
     for name in ("a", "b"):
         assert train("--output", tmp_path / name, *argv) == 0
