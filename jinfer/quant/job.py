@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import SequenceKey
 
+from jinfer.config import require
 from jinfer.models.families import is_linear, names_of
 from jinfer.models.model import Model
+from jinfer.qformat import QFormat
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import QTensor, array_bytes
 from jinfer.quant.evaluate import Evaluation, evaluate_both
+from jinfer.quant.layer import GROUPS
 from jinfer.quant.pipeline import linear_names, quantize_model
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.report import Report
@@ -177,7 +180,28 @@ def check_job(job: Job, model: Model) -> None:
     """
     check_free(job.output)
     job.recipe.check(linear_names(model))
+    _check_groups(model, job.recipe)
     check_export(model, _stand_ins(model, job.recipe), job.export)
+
+
+def _check_groups(model: Model, recipe: Recipe) -> None:
+    """Raises ValueError for a group longer than any linear that it is for: padding takes memory.
+
+    128, the usual length, is let pass: what a tiny model is padded to then is small.
+    """
+    widest: dict[QFormat, int] = {}
+    for i, layer in enumerate(model.abstract_params()["layers"]):
+        for block, parts in GROUPS:
+            for part in parts:
+                if (method := recipe.of(f"layers.{i}.{block}.{part}")) is not None:
+                    width = layer[block][part]["w"].shape[-2]
+                    widest[method.format] = max(width, widest.get(method.format, 0))
+    for fmt, width in widest.items():
+        require(
+            fmt.group <= max(width, 128),
+            f"{fmt}: a group of {fmt.group} inputs is longer than any linear it is for, which have "
+            f"at most {width}; use a smaller group, or channel",
+        )
 
 
 def _stand_ins(model: Model, recipe: Recipe) -> dict[str, Any]:

@@ -102,6 +102,7 @@ REFUSED = {
             "groups of 16, 32, a whole channel work",
         ),
     ),
+    "group too long": (("--format", "int4-g1000"), ("a group of 1000 inputs", "at most 96")),
     "target too low": (("--target-bits", "3"), ("must lie in 3.27..8.27", "got 3")),
     "target and recipe": (
         ("--target-bits", "5", "--recipe", "r.json"),
