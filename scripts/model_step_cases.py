@@ -1,9 +1,8 @@
 """Whole steps of a Llama-3-8B, weights to sampled tokens: `compile_kernels.py --model-step`.
 
 Nothing is allocated: weights, pool and batch are shapes, in the layouts that an engine would give
-them. Each case says which weights are
-quantized, so that no program may write a dense copy of one, and that the KV pool must be updated in
-place.
+them. Each case says which weights are quantized, so that no program may write a dense copy of one,
+and that the KV pool must be updated in place.
 """
 
 from __future__ import annotations

@@ -150,10 +150,14 @@ def fake_quantize(w: Array, fmt: QFormat) -> Array:
     """f32 [I, O] rounded on `fmt`'s grid and back."""
     num_inputs, num_outputs = w.shape
     parts = split_groups(w, fmt.group_size(num_inputs))  # [G, g, O]
+    return _round_groups(parts, fmt).reshape(-1, num_outputs)[:num_inputs]
+
+
+def _round_groups(parts: Array, fmt: QFormat) -> Array:
+    """[G, g, O], each group on its own grid and back."""
     low, high = (f(parts, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
     scale, zero = scales_from_range(low, high, fmt)
-    parts = decode(encode(parts, scale, zero, fmt), scale, zero, fmt)
-    return parts.reshape(-1, num_outputs)[:num_inputs]
+    return decode(encode(parts, scale, zero, fmt), scale, zero, fmt)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -184,10 +188,7 @@ def clip_weights(w: Array, gram: Array, fmt: QFormat) -> Array:
 
     def attempt(i: Array) -> tuple[Array, Array]:
         limit = amax * (1 - i.astype(jnp.float32) * CLIP_STEP)
-        clamped = jnp.clip(parts, -limit, limit)
-        low, high = (f(clamped, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
-        scale, zero = scales_from_range(low, high, fmt)
-        delta = decode(encode(clamped, scale, zero, fmt), scale, zero, fmt) - parts
+        delta = _round_groups(jnp.clip(parts, -limit, limit), fmt) - parts
         product = jnp.einsum("gij,gjo->gio", blocks, delta, precision=lax.Precision.HIGHEST)
         return jnp.sum(delta * product, axis=1, keepdims=True), limit
 

@@ -21,7 +21,6 @@ from jinfer.qformat import QFormat
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import QTensor, array_bytes
 from jinfer.quant.evaluate import Evaluation, evaluate_both
-from jinfer.quant.layer import GROUPS
 from jinfer.quant.pipeline import linear_names, quantize_model
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.report import Report
@@ -190,12 +189,12 @@ def _check_groups(model: Model, recipe: Recipe) -> None:
     128, the usual length, is let pass: what a tiny model is padded to then is small.
     """
     widest: dict[QFormat, int] = {}
-    for i, layer in enumerate(model.abstract_params()["layers"]):
-        for block, parts in GROUPS:
-            for part in parts:
-                if (method := recipe.of(f"layers.{i}.{block}.{part}")) is not None:
-                    width = layer[block][part]["w"].shape[-2]
-                    widest[method.format] = max(width, widest.get(method.format, 0))
+    layers = model.abstract_params()["layers"]
+    for name in linear_names(model):
+        if (method := recipe.of(name)) is not None:
+            _, i, block, part = name.split(".")
+            width = layers[int(i)][block][part]["w"].shape[-2]
+            widest[method.format] = max(width, widest.get(method.format, 0))
     for fmt, width in widest.items():
         require(
             fmt.group <= max(width, 128),

@@ -116,7 +116,7 @@ def measure(
             kl = np.mean(
                 [
                     float(divergence(reference, logits_from(model, new, i, x))[0])
-                    for reference, x in zip(references, xs)
+                    for reference, x in zip(references, xs, strict=True)
                 ]
             )
             shares = [error / errors[0] if errors[0] else 0.0 for error in errors]
