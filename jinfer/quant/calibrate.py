@@ -23,7 +23,7 @@ from jinfer import ops
 from jinfer.config import require
 from jinfer.models import block
 from jinfer.models.model import Model
-from jinfer.quant.factor import gram
+from jinfer.quant.factor import dot_transposed, gram
 from jinfer.typing import Params
 
 CHUNK_TOKENS = 2048  # the tokens of a chunk, about
@@ -90,7 +90,7 @@ def measure_drift(x: Array, reference: Array) -> Array:
 
     def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         x, reference = (a.reshape(-1, num_inputs).astype(jnp.float32) for a in pair)
-        return total + jnp.dot(x.T, reference - x, precision=lax.Precision.HIGHEST), None
+        return total + dot_transposed(x, reference - x), None
 
     return lax.scan(add, jnp.zeros((num_inputs, num_inputs)), (x, reference))[0]
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jinfer.config import require
 from jinfer.qtensor import check_finite
-from jinfer.quant.factor import inverse_factor
+from jinfer.quant.factor import dot_transposed, inverse_factor
 
 
 def correct_weight(
@@ -63,5 +63,5 @@ def _step(
 ) -> Array:
     w = w.astype(jnp.float32)
     dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
-    step = dot(upper.T, dot(upper, dot(drift, w))) / mean
+    step = dot_transposed(upper, dot(upper, dot(drift, w))) / mean
     return jnp.where(failed, w, w + strength * step)

@@ -1,8 +1,8 @@
 """Sums and factors of X^T X that are the same bits on every run and with any number of threads.
 
-Knows nothing of weights. XLA's CPU matmuls of these shapes keep one order of summation whatever
-the thread count (tests/jinfer/quant/test_factor.py); LAPACK's Cholesky does not, so here is one of
-them.
+Knows nothing of weights. LAPACK's Cholesky depends on the number of threads, so here is one of
+them; XLA's CPU products a b and a b^T do not, those that read a^T in place do (their last bits:
+tests/jinfer/quant/test_factor.py), so `dot_transposed` is for them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def gram(x: Array) -> Array:
     starts = range(0, num_inputs, STRIPE)
 
     def add(total: list[Array], chunk: Array) -> tuple[list[Array], None]:
-        new = [_dot(chunk[:, i : i + STRIPE].T, chunk[:, i:]) for i in starts]
+        new = [dot_transposed(chunk[:, i : i + STRIPE], chunk[:, i:]) for i in starts]
         return [a + b for a, b in zip(total, new)], None
 
     empty = [jnp.zeros((min(STRIPE, num_inputs - i), num_inputs - i), jnp.float32) for i in starts]
@@ -112,6 +112,14 @@ def _leaf(a: Array) -> Array:
 
     both = jnp.concatenate([a, jnp.eye(size, dtype=a.dtype)], axis=1)
     return lax.fori_loop(0, size, eliminate, both)[:, size:]
+
+
+def dot_transposed(a: Array, b: Array) -> Array:
+    """f32 a^T b of a [K, N] and b [K, M], the same bits with any number of threads.
+
+    The transpose is written out first: XLA would otherwise have the product read `a` by columns.
+    """
+    return _dot(lax.optimization_barrier(a.T), b)
 
 
 def _dot(a: Array, b: Array) -> Array:

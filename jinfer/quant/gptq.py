@@ -19,7 +19,7 @@ from jax import Array, lax
 from jinfer.config import require
 from jinfer.qformat import TENSOR, Grid, QFormat, decode, encode
 from jinfer.qtensor import QTensor, check_finite, from_codes
-from jinfer.quant.factor import inverse_factor
+from jinfer.quant.factor import dot_transposed, inverse_factor
 from jinfer.quant.rtn import pick_scales
 
 Order = Literal["none", "act", "group"]
@@ -271,7 +271,7 @@ def pass_on(upper_rows: Array, start: Array, errors: Array) -> Array:
     """What rows from `start` on lose for `errors` [B, O]: upper_rows[:, start:]^T errors."""
     is_later = jnp.arange(upper_rows.shape[1]) >= start
     upper_rows = jnp.where(is_later[None, :], upper_rows, 0.0)
-    return jnp.dot(upper_rows.T, errors, precision=lax.Precision.HIGHEST)
+    return dot_transposed(upper_rows, errors)
 
 
 def _column_order(
