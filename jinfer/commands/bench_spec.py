@@ -1,9 +1,10 @@
 """`jinfer bench spec`: tokens a step, acceptance and speed of speculation beside plain decoding.
 
-Both engines read the same weights and the same chats, and take turns, a batch at a time. They have
-read all prompts before, and find them in their prefix caches, so that next to nothing but decoding
-is timed; a turn in which anything compiled is taken again. Where the number of drafts is chosen by
-what was measured, a whole pass that is not timed comes first.
+Both engines read the same weights and the same chats, and take turns, a batch at a time and each
+batch several times, of which the median counts. They have read all prompts before, and find them in
+their prefix caches, so that next to nothing but decoding is timed; a turn in which anything
+compiled is taken again. Where the number of drafts is chosen by what was measured, a whole pass
+that is not timed comes first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import collections
 import dataclasses
 import gc
 import json
+import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -89,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-speculative-tokens", type=int, default=4, help="of chains (4)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="(1 8)")
     parser.add_argument("--limit", type=int, default=8, help="prompts a category (8)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each batch (3)")
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="only these; default: all")
     parser.add_argument("--output-tokens", type=int, default=64, help="(64)")
     parser.add_argument("--max-model-len", type=int, default=2048, help="longer chats are left out")
@@ -99,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     from jinfer import LLM, load
     from jinfer.tokenizer import load_tokenizer
 
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
     methods = {
         name: _config(name, args)
         for name in args.methods or METHODS
@@ -129,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
                 _generate(llm, prompts, batch_size, args.output_tokens if config["adaptive"] else 1)
             measured = {}
             for category, prompts in chats.items():
-                counts = _measure(plain, llm, prompts, batch_size, args.output_tokens)
+                counts = _measure(plain, llm, prompts, batch_size, args.output_tokens, args.repeats)
                 measured[category] = counts
                 say(f"{method}/{category}/b{batch_size}: {_in_short(counts[0], counts[1])}")
                 if args.json is not None and len(args.batch_sizes) == len(methods) == 1:
@@ -158,7 +163,7 @@ def _finish(
         command=f"jinfer bench spec --model {args.model} --prompts {args.prompts.name} --methods "
         f"{' '.join(methods)} --num-speculative-tokens {args.num_speculative_tokens} "
         f"--batch-sizes {' '.join(map(str, args.batch_sizes))} --limit {args.limit} "
-        f"--output-tokens {args.output_tokens}"
+        f"--output-tokens {args.output_tokens} --repeats {args.repeats}"
         + (f" --categories {' '.join(categories)}" if categories else "")
         + (f" --heads {Path(args.heads).name}" if args.heads else "")
         + (f" --draft-model {args.draft_model}" if args.draft_model else "")
@@ -244,26 +249,36 @@ def _generate(llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: i
 
 
 def _measure(
-    plain: Any, llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: int
+    plain: Any, llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: int, repeats: int
 ) -> tuple[_Counts, _Counts, int]:
-    """Returns plain and speculative counts, and how many prompts gave the same tokens in both."""
-    slow, fast, num_same = _Counts(), _Counts(), 0
+    """Returns plain and speculative counts, and how many prompts gave the same tokens in both.
+
+    Counts are of all repeats; the seconds of a batch are its median times their number.
+    """
+    engines, num_same = (plain, llm), 0
+    totals = _Counts(), _Counts()
     for i in range(0, len(prompts), batch_size):
         part = prompts[i : i + batch_size]
-        order = [plain, llm] if i % (2 * batch_size) == 0 else [llm, plain]
-        found: dict[int, Any] = {}
-        for _ in range(MAX_TURNS):
-            num_compiled = llm.num_compilations
-            found = {
-                id(engine): _generate(engine, part, batch_size, num_tokens) for engine in order
-            }
-            if llm.num_compilations == num_compiled:
-                break
-        (a, plain_texts), (b, texts) = found[id(plain)], found[id(llm)]
-        slow.add(a)
-        fast.add(b)
-        num_same += sum(a == b for a, b in zip(plain_texts, texts, strict=True))
-    return slow, fast, num_same
+        seconds: tuple[list[float], list[float]] = [], []
+        texts: tuple[list[Any], list[Any]] = [], []
+        for repeat in range(repeats):
+            order = (0, 1) if (i // batch_size + repeat) % 2 == 0 else (1, 0)
+            found: dict[int, Any] = {}
+            for _ in range(MAX_TURNS):
+                num_compiled = llm.num_compilations
+                found = {e: _generate(engines[e], part, batch_size, num_tokens) for e in order}
+                if llm.num_compilations == num_compiled:
+                    break
+            for e, (counts, outputs) in found.items():
+                seconds[e].append(counts.seconds)
+                texts[e].append(outputs)
+                totals[e].add(dataclasses.replace(counts, seconds=0.0))
+        for e in (0, 1):
+            totals[e].seconds += statistics.median(seconds[e]) * repeats
+        num_same += sum(
+            all(a[j] == b[j] for a, b in zip(*texts, strict=True)) for j in range(len(part))
+        )
+    return *totals, num_same
 
 
 def _in_short(slow: _Counts, fast: _Counts) -> str:

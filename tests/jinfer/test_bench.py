@@ -186,6 +186,8 @@ def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     argv = ["bench", "spec", *map(str, argv), "--methods", "ngram", "--categories", "qa", "poems"]
     assert cli.main(argv) == 2
     assert "no category ['poems']" in capsys.readouterr().err
+    assert cli.main([*argv, "--repeats", "0"]) == 2
+    assert "--repeats must be at least 1" in capsys.readouterr().err
 
 
 class Turns:
@@ -211,10 +213,29 @@ class Turns:
 @pytest.mark.parametrize(("plain", "own", "num_turns"), [(0, 0, 1), (1, 0, 2), (1, 2, 3)])
 def test_the_speculation_bench_counts_no_turn_that_compiled(plain, own, num_turns):
     engines = Turns(plain), Turns(own)
-    slow, fast, num_same = bench_spec._measure(*engines, [[1], [2]], 2, 8)
+    slow, fast, num_same = bench_spec._measure(*engines, [[1], [2]], 2, 8, 1)
     assert [engine.num_turns for engine in engines] == [num_turns] * 2
     assert slow.tokens == fast.tokens == fast.decode_tokens == 2 * num_turns
     assert num_same == 2
+
+
+def test_the_speculation_bench_takes_the_median_of_turns_in_both_orders(monkeypatch):
+    seconds = {"plain": iter([5.0, 1.0, 2.0]), "own": iter([1.0, 9.0, 3.0])}
+    order = []
+
+    def generate(engine, prompts, batch_size, num_tokens):
+        order.append(engine.name)
+        is_odd = engine.name == "own" and len(order) == 6
+        texts = [[1], [2 if is_odd else 1]]
+        return bench_spec._Counts(seconds=next(seconds[engine.name]), tokens=8), texts
+
+    monkeypatch.setattr(bench_spec, "_generate", generate)
+    engines = [types.SimpleNamespace(name=name, num_compilations=0) for name in ("plain", "own")]
+    slow, fast, num_same = bench_spec._measure(*engines, [[1], [2]], 2, 8, 3)
+    assert order == ["plain", "own", "own", "plain", "plain", "own"]
+    assert (slow.seconds, fast.seconds) == (3 * 2.0, 3 * 3.0)
+    assert slow.tokens == fast.tokens == 3 * 8
+    assert num_same == 1  # the second text differed once
 
 
 def test_the_speculation_bench_asks_for_heads(tmp_path, capsys):
