@@ -50,7 +50,7 @@ class Job:
       held_out_source: where those are from.
       is_sequential: see `pipeline.quantize_model`.
       files: others to write into the folder, such as the tokenizer's.
-      versions: of the software, for the report.
+      versions: of the software, for the report; layers that others made are not gone on from.
       vocabulary: the tokenizer as metadata, for a GGUF file.
     """
 
@@ -80,7 +80,7 @@ def run_job(
     """Quantizes, evaluates, writes the folder and its report.
 
     Finished layers are kept in `<output>.unfinished` until the end; a second run with the same
-    model, recipe and tokens goes on from there.
+    model, recipe, tokens and versions goes on from there.
 
     Raises:
       FileExistsError: the output is there already.
@@ -89,7 +89,9 @@ def run_job(
     check_job(job, model)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    unfinished = Unfinished.open(job.output, checkpoint, job.recipe, job.tokens, job.is_sequential)
+    unfinished = Unfinished.open(
+        job.output, checkpoint, job.recipe, job.tokens, job.is_sequential, job.versions
+    )
     done, old_rows = unfinished.load()
 
     def keep(index: int, layer: dict[str, Any], rows: list[Row]) -> None:

@@ -41,8 +41,13 @@ class Unfinished:
         recipe: Recipe,
         tokens: np.ndarray | None,
         is_sequential: bool,
+        versions: Mapping[str, str],
     ) -> Unfinished:
-        """Finds the folder of an earlier try of the same run, or makes a new one."""
+        """Finds the folder of an earlier try of the same run, or makes a new one.
+
+        Layers that other `versions` of the software made are no part of it: one file would hold
+        the bits of both.
+        """
         folder = output.with_name(output.name + ".unfinished")
         files = (
             [checkpoint.path] if checkpoint.path.is_file() else sorted(checkpoint.path.iterdir())
@@ -52,6 +57,7 @@ class Unfinished:
             "recipe": repr(recipe),
             "tokens": None if tokens is None else hashlib.sha256(tokens.tobytes()).hexdigest(),
             "sequential": is_sequential,
+            "versions": dict(versions),
         }
         if not (folder / "key.json").is_file() or read_json(folder / "key.json") != key:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """A run from a checkpoint to a folder: it loads as it was saved, whole or not at all."""
 
+import dataclasses
 import json
 import types
 
@@ -102,6 +103,21 @@ def test_a_killed_job_goes_on_from_disk_to_the_same_files(make_model, source, tm
     assert (todo.output / "model.safetensors").read_bytes() == resumed
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         run_job(todo, source, model, params)
+
+
+def test_layers_that_other_software_made_are_not_gone_on_from(make_model, source, tmp_path):
+    model, params = make_model("llama")
+    todo = job(tmp_path, versions={"jax": "1"})
+
+    def kill(i, rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(todo, source, model, params, on_layer=kill)
+    seen = []
+    newer = dataclasses.replace(todo, versions={"jax": "2"})
+    run_job(newer, source, model, params, on_layer=lambda i, rows: seen.append(i))
+    assert seen == [0, 1]
 
 
 def test_a_format_that_cannot_hold_a_weight_names_it_and_leaves_no_folder(
