@@ -165,6 +165,7 @@ def _finish(
         f"--batch-sizes {' '.join(map(str, args.batch_sizes))} --limit {args.limit} "
         f"--output-tokens {args.output_tokens} --repeats {args.repeats}"
         + (f" --categories {' '.join(categories)}" if categories else "")
+        + (f" --dtype {args.dtype}" if args.dtype != "auto" else "")
         + (f" --heads {Path(args.heads).name}" if args.heads else "")
         + (f" --draft-model {args.draft_model}" if args.draft_model else "")
         + (f" --self-format {args.self_format}" if args.self_format != "int4-g64" else ""),

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 # Fewest measurements of a kind of step before it is judged: the first may have compiled.
 NUM_TRIALS = 2
-# A kind of step that looked slower is tried again after so many of the others,
+# A kind of step that looked slower is tried again so many steps after the last trial, of whatever
+# kind and in batches of whatever size,
 RETRY_AFTER = 64
-# or after more, so that all that its trials lose is at most this share of the time.
+# or after more, so that all that trials lose is at most this share of the time.
 TRIAL_SHARE = 0.01
 # One that was dear in batches of another size is tried after so many, dear as it may be here.
 FIRST_TRIAL_WITHIN = 256
@@ -37,9 +38,12 @@ class DraftLength:
         self._stood = [1.0] * most
         # By the size of the batch (a power of two) and of the drafts: seconds of the last steps,
         # how many steps of other kinds have been since, and what a trial costs beside its step.
+        # Kinds are tried in turn, the one first that has not been for longest.
         self._seconds: dict[tuple[int, int], collections.deque[float]] = {}
         self._since: collections.Counter[tuple[int, int]] = collections.Counter()
         self._resumptions: dict[int, collections.deque[float]] = {}
+        self._num_since_trial = 0
+        self._trial: int | None = None  # the kind that is being tried
 
     def choose(self, lengths: Sequence[int], *, may_try: bool = True) -> int:
         """Returns most drafts a sequence for a step.
@@ -56,16 +60,17 @@ class DraftLength:
         if seconds[0] is None:
             return 0
         unknown = [size for size in options if seconds[size] is None]
+        self._trial = None
         if may_try and unknown:
+            self._trial = unknown[-1]
             return unknown[-1]
         known = [
             s for s in options if self._is_measured(batch, s) or (may_try and s not in unknown)
         ]
         best = max(known, key=lambda size: self._rate(lengths, batch, size))
-        if may_try:
-            for size in reversed(options):
-                if size != best and self._steps_to_trial(lengths, batch, size, best) <= 0:
-                    return size
+        if may_try and self._steps_to_trial(lengths, batch, options, best) <= 0:
+            self._trial = self._next_trial(batch, options, best)
+            return self._trial
         return best
 
     def num_steps_without(self, lengths: Sequence[int]) -> int:
@@ -80,7 +85,7 @@ class DraftLength:
         plain = self._rate(lengths, batch, 0)
         if any(self._rate(lengths, batch, size) > plain for size in options):
             return 0
-        return max(0, min(self._steps_to_trial(lengths, batch, size, 0) for size in options[1:]))
+        return max(0, self._steps_to_trial(lengths, batch, options, 0))
 
     def note_step(self, num_seqs: int, num_drafts: int, seconds: float, num_steps: int = 1) -> None:
         """Takes in what a step cost: `num_drafts` is the most of any of its sequences.
@@ -88,6 +93,9 @@ class DraftLength:
         `num_steps` steps without drafts may be noted as one; `seconds` is what each took.
         """
         batch = num_seqs.bit_length()
+        self._num_since_trial += num_steps
+        if self._trial is not None and bool(self._trial) == bool(num_drafts):
+            self._num_since_trial, self._trial = 0, None
         for size in (0, *self.sizes):
             self._since[batch, size] += num_steps
         key = batch, self._fit(num_drafts) if num_drafts else 0
@@ -107,9 +115,16 @@ class DraftLength:
             self._reached[i] = 1.0 + _MEMORY * self._reached[i]
             self._stood[i] = float(i < num_accepted) + _MEMORY * self._stood[i]
 
-    def _steps_to_trial(self, lengths: Sequence[int], batch: int, size: int, best: int) -> int:
-        """Returns after how many more steps of kind `best` one of `size` is due to be tried."""
-        seconds = self._known(batch, best)
+    def _next_trial(self, batch: int, options: Sequence[int], best: int) -> int:
+        """Returns the kind that is tried next: of as many steps ago, that with most drafts."""
+        others = [size for size in options if size != best]
+        return max(others, key=lambda size: (self._since[batch, size], size))
+
+    def _steps_to_trial(
+        self, lengths: Sequence[int], batch: int, options: Sequence[int], best: int
+    ) -> int:
+        """Returns after how many more steps of kind `best` another is due to be tried."""
+        size, seconds = self._next_trial(batch, options, best), self._known(batch, best)
         lost = self._known(batch, size)
         lost -= self._expected_tokens(lengths, size) / self._rate(lengths, batch, best)
         resumptions = self._resumptions.get(batch, ())
@@ -120,7 +135,7 @@ class DraftLength:
             wait = max(wait, RETRY_AFTER)
         else:
             wait = min(wait, FIRST_TRIAL_WITHIN)
-        return wait - self._since[batch, size]
+        return wait - self._num_since_trial
 
     def _rate(self, lengths: Sequence[int], batch: int, size: int) -> float:
         """Tokens a second."""
@@ -154,7 +169,8 @@ class DraftLength:
             return None
         nearest = min(others, key=lambda other: abs(other - batch))
         ratio = min(self._seconds[nearest, size]) / min(self._seconds[nearest, 0])
-        return ratio * min(self._seconds[batch, 0])
+        # Better than that, a single step of this kind; worse, it may have compiled.
+        return min([ratio * min(self._seconds[batch, 0]), *self._seconds.get((batch, size), ())])
 
     def _expected_tokens(self, lengths: Sequence[int], size: int) -> float:
         total = float(len(lengths))
