@@ -19,7 +19,7 @@ RETRY_AFTER = 64
 # or after more, so that all that trials lose is at most this share of the time.
 TRIAL_SHARE = 0.01
 # One that was dear in batches of another size is tried after so many, dear as it may be here.
-FIRST_TRIAL_WITHIN = 256
+FIRST_TRIAL_WITHIN = 512
 _MEMORY = 0.98  # weight of the past in the rates of acceptance
 
 

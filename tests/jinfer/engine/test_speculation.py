@@ -146,7 +146,7 @@ def test_drafts_come_back_when_they_pay(method):
     assert engine.num_drafting < 20
     while engine.scheduler.num_running > 1:
         engine.step()
-    engine.run(2 * FIRST_TRIAL_WITHIN + 50)
+    engine.run(FIRST_TRIAL_WITHIN + 50)
     before = engine.num_drafting
     engine.run(100)
     assert engine.num_drafting - before > 0.9 * 100
