@@ -44,7 +44,7 @@ from jinfer.tokenizer import load_tokenizer  # noqa: E402
 from jinfer.weights.load import load  # noqa: E402
 
 # The GPTQ of its authors' code: inputs in their order, each group's scale found when it is reached.
-PLAIN = {"order": "none", "static_groups": False}
+PLAIN = {"order": "none", "static_groups": False, "scales": "extremes"}
 
 
 def make_cases() -> dict[str, Method]:
@@ -59,9 +59,13 @@ def make_cases() -> dict[str, Method]:
         cases[f"int{bits} rtn"] = make_method("rtn", fmt)
         cases[f"int{bits} rtn asym"] = make_method("rtn", f"{fmt}-asym")
         cases[f"int{bits} gptq"] = make_method("gptq", fmt, **PLAIN)
-        cases[f"int{bits} gptq act-order"] = make_method("gptq", fmt)
-        cases[f"int{bits} gptq act-order correct 0.5"] = make_method("gptq", fmt, correct=0.5)
-        cases[f"int{bits} gptq asym mse"] = make_method("gptq", f"{fmt}-asym", mse=True)
+        cases[f"int{bits} gptq act-order"] = make_method("gptq", fmt, scales="extremes")
+        cases[f"int{bits} gptq act-order correct 0.5"] = make_method(
+            "gptq", fmt, scales="extremes", correct=0.5
+        )
+        cases[f"int{bits} gptq act-order hessian"] = make_method("gptq", fmt)
+        cases[f"int{bits} gptq asym mse"] = make_method("gptq", f"{fmt}-asym", scales="mse")
+        cases[f"int{bits} gptq asym hessian"] = make_method("gptq", f"{fmt}-asym")
         cases[f"int{bits} awq asym"] = make_method("awq", f"{fmt}-asym")
     return cases
 
@@ -79,10 +83,14 @@ class Goal:
 GOALS = (
     Goal("int4 gptq act-order", "int4 rtn", "kl", 0.40),
     Goal("int3 gptq act-order", "int3 rtn", "kl", 0.55),
+    Goal("int4 gptq act-order hessian", "int4 rtn", "kl", 0.40),
+    Goal("int3 gptq act-order hessian", "int3 rtn", "kl", 0.55),
     Goal("int4 gptq act-order correct 0.5", "int4 rtn", "kl", 0.40),
     Goal("int3 gptq act-order correct 0.5", "int3 rtn", "kl", 0.55),
     Goal("int4 gptq asym mse", "int4 gptq", "linear_error", 0.80),
     Goal("int3 gptq asym mse", "int3 gptq", "linear_error", 0.80),
+    Goal("int4 gptq asym hessian", "int4 gptq", "linear_error", 0.80),
+    Goal("int3 gptq asym hessian", "int3 gptq", "linear_error", 0.80),
     Goal("int4 awq asym", "int4 rtn asym", "kl", 0.60),
     Goal("W8A8 smoothquant 0.5", "W8A8 rtn", "kl", 0.80),
     Goal("W8A8 smoothquant 0.8", "W8A8 rtn", "kl", 0.80),

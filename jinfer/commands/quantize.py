@@ -14,7 +14,7 @@ SUMMARY = "quantize a model and report what it cost"
 METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
 EXPORTS = ("native", "gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes", "gguf")
 _MEASURED_TOKENS = 1024  # of the calibration text, for --target-bits
-_OPTIONS = ("mse", "order", "damp", "alpha", "clip", "correct")
+_OPTIONS = ("scales", "order", "damp", "alpha", "clip", "correct")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export", default="native", choices=EXPORTS, help="of the files (native)")
     options = parser.add_argument_group("method")
     options.add_argument(
-        "--mse",
-        action=argparse.BooleanOptionalAction,
+        "--scales",
+        choices=("extremes", "mse", "hessian"),
         default=argparse.SUPPRESS,
-        help="search each group's range",
+        help="what sets each group's range: its extremes, a search for the least error of the "
+        "weights, or one for what GPTQ pays for them (hessian for gptq, else extremes)",
     )
     options.add_argument(
         "--order",

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jinfer.config import require
-from jinfer.qformat import TENSOR, Grid, QFormat, decode, encode
+from jinfer.qformat import TENSOR, Grid, QFormat, decode, encode, find_scales
 from jinfer.qtensor import QTensor, check_finite, from_codes
 from jinfer.quant.factor import dot_transposed, inverse_factor
-from jinfer.quant.rtn import pick_scales
+from jinfer.quant.rtn import search_scales
 
 Order = Literal["none", "act", "group"]
+Scales = Literal["extremes", "mse", "hessian"]
 
 BLOCK = 128  # inputs whose errors are passed on to the rest together
 PART = 32  # inputs of a loop that passes each error on at once
@@ -54,7 +55,7 @@ def quantize_gptq(
     order: Order = "act",
     static_groups: bool = True,
     damp: float = 0.01,
-    mse: bool = False,
+    scales: Scales = "extremes",
     grid: Grid = "full",
     scale_dtype: Any = jnp.float32,
 ) -> tuple[QTensor, GPTQInfo]:
@@ -73,7 +74,10 @@ def quantize_gptq(
       static_groups: find the scales from the original weight, before any error is passed on. Needed
         for "act" if groups are to stay sequential; without it the result carries a permutation.
       damp: fraction of mean(diag H) added to the diagonal.
-      mse: search each group's range instead of taking its extremes.
+      scales: what sets a group's range. "extremes": its largest weights; "mse": the range of least
+        error, `rtn.search_scales`; "hessian": likewise, squared errors weighed as the solver pays
+        for them: an error e of the t-th input costs e^2 / U_tt^2 once the inputs still open have
+        made up for it.
       grid: symmetric integer grid, see `qformat.find_scales`.
       scale_dtype: storage dtype of the scales.
 
@@ -93,6 +97,10 @@ def quantize_gptq(
         f"got {list(hessian.shape)}",
     )
     require(order in ("none", "act", "group"), f"order must be none, act or group, got {order!r}")
+    require(
+        scales in ("extremes", "mse", "hessian"),
+        f"scales must be extremes, mse or hessian, got {scales!r}",
+    )
     require(damp > 0, f"damp must be positive, got {damp}")
     require(
         fmt.block == 1 and fmt.group != TENSOR and not fmt.double_quant and not fmt.float_zero,
@@ -107,7 +115,7 @@ def quantize_gptq(
     num_groups = fmt.num_groups(num_inputs)
     turns = _take_turns_jit(hessian, order, fmt.group_size(num_inputs), num_groups, damp)
     dtype = jnp.dtype(scale_dtype)
-    return _round_jit(w, turns, fmt, order, static_groups, mse, grid, dtype), turns.info
+    return _round_jit(w, turns, fmt, order, static_groups, scales, grid, dtype), turns.info
 
 
 def solve(
@@ -117,7 +125,7 @@ def solve(
     order: Order = "act",
     static_groups: bool = True,
     damp: float = 0.01,
-    mse: bool = False,
+    scales: Scales = "extremes",
     grid: Grid = "full",
     scale_dtype: Any = jnp.float32,
 ) -> tuple[QTensor, GPTQInfo]:
@@ -125,7 +133,7 @@ def solve(
     num_inputs = w.shape[0]
     num_groups = fmt.num_groups(num_inputs)
     turns = _take_turns(hessian, order, fmt.group_size(num_inputs), num_groups, damp)
-    return _round(w, turns, fmt, order, static_groups, mse, grid, scale_dtype), turns.info
+    return _round(w, turns, fmt, order, static_groups, scales, grid, scale_dtype), turns.info
 
 
 class Turns(NamedTuple):
@@ -167,7 +175,7 @@ def _round(
     fmt: QFormat,
     order: Order,
     static_groups: bool,
-    mse: bool,
+    scales: Scales,
     grid: Grid,
     scale_dtype: Any,
 ) -> QTensor:
@@ -176,10 +184,11 @@ def _round(
     group, num_groups = fmt.group_size(num_inputs), fmt.num_groups(num_inputs)
     perm, group_ids, upper = turns.perm, turns.group_ids, turns.upper
     w = jnp.where(turns.is_dead[:, None], 0.0, w.astype(jnp.float32))
-    find = functools.partial(pick_scales, fmt=fmt, mse=mse, grid=grid, scale_dtype=scale_dtype)
+    find = functools.partial(_FIND[scales], grid=grid, scale_dtype=scale_dtype)
+    costs = 1 / jnp.square(jnp.diagonal(upper))  # of an error, in the order of turns
     is_sequential = static_groups or order != "act"
     if static_groups:
-        scale, zero = find(w)
+        scale, zero = find(w, fmt, jnp.zeros(num_inputs).at[perm].set(costs))
         ids = group_ids if order != "act" else perm // group
     else:
         shape = (num_groups, num_outputs)
@@ -195,11 +204,12 @@ def _round(
     ids = jnp.pad(ids, (0, pad), constant_values=num_groups - 1)
     upper = jnp.pad(upper, ((0, pad), (0, pad)))
     upper = upper + jnp.diag((jnp.arange(padded) >= num_inputs).astype(jnp.float32))
+    costs = jnp.pad(costs, (0, pad))
 
     def refit(rows: Array, start: Array, table):
         fresh = lax.dynamic_slice(rows, (start, 0), (group, num_outputs))
         whole = dataclasses.replace(fmt, group=-1)
-        new = pick_scales(fresh, whole, mse=mse, grid=grid, scale_dtype=scale_dtype)
+        new = find(fresh, whole, lax.dynamic_slice(costs, (start,), (group,)))
         return jax.tree.map(lambda t, n: t.at[ids[start]].set(n[0]), table, new)
 
     part_size = PART if static_groups or num_groups == 1 else math.gcd(group, PART)
@@ -263,6 +273,21 @@ def _round(
         codes, scale, zero, fmt, perm=None if is_sequential else perm.astype(jnp.int32)
     )
 
+
+def _from_extremes(w: Array, fmt: QFormat, costs: Array, **options: Any):
+    return find_scales(w, fmt, **options)
+
+
+def _by_mse(w: Array, fmt: QFormat, costs: Array, **options: Any):
+    return search_scales(w, fmt, **options)
+
+
+def _by_hessian(w: Array, fmt: QFormat, costs: Array, **options: Any):
+    return search_scales(w, fmt, importance=costs, norm=2, **options)
+
+
+# Scales of a weight, or of one group as a whole, and what an error of each of its inputs costs.
+_FIND = {"extremes": _from_extremes, "mse": _by_mse, "hessian": _by_hessian}
 
 _round_jit = jax.jit(_round, static_argnums=(2, 3, 4, 5, 6, 7))
 

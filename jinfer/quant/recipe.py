@@ -18,6 +18,7 @@ from jinfer.qformat import QFormat
 FOLDS = ("none", "awq", "smoothquant")
 SOLVERS = ("rtn", "gptq", "hqq")
 ORDERS = ("none", "act", "group")
+SCALES = ("extremes", "mse", "hessian")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class Method:
       format: the target.
       fold: what is moved between the inputs and their producer before.
       solver: how codes are found.
-      mse: search ranges rather than take extremes (rtn, gptq).
+      scales: what sets the ranges: "extremes"; "mse", a search (rtn, gptq); "hessian", a search
+        that weighs errors as GPTQ does (gptq alone).
       grid: symmetric integer grid, see `qformat.find_scales`.
       order, static_groups, damp: GPTQ's.
       correct: how far GPTQ first moves weights to make up for quantized inputs, 0 .. 1; see
@@ -43,7 +45,7 @@ class Method:
     format: QFormat
     fold: str = "none"
     solver: str = "rtn"
-    mse: bool = False
+    scales: str = "extremes"
     grid: str = "full"
     order: str = "act"
     static_groups: bool = True
@@ -58,6 +60,7 @@ class Method:
             ("fold", FOLDS),
             ("solver", SOLVERS),
             ("order", ORDERS),
+            ("scales", SCALES),
             ("grid", ("full", "restricted")),
             ("scale_dtype", ("float16", "bfloat16", "float32")),
         ):
@@ -83,7 +86,16 @@ class Method:
             f"awq takes weight-only formats with scales by group or channel, got {fmt}",
         )
         require(
-            not self.mse or not fmt.double_quant, f"mse search and double scales exclude, {fmt}"
+            self.scales != "hessian" or self.solver == "gptq",
+            "scales=hessian is an option of gptq: other methods have no Hessian; use mse",
+        )
+        require(
+            self.scales == "extremes" or self.solver != "hqq",
+            f"hqq finds its own scales; scales={self.scales} is for rtn and gptq",
+        )
+        require(
+            self.scales == "extremes" or not fmt.double_quant,
+            f"scales={self.scales} searches, which excludes double scales, {fmt}",
         )
 
     @property
@@ -94,7 +106,7 @@ class Method:
 
 _PRESETS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("int4-g64", {}),
-    "gptq": ("int4-g64", {"solver": "gptq"}),
+    "gptq": ("int4-g64", {"solver": "gptq", "scales": "hessian"}),
     "awq": ("int4-g64-asym", {"fold": "awq"}),
     "smoothquant": (
         "int8-channel:dyn",

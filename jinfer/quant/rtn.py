@@ -18,7 +18,6 @@ from jinfer.qformat import (
     decode,
     encode,
     expand_groups,
-    find_scales,
     reduce_groups,
     scales_from_range,
 )
@@ -34,10 +33,11 @@ def search_scales(
     fmt: QFormat,
     *,
     importance: Array | None = None,
+    norm: float = NORM,
     grid: Grid = "full",
     scale_dtype: Any = jnp.float32,
 ) -> tuple[Array, Array | None]:
-    """Scales and zero points that minimize sum |w - q|^2.4 of each group, by shrinking its range.
+    """Scales and zero points that minimize sum |w - q|^norm of each group, by shrinking its range.
 
     The search of GPTQ's code (Frantar et al. 2022, arXiv:2210.17323): 80 ranges, from the extremes
     down to 21 % of them; the first of equals wins.
@@ -46,6 +46,7 @@ def search_scales(
       w: [I, O] f32.
       fmt: the target.
       importance: f32 [I], a factor on each input's errors (such as diag of X^T X), or None.
+      norm: exponent of an error; 2.4 is that of GPTQ's code.
       grid: as in `find_scales`.
       scale_dtype: likewise.
     """
@@ -57,7 +58,8 @@ def search_scales(
         scale, zero = scales_from_range(low * p, high * p, fmt, grid=grid, scale_dtype=scale_dtype)
         rows = expand_groups(scale, fmt, num_inputs, num_outputs)
         zeros = None if zero is None else expand_groups(zero, fmt, num_inputs, num_outputs)
-        error = jnp.abs(decode(encode(w, rows, zeros, fmt), rows, zeros, fmt) - w) ** NORM
+        error = jnp.abs(decode(encode(w, rows, zeros, fmt), rows, zeros, fmt) - w)
+        error = error * error if norm == 2 else error**norm
         if importance is not None:
             error = error * importance[:, None]
         return reduce_groups(error, fmt, jnp.sum), scale, zero
@@ -142,11 +144,3 @@ def with_static_inputs(x: QTensor, act_max: Array | float) -> QTensor:
     fmt = dataclasses.replace(x.fmt, act="static")
     steps = 127.0 if fmt.kind == "int" else FP8_MAX[fmt.kind]
     return dataclasses.replace(x, fmt=fmt, act_scale=act_max / steps)
-
-
-def pick_scales(
-    w: Array, fmt: QFormat, *, mse: bool, grid: Grid = "full", scale_dtype: Any = jnp.float32
-) -> tuple[Array, Array | None]:
-    """`search_scales` if `mse`, else `find_scales`."""
-    find = search_scales if mse else find_scales
-    return find(w, fmt, grid=grid, scale_dtype=scale_dtype)

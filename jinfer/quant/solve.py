@@ -169,7 +169,7 @@ def _gptq(
         order=method.order,  # pyright: ignore[reportArgumentType]
         static_groups=method.static_groups,
         damp=method.damp,
-        mse=method.mse,
+        scales=method.scales,  # pyright: ignore[reportArgumentType]
         grid=method.grid,  # pyright: ignore[reportArgumentType]
         scale_dtype=jnp.dtype(method.scale_dtype),
     )
@@ -193,7 +193,7 @@ def _alone(name: str, w: Array, stats: InputStats | None, method: Method) -> QTe
     return quantize_rtn(
         w,
         _weight_only(method),
-        mse=method.mse,
+        mse=method.scales == "mse",
         grid=method.grid,  # pyright: ignore[reportArgumentType]
         scale_dtype=dtype,
     )

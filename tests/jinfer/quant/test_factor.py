@@ -81,7 +81,7 @@ x = rng.normal(size=(2048, 384)).astype("f4") * np.exp(rng.normal(size=384)).ast
 h = jax.jit(gram)(x)
 w = rng.normal(size=(384, 320)).astype("f4")
 fmt = QFormat.parse("int4-g64-asym")
-q, info = quantize_gptq(w, h, fmt, mse=True)
+q, info = quantize_gptq(w, h, fmt, scales="hessian")
 chunks = x.reshape(2, 8, 128, 384)
 stats = measure(chunks)
 drift = measure_drift(chunks, np.tanh(chunks))

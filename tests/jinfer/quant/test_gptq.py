@@ -11,7 +11,7 @@ from jinfer.qformat import QFormat
 from jinfer.qtensor import dequantize, split_outputs
 from jinfer.quant.factor import gram
 from jinfer.quant.gptq import output_error, quantize_gptq, solve
-from jinfer.quant.rtn import quantize_rtn
+from jinfer.quant.rtn import quantize_rtn, search_scales
 
 SIZE = 150  # more than a block of 128, and 2.3 groups of 64
 
@@ -27,8 +27,9 @@ def problem(num_inputs=SIZE, num_outputs=48, tokens=1200, seed=0):
     return w, gram(x[:tokens]), gram(x[tokens:])
 
 
-def twin(w, hessian, fmt, order, static_groups, damp=0.01):
-    """Algorithm 1 in float64, one input at a time, factors as in the paper. No MSE search."""
+def twin(w, hessian, fmt, order, static_groups, damp=0.01, scales="extremes"):
+    """Algorithm 1 in float64, one input at a time, factors as in the paper. Of the searches for
+    scales only "hessian" is there."""
     w = np.asarray(w, np.float64).copy()
     h = np.asarray(hessian, np.float64).copy()
     num_inputs, num_outputs = w.shape
@@ -39,8 +40,20 @@ def twin(w, hessian, fmt, order, static_groups, damp=0.01):
     h[dead, dead], w[dead] = 1, 0
     diagonal = np.diag(np.asarray(hessian, np.float64))
 
-    def find(rows):
+    def find(rows, costs):
         low, high = np.minimum(rows.min(0), 0), np.maximum(rows.max(0), 0)
+        if scales == "extremes":
+            return from_range(low, high)
+        tried = [from_range(low * (1 - i / 100), high * (1 - i / 100)) for i in range(80)]
+        losses = [(costs[:, None] * (rows - round_to(rows, *t)[1]) ** 2).sum(0) for t in tried]
+        best = np.argmin(losses, axis=0), np.arange(num_outputs)
+        return tuple(np.stack(parts)[best] for parts in zip(*tried))
+
+    def round_to(rows, scale, zero):
+        codes = np.clip(np.round(rows / scale) + zero, least, most)
+        return codes, (codes - zero) * scale
+
+    def from_range(low, high):
         if fmt.symmetric:
             scale = 2 * np.maximum(-low, high) / (2**fmt.bits - 1)
             return scale, np.zeros(num_outputs)
@@ -59,19 +72,21 @@ def twin(w, hessian, fmt, order, static_groups, damp=0.01):
         turns = sorted(whole, key=lambda i: -diagonal[chunks[i]].max())
         turns += [i for i in range(num_groups) if i not in turns]
         perm = np.concatenate([chunks[i] for i in turns])
-    table = [find(w[i : i + group]) for i in range(0, num_inputs, group)]
+    original = w
     w, h = w[perm], h[perm][:, perm]
     h[np.diag_indices(num_inputs)] += damp * np.mean(np.diag(h))
     upper = np.linalg.cholesky(np.linalg.inv(h)).T
+    costs = 1 / np.diag(upper) ** 2
+    stored = costs[np.argsort(perm)]
+    chunks = [slice(i, i + group) for i in range(0, num_inputs, group)]
+    table = [find(original[c], stored[c]) for c in chunks]
     codes = np.zeros((num_inputs, num_outputs), int)
     values = np.zeros_like(w)
     for i in range(num_inputs):
         g = perm[i] // group if static_groups else turns[i // group]
         if not static_groups and i % group == 0:
-            table[g] = find(w[i : i + group])
-        scale, zero = table[g]
-        codes[i] = np.clip(np.round(w[i] / scale) + zero, least, most)
-        values[i] = (codes[i] - zero) * scale
+            table[g] = find(w[i : i + group], costs[i : i + group])
+        codes[i], values[i] = round_to(w[i], *table[g])
         error = (w[i] - values[i]) / upper[i, i]
         w[i + 1 :] -= upper[i, i + 1 :, None] * error
     back = np.argsort(perm)
@@ -93,7 +108,12 @@ def test_an_identity_hessian_gives_round_to_nearest_bit_for_bit(text, order, sta
     w, fmt = problem()[0], QFormat.parse(text)
     expected = quantize_rtn(w, fmt, mse=mse)
     got, info = quantize_gptq(
-        w, jnp.eye(SIZE), fmt, order=order, static_groups=static_groups, mse=mse
+        w,
+        jnp.eye(SIZE),
+        fmt,
+        order=order,
+        static_groups=static_groups,
+        scales="mse" if mse else "extremes",
     )
     np.testing.assert_array_equal(got.codes(), expected.codes())
     # The MSE search shrinks a range, high * p - low * p: XLA may contract that to an FMA in one of
@@ -103,19 +123,21 @@ def test_an_identity_hessian_gives_round_to_nearest_bit_for_bit(text, order, sta
 
 
 @pytest.mark.parametrize(
-    ("text", "order", "static_groups"),
+    ("text", "order", "static_groups", "scales"),
     [
-        ("int3-g64-asym", "none", False),
-        ("int3-g64-asym", "act", False),
-        ("int3-g64-asym", "group", False),
-        ("int4-g64", "act", True),
+        ("int3-g64-asym", "none", False, "extremes"),
+        ("int3-g64-asym", "act", False, "extremes"),
+        ("int3-g64-asym", "group", False, "extremes"),
+        ("int4-g64", "act", True, "extremes"),
+        ("int4-g64", "act", True, "hessian"),
+        ("int3-g64-asym", "group", False, "hessian"),
     ],
 )
-def test_codes_and_error_agree_with_the_float64_twin(text, order, static_groups):
+def test_codes_and_error_agree_with_the_float64_twin(text, order, static_groups, scales):
     w, h, held_out = problem()
     fmt = QFormat.parse(text)
-    got, _ = quantize_gptq(w, h, fmt, order=order, static_groups=static_groups)
-    codes, values = twin(w, h, fmt, order, static_groups)
+    got, _ = quantize_gptq(w, h, fmt, order=order, static_groups=static_groups, scales=scales)
+    codes, values = twin(w, h, fmt, order, static_groups, scales=scales)
     assert np.mean(np.asarray(got.codes()) == codes) >= 0.99
     expected = float(output_error(w, jnp.asarray(values, jnp.float32), held_out))
     assert float(output_error(w, dequantize(got), held_out)) == pytest.approx(expected, rel=1e-3)
@@ -147,9 +169,28 @@ def test_each_refinement_pays_on_held_out_inputs():
     ordered = error(order="act")
     assert ordered < defaults
     assert error(order="group", static_groups=False) < defaults
-    best = error("int4-g64-asym", order="act", mse=True)
+    best = error("int4-g64-asym", order="act", scales="mse")
     assert best < ordered
     assert best <= 0.85 * defaults
+
+
+@pytest.mark.parametrize("text", ["int3-g64", "int4-g64", "int4-g64-asym", "fp8-e4m3-channel"])
+def test_scales_that_weigh_errors_as_the_solver_pays_for_them_win_on_held_out_inputs(text):
+    w, h, held_out = problem(tokens=4000)
+
+    def error(scales):
+        x, _ = quantize_gptq(w, h, QFormat.parse(text), scales=scales)
+        return float(output_error(w, dequantize(x), held_out))
+
+    found = {scales: error(scales) for scales in ("extremes", "mse", "hessian")}
+    assert found["hessian"] < min(found["extremes"], found["mse"])
+
+
+def test_an_identity_hessian_makes_them_those_of_least_squares():
+    w, fmt = problem()[0], QFormat.parse("int3-g64")
+    got, _ = quantize_gptq(w, jnp.eye(SIZE), fmt, scales="hessian")
+    scale, _ = jax.jit(lambda w: search_scales(w, fmt, norm=2))(w)
+    np.testing.assert_array_max_ulp(got.scale, scale, maxulp=1)
 
 
 def test_inputs_that_never_fired_get_zero_weights():

@@ -138,6 +138,10 @@ def test_a_format_that_cannot_hold_a_weight_names_it_and_leaves_no_folder(
         ("gptq", "int4-g64", {"best": 1}, "no options"),
         ("hqq", "int4-g64", {}, "hqq takes an asymmetric"),
         ("gptq", "int4-g64", {"order": "up"}, "order must be one of"),
+        ("gptq", "int4-g64", {"scales": "best"}, "scales must be one of"),
+        ("rtn", "int4-g64", {"scales": "hessian"}, "no Hessian; use mse"),
+        ("hqq", None, {"scales": "mse"}, "finds its own scales"),
+        ("nf4", "nf4-g64-dq", {"scales": "mse"}, "excludes double scales"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused(name, fmt, options, message):

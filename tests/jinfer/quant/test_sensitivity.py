@@ -118,7 +118,7 @@ def test_a_recipe_is_read_as_it_was_written(tmp_path):
 
     recipe = Recipe(
         (
-            ("layers.0.*", make_method("gptq", "int3-g64", mse=True, damp=0.05)),
+            ("layers.0.*", make_method("gptq", "int3-g64", scales="mse", damp=0.05)),
             ("layers.1.*", None),
             ("layers.*", make_method("smoothquant", alpha=0.8)),
         )
