@@ -351,7 +351,7 @@ def test_a_stopped_job_goes_on_where_it_was(jinfer, tmp_path, number, status):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(f'{{"prompt": "prompt {i}"}}\n' for i in range(40)))
     argv = ("generate", "--input", source, "--output", target)
-    process = start(*argv, env={**os.environ, "FAKE_LLM_STEP_S": "0.005"})
+    process = start(*argv, env={**os.environ, "FAKE_LLM_STEP_S": "0.04"})
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if target.exists() and target.stat().st_size > 1000:
