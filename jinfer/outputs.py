@@ -40,6 +40,8 @@ class RequestMetrics:
       num_decode_steps, num_decode_tokens: (with speculation) steps after the prompt, and the
         tokens that they brought.
       num_drafted_tokens, num_accepted_tokens: (with speculation) drafts, and those that stood.
+      num_drafted_at, num_accepted_at: the same by position: the first drafts of all steps, the
+        second ones, and so on.
     """
 
     arrival_time: float | None = None
@@ -51,6 +53,25 @@ class RequestMetrics:
     num_decode_tokens: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_drafted_at: list[int] = dataclasses.field(default_factory=list)
+    num_accepted_at: list[int] = dataclasses.field(default_factory=list)
+
+    def note_drafts(self, num_drafted: int, num_accepted: int) -> None:
+        """Counts the drafts of one step, of which the first `num_accepted` stood."""
+        self.num_drafted_tokens += num_drafted
+        self.num_accepted_tokens += num_accepted
+        for counts in (self.num_drafted_at, self.num_accepted_at):
+            counts += [0] * (num_drafted - len(counts))
+        for i in range(num_drafted):
+            self.num_drafted_at[i] += 1
+            self.num_accepted_at[i] += i < num_accepted
+
+    @property
+    def acceptance_at(self) -> tuple[float, ...]:
+        """Shares of the first, second, ... drafts that stood, those counted as fallen that were not
+        reached because an earlier one fell; empty without drafts."""
+        pairs = zip(self.num_accepted_at, self.num_drafted_at, strict=True)
+        return tuple(accepted / drafted for accepted, drafted in pairs)
 
     @property
     def tokens_per_step(self) -> float | None:

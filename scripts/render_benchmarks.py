@@ -18,7 +18,8 @@ HEAD = """# Benchmarks
 
 Made by `python scripts/render_benchmarks.py` from `benchmarks/results/*.json`; do not edit. Every
 number comes from the command above its table, with peers in the same run. *limit* is what the
-hardware would allow, *goal* the ratio that was aimed at.
+hardware would allow, *goal* the ratio that was aimed at. Numbers in brackets are a value's parts:
+behind *acceptance*, that of the first, the second, ... draft of a step.
 """
 COLUMNS = ("case", "metric", "unit", "jinfer", "peer", "peer's value", "ratio", "limit", "goal")
 
@@ -49,7 +50,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["case"],
         row["metric"],
         row["unit"],
-        number(row["value"]) + variant(row.get("own")),
+        number(row["value"]) + variant(row.get("own")) + in_parts(row.get("parts")),
         row["peer"] or "",
         number(row["peer_value"]),
         "" if ratio is None else f"{ratio:.2f}x",
@@ -61,6 +62,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 def variant(own: str | None) -> str:
     """Prints which variant of ours ran, such as its dtype, where a bench tried several."""
     return f" ({own.removeprefix('jinfer ')})" if own else ""
+
+
+def in_parts(parts: list[float] | None) -> str:
+    """Prints what a value is made of, such as acceptance by position."""
+    return f" ({', '.join(map(number, parts))})" if parts else ""
 
 
 def number(value: float | None) -> str:

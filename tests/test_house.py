@@ -54,6 +54,7 @@ FLOORS = {
     "jinfer.llm_options": 6,
     "jinfer.prompts": 6,
     "jinfer": 6,  # the public names
+    "jinfer.__main__": 7,
     "jinfer.cli": 7,
     "jinfer.commands": 7,
     "jinfer.jsonl": 7,

@@ -27,6 +27,7 @@ class Row:
       ratio: how many times better than the peer; `goal`: how many were aimed at.
       limit: what the hardware, or a bound that was promised, would allow.
       own: which variant of ours, where a bench tries several.
+      parts: the value's own parts, such as the acceptance of the first, the second, ... draft.
     """
 
     case: str
@@ -39,6 +40,7 @@ class Row:
     goal: float | None = None
     limit: float | None = None
     own: str | None = None
+    parts: tuple[float, ...] | None = None
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +96,8 @@ def _line(row: Row) -> str:
     text = f"  {row.metric:<36} {row.value:.4g} {row.unit}"
     if row.own:
         text += f" ({row.own})"
+    if row.parts:
+        text += f" ({', '.join(f'{part:.4g}' for part in row.parts)})"
     if row.peer is not None and row.peer_value is not None:
         text += f"; {row.peer} {row.peer_value:.4g}"
     if row.ratio is not None:

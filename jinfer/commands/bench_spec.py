@@ -59,8 +59,8 @@ class _Counts:
     tokens: int = 0
     decode_steps: int = 0
     decode_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    drafted_at: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    accepted_at: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, other: _Counts) -> None:
         for field in dataclasses.fields(self):
@@ -244,8 +244,8 @@ def _generate(llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: i
             counts.tokens += len(tokens[-1])
             counts.decode_steps += output.metrics.num_decode_steps
             counts.decode_tokens += output.metrics.num_decode_tokens
-            counts.drafted += output.metrics.num_drafted_tokens
-            counts.accepted += output.metrics.num_accepted_tokens
+            counts.drafted_at.update(dict(enumerate(output.metrics.num_drafted_at)))
+            counts.accepted_at.update(dict(enumerate(output.metrics.num_accepted_at)))
     return counts, tokens
 
 
@@ -316,7 +316,8 @@ def _rows(
                 case=case,
                 metric="acceptance",
                 unit="of the drafts",
-                value=b.accepted / max(1, b.drafted),
+                value=b.accepted_at.total() / max(1, b.drafted_at.total()),
+                parts=tuple(b.accepted_at[i] / n for i, n in sorted(b.drafted_at.items()) if n),
             ),
             Row(
                 case=case,

@@ -160,8 +160,7 @@ class Speculation:
         metrics = request.metrics
         metrics.num_decode_steps += num_steps
         metrics.num_decode_tokens += num_tokens
-        metrics.num_drafted_tokens += num_drafts
-        metrics.num_accepted_tokens += num_accepted
+        metrics.note_drafts(num_drafts, num_accepted)
 
     def metrics(self) -> dict[str, float]:
         """Returns counts since the engine was made.
@@ -175,11 +174,12 @@ class Speculation:
             "num_accepted_tokens": accepted,
             "acceptance_rate": accepted / max(1, drafted),
             "tokens_per_step": self.num_tokens / max(1, self.num_steps),
-            **{
-                f"acceptance_at_{i + 1}": self.accepted_at[i] / max(1, self.drafted_at[i])
-                for i in range(len(self.drafted_at))
-            },
+            **{f"acceptance_at_{i}": share for i, share in enumerate(self._acceptance_at(), 1)},
         }
+
+    def _acceptance_at(self) -> list[float]:
+        pairs = zip(self.accepted_at, self.drafted_at, strict=True)
+        return [accepted / max(1, drafted) for accepted, drafted in pairs]
 
     def _log(self) -> None:
         now = self._now()
@@ -188,12 +188,14 @@ class Speculation:
         self._last_log = now
         values = self.metrics()
         logger.info(
-            "speculation (%s): %.2f tokens a step, %d of %d drafts accepted (%.0f %%)",
+            "speculation (%s): %.2f tokens a step, %d of %d drafts accepted "
+            "(%.0f %%; by position %s)",
             self.config.method,
             values["tokens_per_step"],
             values["num_accepted_tokens"],
             values["num_drafted_tokens"],
             100 * values["acceptance_rate"],
+            ", ".join(f"{100 * share:.0f} %" for share in self._acceptance_at()),
         )
 
 

@@ -15,7 +15,19 @@ from jinfer.commands import bench_kv, bench_soak, bench_spec
 from jinfer.engine.costs import TransferCosts
 from jinfer.outputs import RequestMetrics
 
-FIELDS = {"case", "metric", "unit", "value", "peer", "peer_value", "ratio", "goal", "limit", "own"}
+FIELDS = {
+    "case",
+    "metric",
+    "unit",
+    "value",
+    "peer",
+    "peer_value",
+    "ratio",
+    "goal",
+    "limit",
+    "own",
+    "parts",
+}
 
 
 @pytest.fixture
@@ -179,7 +191,10 @@ def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     assert got["ngram/overall/b1", "prompts with the same tokens"]["value"] == 4
     per_step = got["ngram/overall/b1", "tokens_per_step"]
     assert per_step["value"] > 1.0 and per_step["goal"] == 1.3
-    assert 0.0 < got["ngram/overall/b1", "acceptance"]["value"] < 1.0
+    acceptance = got["ngram/overall/b1", "acceptance"]
+    assert len(acceptance["parts"]) == 4
+    assert acceptance["parts"] == sorted(acceptance["parts"], reverse=True)
+    assert 0.0 < acceptance["parts"][-1] < acceptance["value"] < acceptance["parts"][0] < 1.0
     speedup = got["ngram/qa/b1", "speedup"]
     assert speedup["value"] == pytest.approx(speedup["ratio"] * speedup["peer_value"])
     capsys.readouterr()

@@ -380,9 +380,10 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert err == ""
 
 
-def test_the_script_is_the_command():
+@pytest.mark.parametrize("command", [["scripts/generate.py"], ["-m", "jinfer", "generate"]])
+def test_the_script_and_the_module_are_the_command(command):
     done = subprocess.run(
-        [sys.executable, "scripts/generate.py", "--input", "x"],
+        [sys.executable, *command, "--input", "x"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -30,3 +30,13 @@ def test_times_are_none_until_the_event():
     metrics = RequestMetrics(arrival_time=1.0, first_token_time=1.5, finished_time=3.0)
     assert metrics.time_to_first_token == pytest.approx(0.5)
     assert metrics.latency == pytest.approx(2.0)
+
+
+def test_drafts_are_counted_by_position():
+    metrics = RequestMetrics()
+    assert metrics.acceptance_at == ()
+    for num_drafted, num_accepted in [(2, 2), (0, 0), (3, 1), (1, 0)]:
+        metrics.note_drafts(num_drafted, num_accepted)
+    assert (metrics.num_drafted_tokens, metrics.num_accepted_tokens) == (6, 3)
+    assert (metrics.num_drafted_at, metrics.num_accepted_at) == ([3, 2, 1], [2, 1, 0])
+    assert metrics.acceptance_at == (2 / 3, 1 / 2, 0.0)

@@ -1,5 +1,6 @@
 """The adaptive choice in the scheduler, on a clock that tests wind: what pays is done, no more."""
 
+import logging
 import random
 
 import pytest
@@ -195,3 +196,13 @@ def test_steps_that_stay_on_the_device_while_resting_are_counted_one_by_one(meth
     assert speculation.metrics()["tokens_per_step"] < 1.1
     assert set(speculation.length._seconds[(8).bit_length(), 0]) == {1.0}
     assert engine.run(100) > 0.98 * 8
+
+
+def test_the_log_tells_tokens_a_step_and_acceptance_by_position(caplog):
+    engine = Engine("ngram", lambda *_: 1.0, 1.0, adaptive=False, num_speculative_tokens=2)
+    engine.add(1, 100)
+    with caplog.at_level(logging.INFO, logger="jinfer"):
+        engine.run(30)
+    first = next(r.message for r in caplog.records if "tokens a step" in r.message)
+    assert first.startswith("speculation (ngram): ")
+    assert first.endswith("accepted (100 %; by position 100 %, 100 %)")

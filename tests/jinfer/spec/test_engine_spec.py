@@ -251,6 +251,7 @@ def test_metrics_tell_tokens_a_step(make_llm, plain):
     assert times.num_accepted_tokens == metrics["num_accepted_tokens"]
     rates = [metrics[f"acceptance_at_{i}"] for i in (1, 2, 3)]
     assert rates == sorted(rates, reverse=True)
+    assert times.acceptance_at[:3] == tuple(rates)
 
 
 @pytest.mark.parametrize(
