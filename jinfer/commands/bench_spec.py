@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             "params": params,
             "max_model_len": args.max_model_len,
             "max_num_seqs": batch_size,
-            "num_gpu_blocks_override": _num_pages(chats, args.output_tokens),
+            "num_gpu_blocks_override": _num_pages(chats, args.output_tokens, args.max_model_len),
             "skip_tokenizer_init": True,
         }
         plain = LLM(model, **common)
@@ -222,10 +222,13 @@ def read_chats(path: Path, tokenizer: Any, limit: int, longest: int) -> dict[str
     return chats
 
 
-def _num_pages(chats: dict[str, list[list[int]]], num_outputs: int, page_size: int = 64) -> int:
+def _num_pages(
+    chats: dict[str, list[list[int]]], num_outputs: int, longest: int, page_size: int = 64
+) -> int:
     """All chats at once, so that nothing is evicted; of few sizes, since each is compiled for."""
     lengths = [len(prompt) + num_outputs for prompts in chats.values() for prompt in prompts]
-    return 1 << sum(-(-n // page_size) for n in lengths).bit_length()
+    num_pages = sum(-(-n // page_size) for n in lengths)
+    return 1 << max(num_pages, -(-longest // page_size)).bit_length()
 
 
 def _generate(llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: int) -> Any:

@@ -197,6 +197,11 @@ def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     assert 0.0 < acceptance["parts"][-1] < acceptance["value"] < acceptance["parts"][0] < 1.0
     speedup = got["ngram/qa/b1", "speedup"]
     assert speedup["value"] == pytest.approx(speedup["ratio"] * speedup["peer_value"])
+    few = ("--prompts", file, "--limit", 1, "--output-tokens", 2, "--max-model-len", 512)
+    few += ("--batch-sizes", 1, "--methods", "ngram", "--categories", "qa")  # a page of tokens
+    assert (
+        bench(tmp_path, "spec", *few)["ngram/qa/b1", "prompts with the same tokens"]["value"] == 1
+    )
     capsys.readouterr()
     argv = ["bench", "spec", *map(str, argv), "--methods", "ngram", "--categories", "qa", "poems"]
     assert cli.main(argv) == 2
