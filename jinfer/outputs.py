@@ -68,10 +68,12 @@ class RequestMetrics:
 
     @property
     def acceptance_at(self) -> tuple[float, ...]:
-        """Shares of the first, second, ... drafts that stood, those counted as fallen that were not
-        reached because an earlier one fell; empty without drafts."""
+        """Shares of the first, second, ... drafts that stood; empty without drafts.
+
+        Drafts that were not reached because an earlier one fell have fallen.
+        """
         pairs = zip(self.num_accepted_at, self.num_drafted_at, strict=True)
-        return tuple(accepted / drafted for accepted, drafted in pairs)
+        return tuple(accepted / max(1, drafted) for accepted, drafted in pairs)
 
     @property
     def tokens_per_step(self) -> float | None:

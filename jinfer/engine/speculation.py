@@ -14,6 +14,7 @@ from jinfer.engine.holdings import Holdings
 from jinfer.engine.plan import Drafts, Plan
 from jinfer.engine.proposers import make_proposer
 from jinfer.engine.request import Request
+from jinfer.outputs import RequestMetrics
 from jinfer.spec.adaptive import DraftLength
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,9 @@ class Speculation:
         self._num_rest = 0  # steps to come that need not look for drafts
         self._rest_batch = 0  # of batches of this size
         self._steps_a_plan = config.num_decode_steps
-        self.num_steps = 0  # of single sequences, each of which brought one token or more
-        self.num_tokens = 0  # that they brought
-        # By position (of a tree: by level), the first draft first.
-        self.drafted_at = [0] * self.config.max_depth
-        self.accepted_at = [0] * self.config.max_depth
+        # Of all requests; by position, or of a tree by level.
+        depth = self.config.max_depth
+        self._totals = RequestMetrics(num_drafted_at=[0] * depth, num_accepted_at=[0] * depth)
         self._last_log = now()
 
     @property
@@ -150,17 +149,12 @@ class Speculation:
     def _note_sequence(self, request: Request, num_drafts: int, num_tokens: int) -> None:
         num_accepted = min(num_tokens - 1, num_drafts)
         num_steps = 1 if num_drafts else num_tokens  # several may stay on the device
-        self.num_steps += num_steps
-        self.num_tokens += num_tokens
-        for i in range(num_drafts):
-            self.drafted_at[i] += 1
-            self.accepted_at[i] += i < num_accepted
         if self.length is not None:
             self.length.note_drafts(num_drafts, num_accepted)
-        metrics = request.metrics
-        metrics.num_decode_steps += num_steps
-        metrics.num_decode_tokens += num_tokens
-        metrics.note_drafts(num_drafts, num_accepted)
+        for metrics in (request.metrics, self._totals):
+            metrics.num_decode_steps += num_steps
+            metrics.num_decode_tokens += num_tokens
+            metrics.note_drafts(num_drafts, num_accepted)
 
     def metrics(self) -> dict[str, float]:
         """Returns counts since the engine was made.
@@ -168,18 +162,14 @@ class Speculation:
         `acceptance_at_i` is the share of i-th drafts that stood, those included that were not
         reached because an earlier one fell.
         """
-        drafted, accepted = sum(self.drafted_at), sum(self.accepted_at)
+        drafted, accepted = self._totals.num_drafted_tokens, self._totals.num_accepted_tokens
         return {
             "num_drafted_tokens": drafted,
             "num_accepted_tokens": accepted,
             "acceptance_rate": accepted / max(1, drafted),
-            "tokens_per_step": self.num_tokens / max(1, self.num_steps),
-            **{f"acceptance_at_{i}": share for i, share in enumerate(self._acceptance_at(), 1)},
+            "tokens_per_step": self._totals.tokens_per_step or 0.0,
+            **{f"acceptance_at_{i}": x for i, x in enumerate(self._totals.acceptance_at, 1)},
         }
-
-    def _acceptance_at(self) -> list[float]:
-        pairs = zip(self.accepted_at, self.drafted_at, strict=True)
-        return [accepted / max(1, drafted) for accepted, drafted in pairs]
 
     def _log(self) -> None:
         now = self._now()
@@ -195,7 +185,7 @@ class Speculation:
             values["num_accepted_tokens"],
             values["num_drafted_tokens"],
             100 * values["acceptance_rate"],
-            ", ".join(f"{100 * share:.0f} %" for share in self._acceptance_at()),
+            ", ".join(f"{100 * share:.0f} %" for share in self._totals.acceptance_at),
         )
 
 
