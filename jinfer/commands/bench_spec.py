@@ -102,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
     from jinfer import LLM, load
     from jinfer.tokenizer import load_tokenizer
 
-    if args.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    for flag in ("repeats", "limit"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
     methods = {
         name: _config(name, args)
         for name in args.methods or METHODS

@@ -206,8 +206,9 @@ def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     argv = ["bench", "spec", *map(str, argv), "--methods", "ngram", "--categories", "qa", "poems"]
     assert cli.main(argv) == 2
     assert "no category ['poems']" in capsys.readouterr().err
-    assert cli.main([*argv, "--repeats", "0"]) == 2
-    assert "--repeats must be at least 1" in capsys.readouterr().err
+    for flag in ("--repeats", "--limit"):
+        assert cli.main([*argv, flag, "0"]) == 2
+        assert f"{flag} must be at least 1" in capsys.readouterr().err
 
 
 class Turns:
