@@ -88,7 +88,9 @@ def tree_step(
         guesses = jnp.argmax(logits, axis=-1).astype(jnp.int32).T[:, :, None]
     else:
         from_here = hidden[jnp.take_along_axis(at, walk.nodes[-1:], axis=0)[0]]  # [S, D]
-        guesses = medusa.guess(model, params, heads, from_here, num_ranks=num_ranks)
+        newest = jnp.maximum(walk.counts - 1, 0)[None]  # the next step's root
+        roots = jnp.take_along_axis(walk.tokens, newest, axis=0)[0]  # [S]
+        guesses = medusa.guess(model, params, heads, from_here, roots, num_ranks=num_ranks)
     is_sound = steps.is_sound(hidden, batch) & jnp.all(steps.is_finite(walk.logits), axis=0)
     tokens = jnp.where(is_sound, walk.tokens, steps.NOT_FINITE)
     return StepOutput(tokens, walk.logits, hidden, walk.counts, guesses), kv, state

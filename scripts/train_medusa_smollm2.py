@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jinfer.cli import main
 
-NUM_PROMPTS = 768
+NUM_PROMPTS = 1536
 SHORTEST, LONGEST = 100, 400  # characters: the answers are to be learnt, not the prompts
 MORE = "\n\nExplain your answer."  # most tasks of the mix ask for a word or two
 RECIPE = {
@@ -34,7 +34,7 @@ RECIPE = {
     "max-num-seqs": 64,
     "max-num-batched-tokens": 160,  # 64 decodes and one short prompt
     "window": 384,
-    "epochs": 6,
+    "epochs": 4,
     "batch-size": 512,
     "tree-nodes": 63,
     "checkpoint-every": 100,

@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="heads guess among the N most frequent tokens of what is learnt only: smaller and "
         "faster; default: among all",
     )
+    parser.add_argument(
+        "--reads-root",
+        action=flags.BOOL,
+        default=True,
+        help="heads that read the token sampled after the hidden state, too, for D * D more "
+        "weights each: they are right more often (true)",
+    )
     parser.add_argument("--tree-nodes", type=int, default=16, help="guesses a step (16)")
 
 
@@ -64,8 +71,11 @@ def run(args: argparse.Namespace) -> int:
         vocab_size=model.config.vocab_size,
         shared_unembedding=shared,
         draft_vocab_size=args.draft_vocab_size,
+        reads_root=args.reads_root,
     )
-    training.check_same_run(args, "num_heads", "shared_unembedding", "draft_vocab_size")
+    training.check_same_run(
+        args, "num_heads", "shared_unembedding", "draft_vocab_size", "reads_root"
+    )
     learnt, held = _examples(args, model, params)
     tokens = None
     if config.draft_vocab_size is not None:
@@ -76,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     weights, frozen = medusa.split(config, heads)
     targets = medusa_training.as_ranks(learnt.targets, tokens, config.vocab_size)
     objective = medusa_training.HeadLoss(model)
-    weights = training.train(args, objective, (params, frozen), weights, (learnt.hidden, targets))
+    weights = training.train(
+        args, objective, (params, frozen), weights, learnt._replace(targets=targets)
+    )
     heads = {**frozen, **weights}
     ranks = medusa_training.target_ranks(model, params, heads, held, num_ranks=NUM_RANKS)
     accuracies = medusa_training.rank_accuracies(ranks, NUM_RANKS)
@@ -129,8 +141,9 @@ def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, A
         file.with_suffix(".tmp.npz").replace(file)
         shutil.rmtree(parts)
     with np.load(file) as arrays:
-        hidden, targets, held_hidden, held_targets = (arrays[f"arr_{i}"] for i in range(4))
-    return Examples(hidden, targets), Examples(held_hidden, held_targets)
+        found = [arrays[f"arr_{i}"] for i in range(2 * len(Examples._fields))]
+    half = len(Examples._fields)
+    return Examples(*found[:half]), Examples(*found[half:])
 
 
 def _size(params: Any) -> int:

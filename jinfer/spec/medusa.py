@@ -26,6 +26,7 @@ from jinfer.spec.medusa_tree import Tree, check_tree
 from jinfer.typing import Params
 
 _CONFIG_FILE, _WEIGHTS_FILE = "medusa.json", "heads.safetensors"
+_ROOT_EPS = 1e-6  # of the norm of a root's embedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,10 @@ class MedusaConfig:
       draft_vocab_size: N, tokens that the heads guess among, V by default. Fewer make heads smaller
         and faster; a token that they cannot guess is only never guessed, since the model verifies
         all guesses. Zhao et al. 2025 (FR-Spec, arXiv:2502.14856).
+      reads_root: the heads read, beside the hidden state, the embedding of the token that was
+        sampled after it: the root, from which they guess on. D * D weights more a head. Ankner et
+        al. 2024 (Hydra, arXiv:2402.05109) give a head all tokens before its own, so that it must
+        run once a path; the root is the same for all paths.
     """
 
     num_heads: int
@@ -47,6 +52,7 @@ class MedusaConfig:
     vocab_size: int
     shared_unembedding: bool
     draft_vocab_size: int | None = None
+    reads_root: bool = False
 
     def __post_init__(self) -> None:
         require(self.num_heads > 0, f"num_heads must be positive, got {self.num_heads}")
@@ -80,7 +86,8 @@ def init(
 ) -> dict[str, Array]:
     """Returns heads that all say what the model's own head says.
 
-    The residual block x + silu(x w + b) starts at zero, the linear as a copy of the model's.
+    The residual block x + silu(x w + r u + b), with r the root's embedding where the heads read it,
+    starts at zero, the linear as a copy of the model's.
 
     Args:
       config: see there.
@@ -88,8 +95,9 @@ def init(
       draft_tokens: the token ids of the draft vocabulary, if `config` names its size.
 
     Returns:
-      w [K, D, D], b [K, D] and, unless the model's own is shared whole, head [K, D, N], f32; with a
-      draft vocabulary also tokens [N] i32, and if it is shared one head for all, [1, D, N].
+      w [K, D, D], b [K, D], u [K, D, D] if the heads read the root and, unless the model's own is
+      shared whole, head [K, D, N], f32; with a draft vocabulary also tokens [N] i32, and if it is
+      shared one head for all, [1, D, N].
     """
     config.check(model.config)
     given = None if draft_tokens is None else len(draft_tokens)
@@ -99,6 +107,8 @@ def init(
     )
     k, d = config.num_heads, config.hidden_size
     heads = {"w": jnp.zeros((k, d, d), jnp.float32), "b": jnp.zeros((k, d), jnp.float32)}
+    if config.reads_root:
+        heads["u"] = jnp.zeros((k, d, d), jnp.float32)
     if config.shared_unembedding and draft_tokens is None:
         return heads
     w = params["embed"]["w"] if model.config.tie_word_embeddings else params["lm_head"]["w"]
@@ -120,7 +130,7 @@ def split(
     config: MedusaConfig, heads: Mapping[str, Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Returns (what is trained, what stays as it is) of heads."""
-    trained = ("w", "b") if config.shared_unembedding else ("w", "b", "head")
+    trained = ("w", "b", "u") if config.shared_unembedding else ("w", "b", "u", "head")
     return (
         {name: x for name, x in heads.items() if name in trained},
         {name: x for name, x in heads.items() if name not in trained},
@@ -133,7 +143,12 @@ def num_guessable(model: Model, heads: Mapping[str, Array]) -> int:
 
 
 def head_logits(
-    model: Model, params: Params, heads: Mapping[str, Array], k: int, hidden: Float[Array, "*B D"]
+    model: Model,
+    params: Params,
+    heads: Mapping[str, Array],
+    k: int,
+    hidden: Float[Array, "*B D"],
+    roots: Int[Array, "*B"],
 ) -> Float[Array, "*B N"]:
     """Returns head k's f32 logits for the token k + 2 places after each hidden state's own.
 
@@ -145,10 +160,16 @@ def head_logits(
       heads: see `init`.
       k: 0 .. K - 1.
       hidden: after the final norm.
+      roots: the token sampled after each, which only heads with `u` look at.
     """
     with jax.named_scope(f"medusa{k}"):
         x = hidden.astype(jnp.float32)
-        x = x + jax.nn.silu(ops.linear(x, heads["w"][k], heads["b"][k]))
+        inner = ops.linear(x, heads["w"][k], heads["b"][k])
+        if "u" in heads:
+            root = model.embed(params, roots).astype(jnp.float32)
+            one = jnp.ones(root.shape[-1:], jnp.float32)
+            inner = inner + ops.linear(ops.rms_norm(root, one, _ROOT_EPS), heads["u"][k])
+        x = x + jax.nn.silu(inner)
         if "head" not in heads:
             return model.unembed(params, x.astype(hidden.dtype))
         own = heads["head"][min(k, heads["head"].shape[0] - 1)]
@@ -160,12 +181,13 @@ def guess(
     params: Params,
     heads: Mapping[str, Array],
     hidden: Float[Array, "S D"],
+    roots: Int[Array, "S"],
     *,
     num_ranks: int,
 ) -> Int[Array, "S K R"]:
     """Returns the token ids that each head finds likeliest, best first; see `head_logits`."""
     ranked = [
-        jax.lax.top_k(head_logits(model, params, heads, k, hidden), num_ranks)[1]
+        jax.lax.top_k(head_logits(model, params, heads, k, hidden, roots), num_ranks)[1]
         for k in range(heads["w"].shape[0])
     ]
     guesses = jnp.stack(ranked, axis=1)
@@ -233,6 +255,8 @@ def load(
 def _shapes(config: MedusaConfig) -> dict[str, tuple[int, ...]]:
     k, d = config.num_heads, config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"w": (k, d, d), "b": (k, d)}
+    if config.reads_root:
+        shapes["u"] = (k, d, d)
     if config.draft_vocab_size is not None:
         shapes["tokens"] = (config.draft_vocab_size,)
     if config.draft_vocab_size is not None or not config.shared_unembedding:

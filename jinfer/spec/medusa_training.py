@@ -1,7 +1,7 @@
 """What Medusa heads learn, and how often they are right; see `training`.
 
 The backbone stays as it is, so its hidden states are computed once and kept: an example is the
-hidden state of one token and the tokens that each head should guess after it.
+hidden state of one token, the token after it, and those that each head should guess from there on.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ class Examples(NamedTuple):
 
     Attributes:
       hidden: [M, D] f32, after the final norm.
+      roots: [M] the token after each.
       targets: [M, K] token ids, head k's being the token k + 2 places on; NO_TARGET for none.
     """
 
     hidden: Float[np.ndarray, "M D"]
+    roots: Int[np.ndarray, "M"]
     targets: Int[np.ndarray, "M K"]
 
 
@@ -86,7 +88,8 @@ def examples(
             places = np.arange(max(first - 1, 0), end - 2)
             wanted = places[:, None] + 2 + np.arange(num_heads)
             there = tokens[row][np.minimum(wanted, end - 1)]
-            parts[row] = Examples(states[places], np.where(wanted < end, there, NO_TARGET))
+            targets = np.where(wanted < end, there, NO_TARGET)
+            parts[row] = Examples(states[places], tokens[row][places + 1], targets)
         if on_batch is not None:
             on_batch(min(begin + batch_size, len(order)))
     in_order = [parts[row] for row in range(len(order))]
@@ -144,6 +147,7 @@ class HeadLoss:
         params: tuple[Params, Mapping[str, Array]],
         weights: Mapping[str, Array],
         hidden: Float[Array, "B D"],
+        roots: Int[Array, "B"],
         targets: Int[Array, "B K"],
     ) -> tuple[Float[Array, ""], Float[Array, "K"]]:
         """Returns their sum with weights decay ** k, and each in nats.
@@ -151,14 +155,14 @@ class HeadLoss:
         Args:
           params: the model's, and what of the heads stays as it is.
           weights: the rest of the heads.
-          hidden, targets: see `Examples`; targets as places in what the heads guess among.
+          hidden, roots, targets: see `Examples`; targets as places in what the heads guess among.
         """
         model_params, frozen = params
 
         @functools.partial(jax.checkpoint, static_argnums=1)  # logits are large: made twice
         def loss(weights: Mapping[str, Array], k: int) -> Array:
             heads = {**frozen, **weights}
-            logits = medusa.head_logits(self.model, model_params, heads, k, hidden)
+            logits = medusa.head_logits(self.model, model_params, heads, k, hidden, roots)
             is_there = targets[:, k] >= 0
             each = optax.softmax_cross_entropy_with_integer_labels(
                 logits, jnp.maximum(targets[:, k], 0)
@@ -176,11 +180,12 @@ def _ranks(
     params: Params,
     heads: Mapping[str, Array],
     hidden: Float[Array, "B D"],
+    roots: Int[Array, "B"],
     targets: Int[Array, "B K"],
     *,
     num_ranks: int,
 ) -> Int[Array, "B K"]:
-    guesses = medusa.guess(model, params, heads, hidden, num_ranks=num_ranks)  # [B, K, R]
+    guesses = medusa.guess(model, params, heads, hidden, roots, num_ranks=num_ranks)  # [B, K, R]
     is_hit = guesses == targets[:, :, None]
     return jnp.where(jnp.any(is_hit, axis=2), jnp.argmax(is_hit, axis=2), MISSED)
 
@@ -206,8 +211,9 @@ def target_ranks(
         targets: Any = held.targets[begin : begin + batch_size]
         missing = batch_size - len(hidden)
         hidden = np.pad(hidden, ((0, missing), (0, 0)))
+        roots: Any = np.pad(held.roots[begin : begin + batch_size], (0, missing))
         padded = np.pad(targets, ((0, missing), (0, 0)), constant_values=NO_TARGET)
-        ranks = np.asarray(_ranks(model, params, heads, hidden, padded, num_ranks=num_ranks))
+        ranks = np.asarray(_ranks(model, params, heads, hidden, roots, padded, num_ranks=num_ranks))
         parts.append(np.where(targets >= 0, ranks[: len(targets)], NO_TARGET))
     return np.concatenate(parts)
 

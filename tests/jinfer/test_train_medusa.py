@@ -59,6 +59,7 @@ def test_heads_from_texts_that_the_model_writes_and_a_second_run_does_nothing(
     config, heads, tree = medusa.load(tmp_path, MODEL.config)
     assert config.num_heads == heads["w"].shape[0] == 2 and 1 <= len(tree) <= 5
     assert config.shared_unembedding  # of a model as small as this
+    assert config.reads_root and heads["u"].shape == (2, 24, 24) and heads["u"].any()
     assert "top-1" in report and f"tree of {len(tree)} guesses" in report
 
     def refuse(*args, **options):
@@ -130,7 +131,9 @@ def test_the_same_command_makes_the_same_bytes(tmp_path, capsys, monkeypatch):
 def test_texts_are_learnt_as_they_are_and_other_lines_are_refused(tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": "abcdefgh" * 6}) + "\n" for _ in range(8)))
-    assert train("--output", tmp_path / "a", "--data", data, *SMALL) == 0
+    assert train("--output", tmp_path / "a", "--data", data, *SMALL, "--no-reads-root") == 0
+    config, heads, _ = medusa.load(tmp_path / "a", MODEL.config)
+    assert not config.reads_root and "u" not in heads
     data.write_text(json.dumps({"question": "why?"}) + "\n")
     assert train("--output", tmp_path / "b", "--data", data, *SMALL) == 2
     assert "line 1 must have" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from tiny_models import byte_tokenizer, make_config
 
 from jinfer import LLM, SamplingParams
 from jinfer.models.model import Model
-from jinfer.spec import medusa
+from jinfer.spec import medusa, training
 
 VOCAB = 300
 CONFIG = make_config(
@@ -51,7 +51,7 @@ def heads(params, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few_heads(params, tmp_path_factory):
-    """The same for every second token only, backwards."""
+    """The same for every second token only, backwards, and now and then what the root adds."""
     folder = tmp_path_factory.mktemp("few_heads")
     tokens = np.arange(VOCAB - 2, 0, -2, dtype=np.int32)
     config = medusa.MedusaConfig(
@@ -60,8 +60,10 @@ def few_heads(params, tmp_path_factory):
         vocab_size=VOCAB,
         shared_unembedding=True,
         draft_vocab_size=len(tokens),
+        reads_root=True,
     )
     weights = medusa.init(config, MODEL, params, tokens)
+    weights["u"] = jax.random.normal(jax.random.key(5), weights["u"].shape) * 0.2
     medusa.save(folder, config, weights, rank_accuracies=[[0.5]], tree=((0,), (1,), (0, 0)))
     return str(folder)
 
@@ -172,6 +174,33 @@ def test_speculation_gives_the_tokens_of_plain_decoding(make_llm, plain, config_
     assert metrics["num_running"] == 0
     llm.check_integrity()
     assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
+
+
+def test_heads_guess_from_the_last_draft_that_stands_and_the_token_after_it(
+    make_llm, params, config_of
+):
+    """Against guesses made of the whole text at once."""
+    config = config_of("medusa-few")
+    llm = make_llm(speculative_config=config, max_num_seqs=1)
+    verify, found = llm._runner._verify_tree, []
+    llm._runner._verify_tree = lambda *args: found.append(verify(*args)) or found[-1]
+    prompt = make_prompts()[6]
+    greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    text = [*prompt, *llm.generate([prompt], greedy, use_tqdm=False)[0].outputs[0].token_ids]
+    hidden = jax.jit(training.hidden_states, static_argnums=0)(MODEL, params, np.array([text]))[0]
+    _, heads, _ = medusa.load(config["heads"], CONFIG)
+    place, counts = len(prompt) - 1, []
+    for out in found:
+        count = int(out.counts[0])
+        if count == 0:  # a chunk of the prompt
+            continue
+        counts.append(count)
+        place += count
+        if place < len(text):
+            root = np.array(text[place : place + 1])
+            want = medusa.guess(MODEL, params, heads, hidden[place - 1 : place], root, num_ranks=2)
+            assert out.guesses[0].tolist() == want[0].tolist()
+    assert place >= len(text) - 1 and 1 in counts and max(counts) > 1
 
 
 @pytest.mark.slow

@@ -63,17 +63,18 @@ def trained(params, learnt):
     return heads, np.stack(seen)
 
 
+@pytest.mark.parametrize("reads_root", [False, True])
 @pytest.mark.parametrize(("is_shared", "is_tied"), [(False, False), (False, True), (True, True)])
-def test_new_heads_say_what_the_models_own_head_says(params, is_shared, is_tied):
+def test_new_heads_say_what_the_models_own_head_says(params, is_shared, is_tied, reads_root):
     model = Model(dataclasses.replace(MODEL.config, tie_word_embeddings=is_tied))
     if is_tied:
         params = {name: part for name, part in params.items() if name != "lm_head"}
-    config = dataclasses.replace(CONFIG, shared_unembedding=is_shared)
+    config = dataclasses.replace(CONFIG, shared_unembedding=is_shared, reads_root=reads_root)
     heads = medusa.init(config, model, params)
-    assert ("head" in heads) != is_shared
+    assert (("head" in heads), ("u" in heads)) == (not is_shared, reads_root)
     hidden = np.random.default_rng(0).normal(0, 1, (3, HIDDEN)).astype(np.float32)
     for k in range(HEADS):
-        got = medusa.head_logits(model, params, heads, k, hidden)
+        got = medusa.head_logits(model, params, heads, k, hidden, np.arange(3))
         np.testing.assert_allclose(got, model.unembed(params, hidden), rtol=1e-6, atol=1e-6)
 
 
@@ -96,9 +97,33 @@ def test_heads_learn_the_token_that_is_theirs(params, data, learnt, trained):
     tokens, _ = data
     hidden = jax.jit(training.hidden_states, static_argnums=0)(MODEL, params, tokens)
     for k in range(HEADS):
-        guess = np.argmax(medusa.head_logits(MODEL, params, trained[0], k, hidden), -1)
+        logits = medusa.head_logits(MODEL, params, trained[0], k, hidden, (tokens + 1) % VOCAB)
+        guess = np.argmax(logits, -1)
         is_right = guess == (tokens + 2 + k) % VOCAB
         assert is_right[:, 1 : 16 - 2 - k].mean() > 0.5
+
+
+def test_heads_that_read_the_root_foretell_what_only_the_root_tells(params, tmp_path):
+    """Pairs of a random token and the one after it: half of all roots are just drawn."""
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, VOCAB, (64, 10))
+    texts = [(np.stack([s, (s + 1) % VOCAB], 1).reshape(-1).tolist(), 0) for s in starts]
+    learnt = medusa_training.examples(MODEL, params, *training.windows(texts, 20), num_heads=1)
+    is_drawn = (learnt.roots + 1) % VOCAB == learnt.targets[:, 0]
+    assert 0.45 < is_drawn.mean() < 0.55
+    right = {}
+    for reads_root in (False, True):
+        config = dataclasses.replace(CONFIG, num_heads=1, reads_root=reads_root)
+        heads = medusa.init(config, MODEL, params)
+        config_of_training = dataclasses.replace(TRAINING, num_steps=150)
+        heads = training.train(LOSS, (params, {}), heads, learnt, config_of_training)
+        ranks = medusa_training.target_ranks(MODEL, params, heads, learnt, num_ranks=1)
+        right[reads_root] = (ranks[is_drawn, 0] == 0).mean()
+        medusa.save(tmp_path, config, heads, rank_accuracies=[[0.5]], tree=((0,),))
+        again, loaded, _ = medusa.load(tmp_path, MODEL.config)
+        assert again == config
+        jax.tree.map(np.testing.assert_array_equal, loaded, heads)
+    assert right[True] > 0.9 and right[False] < 0.4, right
 
 
 def test_examples_are_the_places_after_which_heads_guess(params):
@@ -106,6 +131,7 @@ def test_examples_are_the_places_after_which_heads_guess(params):
     tokens, spans = training.windows([(list(range(20, 30)), 4), (list(range(5)), 0)], 10)
     got = medusa_training.examples(MODEL, params, tokens, spans, num_heads=3, batch_size=8)
     none = medusa_training.NO_TARGET
+    assert got.roots.tolist() == [24, 25, 26, 27, 28, 1, 2, 3]
     assert got.targets.tolist() == [
         *[[t + 2, t + 3, t + 4] for t in (23, 24, 25)],
         [28, 29, none],
@@ -122,13 +148,13 @@ def test_examples_are_the_places_after_which_heads_guess(params):
 
 def test_a_target_that_is_none_teaches_nothing(params, learnt):
     heads = medusa.init(CONFIG, MODEL, params)
-    hidden, targets = learnt.hidden[:6], learnt.targets[:6].copy()
+    hidden, roots, targets = learnt.hidden[:6], learnt.roots[:6], learnt.targets[:6].copy()
     targets[2:, 0] = medusa_training.NO_TARGET
-    _, some = LOSS((params, {}), heads, hidden, targets)
-    _, first = LOSS((params, {}), heads, hidden[:2], targets[:2])
+    _, some = LOSS((params, {}), heads, hidden, roots, targets)
+    _, first = LOSS((params, {}), heads, hidden[:2], roots[:2], targets[:2])
     np.testing.assert_allclose(some[0], first[0], rtol=1e-5)
     targets[:] = medusa_training.NO_TARGET
-    assert LOSS((params, {}), heads, hidden, targets)[1].tolist() == [0, 0]
+    assert LOSS((params, {}), heads, hidden, roots, targets)[1].tolist() == [0, 0]
 
 
 def test_the_draft_vocabulary_is_of_the_most_frequent_targets():
@@ -150,7 +176,7 @@ def test_heads_of_a_draft_vocabulary_guess_as_others_would_among_its_tokens(
     hidden = learnt.hidden[:9]
     whole = np.asarray(MODEL.unembed(params, hidden))[:, tokens]
     best = tokens[np.argsort(-whole, axis=-1)[:, :3]]
-    got = medusa.guess(MODEL, params, heads, hidden, num_ranks=3)
+    got = medusa.guess(MODEL, params, heads, hidden, learnt.roots[:9], num_ranks=3)
     np.testing.assert_array_equal(got, np.stack([best] * HEADS, axis=1))
 
 
@@ -160,7 +186,7 @@ def test_of_a_shared_draft_vocabulary_only_the_blocks_are_trained(params, learnt
     tokens = medusa_training.draft_tokens(learnt.targets, vocab_size=VOCAB, size=30)
     weights, frozen = medusa.split(config, medusa.init(config, MODEL, params, tokens))
     assert set(weights) == {"w", "b"} and set(frozen) == {"head", "tokens"}
-    data = learnt.hidden, medusa_training.as_ranks(learnt.targets, tokens, VOCAB)
+    data = learnt._replace(targets=medusa_training.as_ranks(learnt.targets, tokens, VOCAB))
     losses = []
     weights = training.train(
         *(LOSS, (params, frozen), weights, data, TRAINING),
