@@ -34,8 +34,9 @@ def serve(length, lengths, cost, rate, num_steps, rng):
         ({0: 1.0, 2: 3.0, 4: 5.0}, 0.9, 0),
         ({0: 1.0, 2: 1.3, 4: 2.4}, 0.5, 2),  # tokens 1, 1.75 and 1.94
         ({0: 1.0, 2: 1.0, 4: 1.0}, 0.5, 4),
+        ({0: 1.0, 2: 1.0, 4: 1.0}, 0.02, 0),  # tokens 1, 1.02 and 1.02
     ],
-    ids=["free and good", "bad drafts", "dear", "two pay", "free"],
+    ids=["free and good", "bad drafts", "dear", "two pay", "free", "free and next to useless"],
 )
 def test_the_best_number_is_found_and_kept(costs, rate, best):
     length, rng = DraftLength(SIZES), np.random.default_rng(0)
