@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     weights = draft_training.init(params, draft.config)
     training.check_same_run(args, "num_layers")
     data = training.read_data(args, target, params)
-    objective = draft_training.Distillation(target, draft)
+    most = draft_training.most_places(data.spans)
+    objective = draft_training.Distillation(target, draft, most)
     weights = training.train(args, objective, params, weights, (data.tokens, data.spans))
     greedy, sampled = draft_training.agreement(
         *(target, draft, params, weights, data.held_tokens, data.held_spans),

@@ -17,7 +17,7 @@ NUM_TRIALS = 2
 # kind and in batches of whatever size,
 RETRY_AFTER = 64
 # or after more, so that all that trials lose is at most this share of the time.
-TRIAL_SHARE = 0.01
+TRIAL_SHARE = 0.005
 # One that was dear in batches of another size is tried after so many, dear as it may be here.
 FIRST_TRIAL_WITHIN = 512
 # Drafts must look so much faster than none: of several numbers that were measured the best looks

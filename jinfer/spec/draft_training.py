@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jinfer.config import ModelConfig, require
 from jinfer.models.model import Model
+from jinfer.spec.training import hidden_states
 from jinfer.typing import Params
 
 
@@ -43,29 +44,51 @@ def init(params: Params, config: ModelConfig) -> dict[str, Any]:
     return weights
 
 
-def _is_there(tokens: Array, spans: Array) -> Bool[Array, "B T"]:
-    """Whether a draft is made after a place: from the one before the first token to learn."""
-    places = jnp.arange(tokens.shape[1])[None]
-    return (places + 1 >= spans[:, :1]) & (places < spans[:, 1:])
+def most_places(spans: Int[np.ndarray, "N 2"]) -> int:
+    """Returns after how many places of a window drafts are made, at most.
+
+    They are those from the one before the first token to learn to the window's end.
+    """
+    return int((spans[:, 1] - np.maximum(spans[:, 0] - 1, 0)).max())
+
+
+def _places(spans: Array, most: int) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
+    """Returns the places after which drafts are made, and whether each is one."""
+    places = jnp.maximum(spans[:, :1] - 1, 0) + jnp.arange(most)[None]
+    is_there = places < spans[:, 1:]
+    return jnp.where(is_there, places, 0), is_there
+
+
+def _log_probs(model: Model, params: Params, tokens: Array, places: Array) -> Array:
+    """Returns [B, M, V] at these places alone: logits are by far the largest arrays."""
+    hidden = hidden_states(model, params, tokens)
+    there = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+    return jax.nn.log_softmax(model.unembed(params, there), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """KL(target || draft) at each place; a `training.Objective`."""
+    """KL(target || draft) at each place; a `training.Objective`.
+
+    Attributes:
+      target, draft: the models.
+      most: see `most_places`.
+    """
 
     target: Model
     draft: Model
+    most: int
 
     def __call__(
         self, params: Params, weights: Any, tokens: Int[Array, "B T"], spans: Int[Array, "B 2"]
     ) -> tuple[Float[Array, ""], Float[Array, "1"]]:
         """Returns its mean over what all texts have to learn, in nats, twice."""
-        is_there = _is_there(tokens, spans)
-        log_p = jax.nn.log_softmax(self.target.logits(params, tokens), axis=-1)
+        places, is_there = _places(spans, self.most)
+        log_p = _log_probs(self.target, params, tokens, places)
 
-        @jax.checkpoint  # the logits, by far the largest array, are computed twice, not kept
+        @jax.checkpoint  # the logits are computed twice, not kept
         def divergence(weights: Any) -> Array:
-            log_q = jax.nn.log_softmax(self.draft.logits({**params, **weights}, tokens), axis=-1)
+            log_q = _log_probs(self.draft, {**params, **weights}, tokens, places)
             each = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
             return jnp.sum(jnp.where(is_there, each, 0.0))
 
@@ -73,13 +96,20 @@ class Distillation:
         return loss, loss[None]
 
 
-@functools.partial(jax.jit, static_argnames=("target", "draft"))
+@functools.partial(jax.jit, static_argnames=("target", "draft", "most"))
 def _count(
-    target: Model, draft: Model, params: Params, weights: Any, tokens: Array, spans: Array
+    target: Model,
+    draft: Model,
+    params: Params,
+    weights: Any,
+    tokens: Array,
+    spans: Array,
+    *,
+    most: int,
 ) -> Float[Array, "3"]:
-    is_there = _is_there(tokens, spans)
-    p = jax.nn.softmax(target.logits(params, tokens), axis=-1)
-    q = jax.nn.softmax(draft.logits({**params, **weights}, tokens), axis=-1)
+    places, is_there = _places(spans, most)
+    p = jnp.exp(_log_probs(target, params, tokens, places))
+    q = jnp.exp(_log_probs(draft, {**params, **weights}, tokens, places))
     is_same = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
     overlap = jnp.sum(jnp.minimum(p, q), axis=-1)
     each = jnp.stack([x.astype(jnp.float32) for x in (is_same, overlap, is_there)])
@@ -101,11 +131,11 @@ def agreement(
     Greedy: the share of places where both models' likeliest tokens are the same. Sampled at
     temperature 1: the mean of sum min(p, q), which rejection sampling accepts.
     """
-    totals = np.zeros(3)
+    totals, most = np.zeros(3), most_places(spans)
     for begin in range(0, len(tokens), batch_size):
         rows = np.arange(begin, begin + batch_size)
         part: Any = np.take(tokens, rows, axis=0, mode="clip")
         part_spans: Any = np.take(spans, rows, axis=0, mode="clip")
         part_spans[rows >= len(tokens)] = 0
-        totals += np.asarray(_count(target, draft, params, weights, part, part_spans))
+        totals += np.asarray(_count(target, draft, params, weights, part, part_spans, most=most))
     return float(totals[0] / totals[2]), float(totals[1] / totals[2])

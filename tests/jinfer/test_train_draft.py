@@ -51,7 +51,7 @@ def test_a_draft_learns_what_its_target_says(params):
     losses = []
     config = training.TrainingConfig(num_steps=60, batch_size=8, learning_rate=1e-2)
     trained = training.train(
-        draft_training.Distillation(TARGET, DRAFT),
+        draft_training.Distillation(TARGET, DRAFT, draft_training.most_places(spans)),
         *(params, start, (tokens, spans), config),
         on_step=lambda _, each: losses.append(float(each[0])),
     )
@@ -68,8 +68,29 @@ def test_a_target_that_drafts_for_itself_is_always_right(params):
     weights = {"layers": params["layers"], "final_norm": params["final_norm"]}
     rates = draft_training.agreement(TARGET, TARGET, params, weights, tokens, spans)
     assert rates == pytest.approx((1.0, 1.0), abs=1e-5)
-    loss, _ = jax.jit(draft_training.Distillation(TARGET, TARGET))(params, weights, tokens, spans)
+    objective = draft_training.Distillation(TARGET, TARGET, draft_training.most_places(spans))
+    loss, _ = jax.jit(objective)(params, weights, tokens, spans)
     assert float(loss) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_loss_is_that_of_the_places_from_before_the_first_token_to_learn(params):
+    """Against all logits of each text, one by one, of unequal lengths."""
+    texts = [(list(range(20)), 4), ([3, 4, 5, 6], 0), (list(range(30, 12, -1)), 17)]
+    tokens, spans = training.windows(texts, 20)
+    assert draft_training.most_places(spans) == 17
+    weights = draft_training.init(params, DRAFT.config)
+    each = []
+    for text, (first, end) in zip(tokens, spans.tolist(), strict=True):
+        log_p, log_q = (
+            np.asarray(jax.nn.log_softmax(model.logits({**params, **part}, text[None, :end])))[0]
+            for model, part in ((TARGET, {}), (DRAFT, weights))
+        )
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+        each += kl[max(first - 1, 0) :].tolist()
+    for most in (17, 20):
+        objective = draft_training.Distillation(TARGET, DRAFT, most)
+        loss, _ = jax.jit(objective)(params, weights, tokens, spans)
+        assert float(loss) == pytest.approx(np.mean(each), rel=1e-5)
 
 
 @pytest.mark.parametrize("num_layers", [3, 4])

@@ -117,7 +117,7 @@ class Engine:
 def test_where_drafts_slow_the_batch_down_its_speed_is_that_of_plain_decoding(method, resume):
     engine = Engine(method, lambda _, drafts: 3.0 if drafts else 1.0, 0.5, resume)
     engine.add(8, 1500)
-    engine.run(150)  # the first trials
+    engine.run(300)  # the first trials
     engine.num_ahead = engine.num_drafting = 0
     assert engine.run(400) > 0.98 * 8
     assert (engine.num_drafting > 0) == (resume == 0.0)

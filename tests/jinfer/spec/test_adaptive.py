@@ -124,8 +124,8 @@ def test_a_rest_lasts_until_the_next_trial():
     assert length.num_steps_without([4]) == 0  # nothing is known
     serve(length, [4], lambda _, n: 4.0 if n else 1.0, 0.5, 2 * NUM_TRIALS, rng)
     num_steps = length.num_steps_without([4])
-    # A trial loses 4 - 1.94 seconds and may lose one hundredth.
-    assert 150 < num_steps < 300
+    # A trial loses 4 - 1.94 seconds and may lose one part in two hundred.
+    assert 300 < num_steps < 600
     length.note_step(1, 0, 1.0, num_steps - 1)
     assert length.choose([4]) == 0
     length.note_step(1, 0, 1.0)
