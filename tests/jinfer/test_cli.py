@@ -321,7 +321,8 @@ def test_a_full_disk_is_one_line_and_status_1(jinfer, tmp_path):
 
 
 SCRIPT = """
-import importlib.util, sys, types
+import importlib.util, signal, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a job in the background
 spec = importlib.util.spec_from_file_location("fake_llm", sys.argv[1])
 fake = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fake)
