@@ -169,6 +169,11 @@ class ModelConfig:
         """Whether `layer` has experts rather than a dense MLP."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
+    def kind_of(self, layer: int) -> int:
+        """The first layer that computes as `layer` does, with weights of its own."""
+        kinds = [(self.layer_types[i], self.is_moe_layer(i)) for i in range(layer + 1)]
+        return kinds.index(kinds[layer])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:

@@ -161,8 +161,8 @@ def _prefill(
     shape = (config.num_layers, num_rows, size, config.num_kv_heads, config.head_dim)
     empty = jnp.zeros(shape, params["embed"]["w"].dtype)
 
-    def attend(layer: Any, q: Array, k: Array, v: Array, cache: Any) -> tuple[Array, Any]:
-        out, _ = model.attend_densely(layer, q, k, v, None)
+    def attend(layer: Any, q: Array, k: Array, v: Array, cache: Any, **window: Any):
+        out, _ = model.attend_densely(layer, q, k, v, None, **window)
         return out, (
             cache[0].at[layer, :, :width].set(k.astype(empty.dtype)),
             cache[1].at[layer, :, :width].set(v.astype(empty.dtype)),
@@ -184,7 +184,7 @@ def _decode(
     config = model.config
     rows = jnp.arange(tokens.shape[0])
 
-    def attend(layer: Any, q: Array, k: Array, v: Array, cache: Any) -> tuple[Array, Any]:
+    def attend(layer: Any, q: Array, k: Array, v: Array, cache: Any, *, window: int | None):
         keys = cache[0].at[layer, rows, positions].set(k[:, 0].astype(cache[0].dtype))
         values = cache[1].at[layer, rows, positions].set(v[:, 0].astype(cache[1].dtype))
         out = ops.dense_attention(
@@ -192,7 +192,7 @@ def _decode(
             keys[layer],
             values[layer],
             sm_scale=config.sm_scale,
-            window=model.window(layer),
+            window=window,
             cap=config.attention_soft_cap,
             q_positions=positions[:, None],
         )

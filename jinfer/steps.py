@@ -60,7 +60,9 @@ def run_blocks(
     # they are when q, k and v are rotated and the result is rotated back.
     rotation = kv_rotation(config.head_dim) if kv.dtype == "int4" else None
 
-    def attend(layer: Any, q: Array, k: Array, v: Array, kv: KVCache) -> tuple[Array, KVCache]:
+    def attend(
+        layer: Any, q: Array, k: Array, v: Array, kv: KVCache, *, window: int | None
+    ) -> tuple[Array, KVCache]:
         if rotation is not None:
             q, k, v = (rotate(x, rotation) for x in (q, k, v))
         kv = kv_cache.write(kv, layer, k, v, batch.slots)
@@ -72,7 +74,7 @@ def run_blocks(
             batch.q_starts,
             sm_scale=config.sm_scale,
             soft_cap=config.attention_soft_cap,
-            sliding_window=model.window(layer),
+            sliding_window=window,
             max_q_len=batch.max_q_len,
             tree_mask=batch.tree_mask,
             impl=impl,
@@ -83,7 +85,9 @@ def run_blocks(
     last_tokens = state.last_tokens.at[batch.rows].get(mode="fill", fill_value=0)  # [S]
     tokens = jnp.where(batch.tokens < 0, last_tokens[batch.seq_ids], batch.tokens)
     context_lens = jnp.maximum(batch.prompt_lens[batch.seq_ids], batch.positions + 1)
-    return model.apply(params, tokens, batch.positions, attend, kv, context_lens=context_lens)
+    return model.apply(
+        params, tokens, batch.positions, attend, kv, context_lens=context_lens, trace_once=jax.jit
+    )
 
 
 def is_finite(x: Array) -> Array:

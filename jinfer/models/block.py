@@ -22,7 +22,8 @@ from jinfer.models.layers import Linear, Norm
 from jinfer.models.moe import Experts
 
 Attend: TypeAlias = Callable[..., tuple[Array, Any]]
-"""attend(layer, q [..., T, N, H], k [..., T, K, H], v like k, cache) -> (out like q, cache)."""
+"""attend(layer, q [..., T, N, H], k [..., T, K, H], v like k, cache, window=)
+-> (out like q, cache)."""
 
 Rope: TypeAlias = tuple[Array, Array]
 """(cos, sin), [..., T, R] f32."""

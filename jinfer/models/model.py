@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -75,6 +75,7 @@ class Model:
         cache: Any,
         *,
         context_lens: Int[Array, "*B T"] | None = None,
+        trace_once: Callable | None = None,
     ) -> tuple[Float[Array, "*B T D"], Any]:
         """Runs the blocks over tokens at given positions, with the caller's attention.
 
@@ -82,11 +83,13 @@ class Model:
           params: weights.
           tokens: ids in 0..V-1.
           positions: place of each token in its sequence.
-          attend: attend(layer, q, k, v, cache) -> (out, cache) with q [..., T, N, H] and
-            k [..., T, K, H] normed and rotated; `layer` is an int, or traced under a scan (there
-            all layers have one window: `window`).
+          attend: attend(layer, q, k, v, cache, window=) -> (out, cache) with q [..., T, N, H] and
+            k [..., T, K, H] normed and rotated; `layer` is an int, or traced under a scan and with
+            `trace_once`; `window` is the layer's sliding window in tokens, or None.
           cache: any pytree, threaded through the layers.
           context_lens: see the class; may be None for the other rope scalings.
+          trace_once: `jax.jit`, to trace alike blocks of a tuple of layers once: XLA gets one
+            function that is called for each of them. For callers under `jit`.
 
         Returns:
           Hidden states after the final norm, in the embedding's dtype, and the cache.
@@ -98,8 +101,19 @@ class Model:
             x, cache = self._scan(layers, x, ropes, attend, cache)
         else:
             self._check_count(len(layers))
+
+            def run_block(kind: int, layer: Any, layer_params: Params, x: Array, cache: Any):
+                x, cache, _ = self._block(kind, layer, layer_params, x, ropes, attend, cache)
+                return x, cache
+
+            if trace_once is not None:
+                run_block = trace_once(run_block, static_argnums=0)
             for i, layer_params in enumerate(layers):
-                x, cache, _ = self._block(i, i, layer_params, x, ropes, attend, cache)
+                if trace_once is None:
+                    kind, layer = i, i
+                else:
+                    kind, layer = self.config.kind_of(i), jnp.int32(i)
+                x, cache = run_block(kind, layer, layer_params, x, cache)
         return self.final_norm(params, x), cache
 
     def block_with_taps(
@@ -154,7 +168,7 @@ class Model:
         return self.unembed(params, hidden)
 
     def attend_densely(
-        self, layer: Any, q: Array, k: Array, v: Array, cache: None
+        self, layer: Any, q: Array, k: Array, v: Array, cache: None, *, window: int | None
     ) -> tuple[Array, None]:
         """An `attend` over whole texts whose positions are 0..T-1; passes `cache` through."""
         config = self.config
@@ -163,14 +177,10 @@ class Model:
             k,
             v,
             sm_scale=config.sm_scale,
-            window=self.window(layer),
+            window=window,
             cap=config.attention_soft_cap,
         )
         return out, cache
-
-    def window(self, layer: Any) -> int | None:
-        """Returns a layer's sliding window, also a traced one's: under a scan all are alike."""
-        return self.config.window(layer if isinstance(layer, int) else 0)
 
     @property
     def needs_context_lens(self) -> bool:
@@ -201,7 +211,7 @@ class Model:
         bound = block.bind(self.config, kind, layer_params)
 
         def attend_here(q: Array, k: Array, v: Array, cache: Any) -> tuple[Array, Any]:
-            return attend(layer, q, k, v, cache)
+            return attend(layer, q, k, v, cache, window=self.config.window(kind))
 
         with jax.named_scope(f"layer{kind}" if isinstance(layer, int) else "layer"):
             return bound(x, ropes[self.config.layer_types[kind]], attend_here, cache)

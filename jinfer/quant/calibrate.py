@@ -110,16 +110,6 @@ def embed(model: Model, params: Params, tokens: Array) -> Array:
     return model.embed(params, tokens)
 
 
-def kind_of(model: Model, layer: int) -> int:
-    """The first layer that computes as `layer` does: alike layers share compiled stages."""
-    config = model.config
-
-    def kind(i: int) -> tuple[Any, ...]:
-        return config.layer_types[i], config.window(i), config.is_moe_layer(i)
-
-    return next(i for i in range(config.num_layers) if kind(i) == kind(layer))
-
-
 def _run_block(
     model: Model, kind: int, layer_params: Params, x: Array
 ) -> tuple[Array, None, block.Taps]:
@@ -133,7 +123,7 @@ def _taps(model: Model, kind: int, layer_params: Params, x: Array) -> block.Taps
     return _run_block(model, kind, layer_params, x)[2]
 
 
-def _attend(model: Model, layer: int, q: Array, k: Array, v: Array, cache: None):
+def _attend(model: Model, layer: int, q: Array, k: Array, v: Array, cache: None, *, window: Any):
     """Dense causal attention by blocks of queries, each with the keys up to its end only."""
     config, outs = model.config, []
     for start in range(0, q.shape[-3], QUERY_BLOCK):
@@ -143,7 +133,7 @@ def _attend(model: Model, layer: int, q: Array, k: Array, v: Array, cache: None)
             k[..., :stop, :, :],
             v[..., :stop, :, :],
             sm_scale=config.sm_scale,
-            window=model.window(layer),
+            window=window,
             cap=config.attention_soft_cap,
         )
         outs.append(out)

@@ -56,7 +56,7 @@ def window_logits(model: Model, params: Params, tokens: Array) -> Array:
 def logits_from(model: Model, params: Params, start: int, x: Array) -> Array:
     """f32 [T, V] logits of a window whose layer `start` reads x [T, D]."""
     for i, layer in enumerate(params["layers"][start:], start):
-        x = calibrate.run_block(model, calibrate.kind_of(model, i), layer, x)
+        x = calibrate.run_block(model, model.config.kind_of(i), layer, x)
     return _unembed(model, _without_layers(params), x)
 
 

@@ -56,7 +56,7 @@ def measure_importance(
         out.update({("layers", layer, block, part, "w"): squares for part in parts})
 
     for i, layer in enumerate(params["layers"]):
-        kind = calibrate.kind_of(model, i)
+        kind = model.config.kind_of(i)
         layer_params: Any = layer
         keep(i, "attn", ("q", "k", "v"), calibrate.attention_inputs(model, kind, layer_params, x))
         mixed = calibrate.mix_values(model, kind, layer_params, x)

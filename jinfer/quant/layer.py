@@ -78,7 +78,7 @@ class LayerQuantizer:
     reference: Array | None = None
 
     def __post_init__(self) -> None:
-        self.kind = calibrate.kind_of(self.model, self.index)
+        self.kind = self.model.config.kind_of(self.index)
         self.is_moe = self.model.config.is_moe_layer(self.index)
         self.rows: list[Row] = []
         self.folded: dict[Group, Array] = {}

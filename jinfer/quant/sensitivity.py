@@ -132,7 +132,7 @@ def measure(
             )
             if on_unit is not None:
                 on_unit(len(units))
-        xs = [calibrate.run_block(model, calibrate.kind_of(model, i), layer, x) for x in xs]
+        xs = [calibrate.run_block(model, model.config.kind_of(i), layer, x) for x in xs]
     return units
 
 

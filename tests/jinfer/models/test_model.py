@@ -207,7 +207,7 @@ def test_chunks_with_a_cache_equal_the_whole(tiny, variant):
     params = randomized(model)
     tokens = some_tokens(1, 13)[0]
 
-    def attend(layer, q, k, v, cache):
+    def attend(layer, q, k, v, cache, *, window):
         keys, values, positions = cache
         keys = keys.at[layer, positions].set(k)
         values = values.at[layer, positions].set(v)
@@ -216,7 +216,7 @@ def test_chunks_with_a_cache_equal_the_whole(tiny, variant):
             keys[layer],
             values[layer],
             sm_scale=config.sm_scale,
-            window=config.window(layer),
+            window=window,
             cap=config.attention_soft_cap,
             q_positions=positions,
         )
@@ -237,6 +237,39 @@ def test_chunks_with_a_cache_equal_the_whole(tiny, variant):
         hidden.append(out)
     got = model.unembed(params, jnp.concatenate(hidden))
     np.testing.assert_allclose(got, logits_of(model, params, tokens), **CLOSE)
+
+
+MIXED = {
+    "gemma": {"layer_types": ("sliding", "full", "sliding", "full", "sliding")},
+    "moe": {"dense_layers": (1, 3)},
+}
+
+
+@pytest.mark.parametrize("variant", MIXED)
+def test_alike_blocks_are_traced_once(tiny, variant):
+    """Windows and experts are those of each layer, the traced number finds its own cache."""
+    model = tiny(variant, num_layers=5, **MIXED[variant])
+    params = randomized(model)
+    tokens = some_tokens(1, 11)[0]
+    positions = positions_of(tokens)
+    traced = []
+
+    def attend(layer, q, k, v, cache, *, window):
+        traced.append(window)
+        out, _ = model.attend_densely(layer, q, k, v, None, window=window)
+        return out, cache.at[layer].set(k)
+
+    def run(params, **options):
+        empty = jnp.zeros((5, 11, 2, 8))
+        return model.apply(params, tokens, positions, attend, empty, **options)
+
+    expected = jax.jit(run)(params)
+    assert len(traced) == 5
+    traced.clear()
+    got = jax.jit(functools.partial(run, trace_once=jax.jit))(params)
+    assert len(traced) == 2
+    assert set(traced) == ({4, None} if variant == "gemma" else {None})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), got, expected)
 
 
 def test_what_follows_a_token_does_not_change_it(tiny, variant):
