@@ -6,6 +6,7 @@ it does not fuse: few rows use one small product per group, many rows a dequanti
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -113,6 +114,7 @@ def _fits_digits(num_rows: int, num_groups: int) -> bool:
     return num_rows <= max_rows and num_groups <= _MAX_UNROLLED_GROUPS
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _by_digits(
     x: jax.Array, q: jax.Array, scale: jax.Array, zero: jax.Array | None, spec: QuantSpec
 ) -> jax.Array:
@@ -147,6 +149,18 @@ def _by_digits(
             product = product - total * zero[g].astype(F32)[None]
         y = y + product * scale[g].astype(F32)[None]
     return y * unit
+
+
+@_by_digits.defjvp
+def _by_digits_jvp(
+    spec: QuantSpec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Rounded digits have no derivative of their own: it is that of the product they stand for."""
+
+    def product(x: jax.Array, q: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        return _dot(x.astype(F32), dequantize(q, scale, zero, spec), spec)
+
+    return _by_digits(*primals, spec), jax.jvp(product, primals, tangents)[1]
 
 
 IMPL = Impl("xla", _why_not, run)

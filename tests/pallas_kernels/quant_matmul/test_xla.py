@@ -88,3 +88,30 @@ def test_jit_vmap_and_leading_axes_agree_with_plain_calls():
     np.testing.assert_allclose(
         jax.vmap(lambda r: quant_matmul(r, q, scale))(x), whole, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["cpu", "h100"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_derivatives_are_those_of_the_dequantized_product(kind, groups):
+    rng = np.random.default_rng(0)
+    x, direction = (jnp.asarray(rng.standard_normal((3, 64)), jnp.float32) for _ in range(2))
+    q = jnp.asarray(rng.integers(-8, 8, (64, 32)), jnp.int8)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, (groups, 32)), jnp.float32)
+    zero = jnp.asarray(rng.integers(-8, 8, (groups, 32)), jnp.float32)
+
+    def loss(multiply, x, scale, zero):
+        return jnp.sum(jnp.sin(multiply(x, q, scale, zero)))
+
+    def dense(x, q, scale, zero):
+        scale, zero = (jnp.repeat(a, 64 // groups, axis=0) for a in (scale, zero))
+        return x @ ((q.astype(jnp.float32) - zero) * scale)
+
+    with target.state(kind):
+        found, expected = (
+            jax.grad(functools.partial(loss, f), argnums=(0, 1, 2))(x, scale, zero)
+            for f in (quant_matmul, dense)
+        )
+        for a, b in zip(found, expected):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(b).max()))
+        _, tangent = jax.jvp(lambda x: quant_matmul(x, q, scale), (x,), (direction,))
+        np.testing.assert_allclose(tangent, quant_matmul(direction, q, scale), rtol=1e-4, atol=1e-3)
