@@ -21,6 +21,8 @@ from jinfer.qtensor import QTensor, dequantize
 from pallas_kernels.int8_matmul.xla import int8_dot
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(): Dettmers et al. 2022, section 3.2
+# Below this a token counts as zeros: its scale stays a normal number, which no CPU flushes to 0.
+_TINY = 1e-30
 MAX_PARTIAL_ROWS = 16  # up to here partial sums of groups beat writing the dense weight
 
 
@@ -139,7 +141,7 @@ def quantize_tokens(x: Array, kind: str, *, steps: float | None = None) -> tuple
     if steps is None:
         steps = 127.0 if kind == "int" else FP8_MAX[kind]
     amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = divide(jnp.where(amax == 0, 1.0, amax), steps)
+    scale = divide(jnp.where(amax < _TINY, 1.0, amax), steps)
     return _cast(divide(x, scale), kind), scale
 
 

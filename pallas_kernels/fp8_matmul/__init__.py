@@ -26,6 +26,8 @@ from pallas_kernels.quant_matmul.base import FP8_DTYPES, Layout, shape_kn
 IMPLS = (xla.IMPL, mosaic_gpu.IMPL, mosaic_tpu.IMPL)
 # XLA has no product with scales per block of inputs: it would write the dequantized weight.
 BLOCK_IMPLS = (mosaic_gpu.IMPL, mosaic_tpu.IMPL, xla.IMPL)
+# Below this activations count as zeros: a scale stays a normal number, which no CPU flushes to 0.
+_TINY = 1e-30
 
 
 def fp8_matmul(
@@ -96,8 +98,8 @@ def quantize_activation(
       dtype: e4m3 or e5m2.
 
     Returns:
-      (q [..., K], scale f32 [..., 1], [..., ceil(K / block)], or [] as given). Rows of zeros get
-      scale 1.
+      (q [..., K], scale f32 [..., 1], [..., ceil(K / block)], or [] as given). Rows of zeros,
+      or all below 1e-30, get scale 1.
 
     Raises:
       ValueError: `dtype` is not fp8, or both `scale` and `block` are given.
@@ -118,11 +120,12 @@ def quantize_activation(
         *lead, num_inputs = x.shape
         size = block or num_inputs
         padding = [(0, 0)] * len(lead) + [(0, -num_inputs % size)]
-        blocks = jnp.pad(x, padding).reshape(*lead, -1, size)
+        num_blocks = -(-num_inputs // size)
+        blocks = jnp.pad(x, padding).reshape(*lead, num_blocks, size)
         top = jnp.max(jnp.abs(blocks), axis=-1)
-        scales = jnp.where(top == 0, jnp.float32(1), top / largest)
+        scales = jnp.where(top < _TINY, jnp.float32(1), top / largest)
         blocks = blocks / jnp.broadcast_to(scales[..., None], blocks.shape)
-        scaled = blocks.reshape(*lead, -1)[..., :num_inputs]
+        scaled = blocks.reshape(*lead, num_blocks * size)[..., :num_inputs]
     return jnp.clip(scaled, -largest, largest).astype(dtype), scales
 
 

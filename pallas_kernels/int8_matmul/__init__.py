@@ -15,6 +15,8 @@ from pallas_kernels import dispatch
 from pallas_kernels.int8_matmul import xla
 
 IMPLS = (xla.IMPL,)
+# Below this a row counts as zeros: its scale stays a normal number, which no CPU flushes to 0.
+_TINY = 1e-30
 FLOAT_DTYPES = tuple(jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16))
 
 
@@ -27,12 +29,13 @@ def quantize_rows(x: jax.Array, scale: jax.Array | None = None) -> tuple[jax.Arr
         max |x| / 127.
 
     Returns:
-      (q int8 [..., K], scale f32). Values beyond 127 scales saturate; a row of zeros gets scale 1.
+      (q int8 [..., K], scale f32). Values beyond 127 scales saturate; a row of zeros, or
+      all below 1e-30, gets scale 1.
     """
     x = x.astype(jnp.float32)
     if scale is None:
         top = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        scale = jnp.where(top == 0, jnp.float32(1), top / 127)
+        scale = jnp.where(top < _TINY, jnp.float32(1), top / 127)
     else:
         scale = scale.astype(jnp.float32)
     q = jnp.clip(jnp.rint(x / jnp.broadcast_to(scale, x.shape)), -127, 127)

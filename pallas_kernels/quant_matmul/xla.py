@@ -26,6 +26,8 @@ _MAX_CHANNEL_ROWS = 128
 _MAX_GROUP_ROWS = 48
 _MAX_UNROLLED_GROUPS = 64
 _NUM_DIGITS = 3
+# Below this a row counts as zeros: its unit stays a normal number, which no CPU flushes to 0.
+_TINY = 1e-30
 
 
 def _why_not(target: Any, x: Any, q: Any, scale: Any, zero: Any, spec: QuantSpec) -> str | None:
@@ -126,7 +128,7 @@ def _by_digits(
     num_rows = x.shape[0]
     x = x.astype(F32)
     top = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    unit = jnp.where(top == 0, 1.0, top) / (127 * 128**2)
+    unit = jnp.where(top < _TINY, 1.0, top) / (127 * 128**2)
     whole = jnp.rint(x / unit)
     rest, digits = whole.astype(jnp.int32), []
     for power in (128**2, 128, 1):
@@ -134,7 +136,7 @@ def _by_digits(
         digits.append(digit.astype(jnp.int8))
         rest = rest - digit * power
     stacked = jnp.concatenate(digits)  # [3 M, K]
-    num_inputs, _ = shape_kn(q, spec.layout)
+    num_inputs, num_outputs = shape_kn(q, spec.layout)
     axis = 0 if spec.layout == "kn" else 1
     codes = q.astype(jnp.int8)
     y = jnp.zeros((), F32)
@@ -142,7 +144,7 @@ def _by_digits(
         start, end = g * spec.group, min((g + 1) * spec.group, num_inputs)
         part = stacked[:, start:end]
         sums = int8_dot(part, lax.slice_in_dim(codes, start, end, axis=axis), spec.layout)
-        d = sums.astype(F32).reshape(_NUM_DIGITS, num_rows, -1)
+        d = sums.astype(F32).reshape(_NUM_DIGITS, num_rows, num_outputs)
         product = (d[0] * 128 + d[1]) * 128 + d[2]
         if zero is not None:
             total = whole[:, start:end].sum(axis=1, keepdims=True)

@@ -100,6 +100,14 @@ def test_fp8_inputs_lose_three_bits_of_fraction_and_no_more(text):
     assert np.all(np.isfinite(np.asarray(qmatmul(x, w))))
 
 
+@pytest.mark.parametrize("kind", ["int", "fp8-e4m3", "fp8-e5m2"])
+@pytest.mark.parametrize("size", [1e-30, 1e-36, 1e-38])
+def test_tokens_next_to_nothing_do_not_become_nan(kind, size):
+    q, scale = quantize_tokens(jnp.asarray([[size, 0.0], [1.0, 0.0]]), kind)
+    back = np.asarray(q).astype(np.float64) * np.asarray(scale)
+    np.testing.assert_allclose(back, [[size, 0], [1, 0]], rtol=1e-6, atol=1.1e-30)
+
+
 def test_the_largest_fp8_input_is_448_and_not_nan():
     q, scale = quantize_tokens(jnp.asarray([[1.0, -3.0, 0.3]]), "fp8-e4m3")
     assert float(q[0, 1]) == -448.0

@@ -159,6 +159,23 @@ def test_activations_beyond_the_largest_number_are_clipped_and_nan_stays():
     assert (np.asarray(q).astype(np.float32) == 0).all() and (np.asarray(scale) == 1).all()
 
 
+@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize("size", [1e-30, 1e-33, 1e-36, 1e-38, 1e-44])
+def test_activations_next_to_nothing_do_not_become_nan(size, block):
+    """A CPU flushes what is below 1e-38 to zero, a row's scale too: 0 / 0 must not come of it."""
+    x = jnp.full((2, 8), size, jnp.float32).at[0, 3].set(0)
+    for dtype in (E4M3, E5M2):
+        q, scale = quantize_activation(x, block=block, dtype=dtype)
+        back = np.asarray(q).astype(np.float64) * np.repeat(np.asarray(scale), block or 8, axis=1)
+        np.testing.assert_allclose(back, x, rtol=0.07, atol=1.1e-30)
+
+
+def test_no_rows_give_no_rows():
+    for block in (None, 4, 5):
+        q, scale = quantize_activation(jnp.zeros((2, 0, 8)), block=block)
+        assert q.shape == (2, 0, 8) and scale.shape == (2, 0, 1 if block is None else 2)
+
+
 def test_activation_options_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="one number"):
         quantize_activation(jnp.zeros((2, 8)), jnp.float32(1), block=4)

@@ -77,6 +77,22 @@ def test_rows_of_zeros_give_zeros_and_nan_stays_nan():
     assert not np.isfinite(y[1:]).any()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-33, 1e-36, 1e-38, 1e-44])
+def test_rows_next_to_nothing_stay_finite(size):
+    """A CPU flushes what is below 1e-38 to zero, a row's unit too: 0 / 0 must not come of it."""
+    x = jnp.full((2, 64), size, jnp.float32).at[0, 3].set(0)
+    q, scale = jnp.ones((64, 8), jnp.int8), jnp.ones((1, 8), jnp.float32)
+    y = quant_matmul(x, q, scale, jnp.full((1, 8), 3, jnp.int8), impl="xla")
+    np.testing.assert_allclose(np.asarray(y), -128 * size, rtol=0.02, atol=1e-30)
+
+
+def test_no_rows_give_no_rows():
+    q, scale = jnp.ones((64, 8), jnp.int8), jnp.ones((2, 8), jnp.float32)
+    for rows, codes, groups in ((0, q, 2), (0, q, 1), (0, q.astype(jnp.float8_e4m3fn), 2)):
+        y = quant_matmul(jnp.ones((3, rows, 64), jnp.float32), codes, scale[:groups])
+        assert y.shape == (3, 0, 8)
+
+
 def test_jit_vmap_and_leading_axes_agree_with_plain_calls():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 3, 64)), jnp.float32)
