@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from pallas_kernels import target as target_lib
 
@@ -143,6 +145,20 @@ def pick(op: str, impls: Sequence[Impl], choice: str, /, *args: Any, **kwargs: A
     raise NotImplementedError(f"{op}: no backend can run here: {why}")
 
 
+def whole_number(name: str, value: Any) -> int:
+    """Returns a static argument of an op as an int.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be a whole number that is known when a program is traced, got {value!r}"
+        ) from None
+
+
 def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Decisions:
     """Returns, for each dispatched op that `f(*args, **kwargs)` meets, what was chosen and why not.
 
@@ -179,7 +195,11 @@ def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Decisions:
 def _split(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Splits a tree into its arrays and a function that puts them back; all else stays static."""
     leaves, structure = jax.tree.flatten(tree)
-    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+    # A numpy number is a number: 1 / np.sqrt(64) may well be a static argument.
+    is_array = [
+        hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, np.generic)
+        for x in leaves
+    ]
 
     def rebuild(arrays: list[Any]) -> Any:
         it = iter(arrays)

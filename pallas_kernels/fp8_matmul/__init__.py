@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels import target as target_lib
+from pallas_kernels.dispatch import whole_number
 from pallas_kernels.fp8_matmul import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.fp8_matmul.base import (
     Fp8Spec,
@@ -21,7 +22,13 @@ from pallas_kernels.fp8_matmul.base import (
 )
 from pallas_kernels.fp8_matmul.base import Fp8Weight as Fp8Weight
 from pallas_kernels.fp8_matmul.cases import compile_cases as compile_cases
-from pallas_kernels.quant_matmul.base import FP8_DTYPES, Layout, shape_kn
+from pallas_kernels.quant_matmul.base import (
+    FLOAT_DTYPES,
+    FP8_DTYPES,
+    Layout,
+    describe,
+    shape_kn,
+)
 
 IMPLS = (xla.IMPL, mosaic_gpu.IMPL, mosaic_tpu.IMPL)
 # XLA has no product with scales per block of inputs: it would write the dequantized weight.
@@ -67,6 +74,7 @@ def fp8_matmul(
       ValueError: shapes or dtypes disagree.
       NotImplementedError: the named backend cannot run these arguments here.
     """
+    x, w, x_scale, w_scale = map(jnp.asarray, (x, w, x_scale, w_scale))
     check_arguments(x, w, x_scale, w_scale, layout, block)
     spec = Fp8Spec(block=block, layout=layout, out_dtype=jnp.dtype(out_dtype), config=config)
     *lead, num_inputs = x.shape
@@ -102,10 +110,17 @@ def quantize_activation(
       or all below 1e-30, get scale 1.
 
     Raises:
-      ValueError: `dtype` is not fp8, or both `scale` and `block` are given.
+      ValueError: `dtype` is not fp8, x no float array, `block` not positive, or both `scale` and
+        `block` are given.
     """
     if jnp.dtype(dtype) not in FP8_DTYPES:
         raise ValueError(f"dtype must be float8_e4m3fn or float8_e5m2, got {jnp.dtype(dtype)}")
+    x = jnp.asarray(x)
+    if x.ndim < 1 or jnp.dtype(x.dtype) not in FLOAT_DTYPES:
+        raise ValueError(f"x must be f32, bf16 or f16 [..., K], got {describe(x)}")
+    if block is not None and whole_number("block", block) <= 0:
+        raise ValueError(f"block must be positive or None, got {block}")
+    scale = None if scale is None else jnp.asarray(scale)
     if scale is not None and (block is not None or scale.ndim):
         raise ValueError(
             f"a calibrated scale is one number for x, got scale {list(scale.shape)} and "
@@ -145,6 +160,7 @@ def prepare(
     Raises:
       ValueError: shapes or dtypes disagree.
     """
+    w, w_scale = map(jnp.asarray, (w, w_scale))
     check_weight(w, w_scale, layout, block)
     target = target or target_lib.current()
     _, num_outputs = shape_kn(w, layout)

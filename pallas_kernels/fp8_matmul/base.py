@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import whole_number
 from pallas_kernels.quant_matmul.base import FP8_DTYPES, Layout, describe, shape_kn
 
 
@@ -53,7 +54,7 @@ def check_weight(w: Any, w_scale: Any, layout: str, block: int | None) -> None:
         raise ValueError(f"layout must be 'kn' ([K, N]) or 'nk' ([N, K]), got {layout!r}")
     if w.ndim != 2 or jnp.dtype(w.dtype) not in FP8_DTYPES:
         raise ValueError(f"w must be float8_e4m3fn or float8_e5m2 with 2 axes, got {describe(w)}")
-    if block is not None and block <= 0:
+    if block is not None and whole_number("block", block) <= 0:
         raise ValueError(f"block must be positive or None, got {block}")
     shapes = scale_shapes(*shape_kn(w, layout), block)
     if w_scale.shape not in shapes or not jnp.issubdtype(w_scale.dtype, jnp.floating):

@@ -31,13 +31,19 @@ def quantize_rows(x: jax.Array, scale: jax.Array | None = None) -> tuple[jax.Arr
     Returns:
       (q int8 [..., K], scale f32). Values beyond 127 scales saturate; a row of zeros, or
       all below 1e-30, gets scale 1.
+
+    Raises:
+      ValueError: x is no float array.
     """
+    x = jnp.asarray(x)
+    if x.ndim < 1 or jnp.dtype(x.dtype) not in FLOAT_DTYPES:
+        raise ValueError(f"x must be f32, bf16 or f16 [..., K], got {x.dtype}{list(x.shape)}")
     x = x.astype(jnp.float32)
     if scale is None:
         top = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
         scale = jnp.where(top < _TINY, jnp.float32(1), top / 127)
     else:
-        scale = scale.astype(jnp.float32)
+        scale = jnp.asarray(scale).astype(jnp.float32)
     q = jnp.clip(jnp.rint(x / jnp.broadcast_to(scale, x.shape)), -127, 127)
     return q.astype(jnp.int8), scale
 
@@ -73,11 +79,15 @@ def int8_matmul(
     """
     if layout not in ("kn", "nk"):
         raise ValueError(f"layout must be 'kn' ([K, N]) or 'nk' ([N, K]), got {layout!r}")
+    x, w, x_scale, w_scale = map(jnp.asarray, (x, w, x_scale, w_scale))
+    zero = None if zero is None else jnp.asarray(zero)
     for name, a in (("x", x), ("w", w)):
         if a.dtype != jnp.int8:
             raise ValueError(
                 f"{name} must be int8, got {a.dtype}{list(a.shape)}; quantize_rows() makes it"
             )
+    if w.ndim != 2:
+        raise ValueError(f"w must be int8 with 2 axes, got int8{list(w.shape)}")
     num_inputs, num_outputs = w.shape if layout == "kn" else w.shape[::-1]
     if x.ndim < 1 or x.shape[-1] != num_inputs:
         raise ValueError(f"x must be int8[..., K={num_inputs}], got int8{list(x.shape)}; "

@@ -5,12 +5,14 @@ One form serves decode, chunked prefill, mixed batches and the verification of t
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.dispatch import whole_number
 from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.paged_attention.base import AttentionSpec as AttentionSpec
 from pallas_kernels.paged_attention.base import PagedKV as PagedKV
@@ -87,13 +89,28 @@ def ragged_paged_attention(
 
     Raises:
       ValueError: an argument's shape, dtype or value is wrong.
+      TypeError: kv is no `PagedKV`.
       NotImplementedError: the named backend cannot run these arguments here.
     """
+    if not isinstance(kv, PagedKV):
+        raise TypeError(f"kv must be a PagedKV, got {type(kv).__name__}; PagedKV(k_pages, v_pages)")
+    kv = PagedKV(*(_as_array(getattr(kv, f.name)) for f in dataclasses.fields(kv)))
+    q, kv_lens, page_table, q_starts = map(jnp.asarray, (q, kv_lens, page_table, q_starts))
+    tree_mask = _as_array(tree_mask)
+    for name, x in (("q", q), ("kv.k_pages", kv.k_pages), ("kv_lens", kv_lens),
+                    ("page_table", page_table)):  # fmt: skip
+        if x.ndim == 0 or x.size == 0:
+            raise ValueError(
+                f"{name} must not be empty, got {x.dtype}{list(x.shape)}; pad to one place at "
+                "least: a sequence whose kv_lens is 0 has no tokens"
+            )
+    num_tokens, window = q.shape[0], sliding_window
+    longest = num_tokens if max_q_len is None else whole_number("max_q_len", max_q_len)
     spec = AttentionSpec(
         sm_scale=float(sm_scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
-        sliding_window=sliding_window,
-        max_q_len=q.shape[0] if max_q_len is None else min(max_q_len, q.shape[0]),
+        sliding_window=None if window is None else whole_number("sliding_window", window),
+        max_q_len=min(longest, num_tokens),
         return_lse=return_lse,
         config=config,
     )
@@ -106,3 +123,7 @@ def ragged_paged_attention(
         out, lse = dispatch.pick("paged_attention", IMPLS, impl, *args).run(*args)
     out = out[:, :, :head_dim]
     return (out, lse) if return_lse else out
+
+
+def _as_array(x: Any) -> Any:
+    return None if x is None else jnp.asarray(x)

@@ -54,7 +54,7 @@ class MosaicTpuTiles:
 
 
 def _why_not(target: Target, *args: Any) -> str | None:
-    q, kv, _, page_table, _, _, spec = args
+    q, kv, *_, spec = args
     if target_lib.is_interpreting():
         if reason := target_lib.why_not_interpret("tpu"):
             return reason
@@ -76,8 +76,6 @@ def _why_not(target: Target, *args: Any) -> str | None:
     multiple = _LANES if kv.k_scale is not None else _sublanes(kv.k_pages.dtype)
     if kv.page_size % multiple:
         return f"page size must be a multiple of {multiple} for these pages, got {kv.page_size}"
-    if page_table.shape[1] == 0 or kv.k_pages.shape[0] == 0:
-        return "there are no pages"
     if spec.config is not None and not isinstance(spec.config, MosaicTpuTiles):
         return f"config must be MosaicTpuTiles, got {type(spec.config).__name__}"
     return None

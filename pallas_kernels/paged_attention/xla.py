@@ -40,6 +40,13 @@ class XlaTiles:
     kv_block: int = 64
     q_block: int = 32
 
+    def __post_init__(self) -> None:
+        if self.kv_block < 1 or self.q_block < 1:
+            raise ValueError(
+                "XlaTiles: kv_block and q_block must be at least 1, got "
+                f"{self.kv_block} and {self.q_block}"
+            )
+
 
 class _Rows(NamedTuple):
     """Queries of S places, R rows each, and what their masks need; each [S, R] unless noted.

@@ -68,6 +68,8 @@ def quant_matmul(
       ValueError: shapes or dtypes disagree.
       NotImplementedError: the named backend cannot run these arguments here.
     """
+    x, q, scale = map(jnp.asarray, (x, q, scale))
+    zero = None if zero is None else jnp.asarray(zero)
     group = check_arguments(x, q, scale, zero, layout, group)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     spec = QuantSpec(group=group, layout=layout, out_dtype=out_dtype, config=config)
@@ -111,6 +113,8 @@ def prepare(
     Raises:
       ValueError: shapes or dtypes disagree.
     """
+    q, scale = map(jnp.asarray, (q, scale))
+    zero = None if zero is None else jnp.asarray(zero)
     group = check_weight(q, scale, zero, layout, group)
     target = target or target_lib.current()
     if q.dtype == jnp.uint4:

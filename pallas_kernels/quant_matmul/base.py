@@ -8,6 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import whole_number
+
 Layout = Literal["kn", "nk"]
 
 INT_DTYPES = tuple(jnp.dtype(t) for t in (jnp.int4, jnp.uint4, jnp.int8))
@@ -62,11 +64,12 @@ def find_group(num_inputs: int, num_groups: int, group: int | None) -> int:
       ValueError: it is not stated and G does not divide K, or K inputs do not make G groups of it.
     """
     if group is None:
-        if num_groups == 0 or num_inputs % num_groups:
+        if 0 in (num_groups, num_inputs) or num_inputs % num_groups:
             raise ValueError(
                 f"scale has {num_groups} groups, which do not divide K={num_inputs}; pass group="
             )
         return num_inputs // num_groups
+    group = whole_number("group", group)
     if group <= 0 or -(-num_inputs // group) != num_groups:
         raise ValueError(
             f"K={num_inputs} inputs in groups of {group} need {-(-num_inputs // max(group, 1))} "
@@ -97,6 +100,8 @@ def check_weight(q: Any, scale: Any, zero: Any, layout: str, group: int | None) 
         if zero.shape != scale.shape:
             raise ValueError(f"zero must have the shape of scale {list(scale.shape)}, "
                              f"got {describe(zero)}")  # fmt: skip
+        if not any(jnp.issubdtype(zero.dtype, t) for t in (jnp.integer, jnp.floating)):
+            raise ValueError(f"zero must be integers or floats, got {describe(zero)}")
         if jnp.dtype(q.dtype) in FP8_DTYPES:
             raise ValueError(f"fp8 weights have no zero points, got {describe(zero)}; pass None")
     return find_group(num_inputs, scale.shape[0], group)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, target
@@ -82,6 +83,17 @@ def test_explain_tells_what_was_chosen_and_why_not_the_others():
     text = str(dispatch.explain(op, x, impl="even"))
     assert "cannot run: needs an even length, got 3" in text
     assert "could run, not named" in text
+
+
+def test_explain_leaves_numpy_numbers_as_they_are():
+    """1 / np.sqrt(64) is a number to an op, not an array to be traced."""
+
+    def scaled(x, scale, *, width):
+        return op(x * float(scale)).reshape(int(width), -1)
+
+    half = np.float64(0.5)
+    (decision,) = dispatch.explain(scaled, jnp.zeros(4), half, width=np.int32(2))
+    assert decision.chosen == "even"
 
 
 def test_explain_sees_through_jitted_functions_and_reports_each_decision_once():

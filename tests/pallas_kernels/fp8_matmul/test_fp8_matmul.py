@@ -75,6 +75,7 @@ def test_simulated_tpu_kernel_agrees_with_float64(case, inputs, relative_error):
         ({"block": 128}, r"w_scale must be .*\[2, 1\] or \[2, 128\]"),
         ({"block": 128, "w_scale": S((2, 1), jnp.float32)}, r"x_scale must be .*\[4, 2\]"),
         ({"block": 0}, "block must be positive"),
+        ({"block": 128.0}, "block must be a whole number.*got 128.0"),
         ({"layout": "oi"}, "layout must be 'kn'"),
     ],
 )
@@ -181,6 +182,21 @@ def test_activation_options_that_contradict_each_other_are_refused():
         quantize_activation(jnp.zeros((2, 8)), jnp.float32(1), block=4)
     with pytest.raises(ValueError, match="float8"):
         quantize_activation(jnp.zeros((2, 8)), dtype=jnp.int8)
+    for block in (0, -1):
+        with pytest.raises(ValueError, match=f"block must be positive or None, got {block}"):
+            quantize_activation(jnp.zeros((2, 8)), block=block)
+    with pytest.raises(ValueError, match=r"x must be f32, bf16 or f16 \[..., K\], got int32"):
+        quantize_activation(jnp.zeros((2, 8), jnp.int32))
+
+
+def test_a_scale_may_be_a_plain_number():
+    x = jnp.linspace(-1, 1, 16, dtype=jnp.float32).reshape(2, 8)
+    q, scale = quantize_activation(x, 0.01)
+    same, one = quantize_activation(x, jnp.float32(0.01))
+    assert (q == same).all() and scale == one
+    w = jnp.ones((8, 4), E4M3)
+    assert (fp8_matmul(q, w, 0.01, 2.0) == fp8_matmul(q, w, scale, jnp.float32(2))).all()
+    assert prepare(np.asarray(w), 2.0).scale == 2
 
 
 def test_leading_axes_are_rows():

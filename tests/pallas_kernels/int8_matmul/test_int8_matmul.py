@@ -62,6 +62,8 @@ def test_leading_axes_are_rows_and_a_static_scale_is_one_number():
     [
         ({"x": jnp.zeros((4, 64))}, "x must be int8, got float32.*quantize_rows"),
         ({"w": jnp.zeros((64, 32))}, "w must be int8"),
+        ({"w": jnp.zeros((2, 64, 32), jnp.int8)}, r"w must be int8 with 2 axes, got int8\[2, 64"),
+        ({"w": jnp.zeros((64,), jnp.int8)}, r"w must be int8 with 2 axes, got int8\[64\]"),
         ({"x": jnp.zeros((4, 63), jnp.int8)}, "K=64"),
         (
             {"x_scale": jnp.ones((3, 1))},
@@ -83,3 +85,13 @@ def test_wrong_arguments_say_what_was_expected_and_what_came(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         int8_matmul(**args)
+
+
+def test_a_scale_may_be_a_plain_number_and_arrays_numpys():
+    x = np.linspace(-1, 1, 16, dtype=np.float32).reshape(2, 8)
+    q, _ = quantize_rows(x, 0.01)
+    w = np.ones((8, 4), np.int8)
+    expected = int8_matmul(q, jnp.asarray(w), jnp.float32(0.01), jnp.float32(2))
+    np.testing.assert_array_equal(int8_matmul(np.asarray(q), w, 0.01, 2.0), expected)
+    with pytest.raises(ValueError, match=r"x must be f32, bf16 or f16 \[..., K\], got int32"):
+        quantize_rows(np.zeros((2, 8), np.int32))

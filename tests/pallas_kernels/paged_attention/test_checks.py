@@ -2,10 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, target
-from pallas_kernels.paged_attention import PagedKV, compile_cases, ragged_paged_attention
+from pallas_kernels.paged_attention import (
+    PagedKV,
+    XlaTiles,
+    compile_cases,
+    ragged_paged_attention,
+)
 
 s, f32, i32 = jax.ShapeDtypeStruct, jnp.float32, jnp.int32
 
@@ -57,6 +63,13 @@ INT8, SCALE = s((9, 2, 8, 16), jnp.int8), s((9, 2, 8), f32)
         ({"soft_cap": 0.0}, "soft_cap must be positive"),
         ({"sliding_window": 0}, "sliding_window must be at least 1"),
         ({"max_q_len": 0}, "max_q_len must be at least 1"),
+        ({"sliding_window": 2.5}, "sliding_window must be a whole number.*got 2.5"),
+        ({"max_q_len": 2.0}, "max_q_len must be a whole number.*got 2.0"),
+        ({"q": s((0, 4, 16), f32)}, r"q must not be empty, got float32\[0, 4, 16\]; pad"),
+        ({"pages": s((0, 2, 8, 16), f32)}, "kv.k_pages must not be empty"),
+        ({"pages": s((9, 0, 8, 16), f32)}, "kv.k_pages must not be empty"),
+        ({"page_table": s((3, 0), i32)}, "page_table must not be empty"),
+        ({"kv_lens": s((0,), i32), "q_starts": s((1,), i32)}, "kv_lens must not be empty"),
         ({"tree_mask": s((4, 1), jnp.uint32)}, r"tree_mask must be uint32\[5, words\]"),
         ({"tree_mask": s((5, 1), i32)}, r"tree_mask must be uint32"),
         ({"tree_mask": s((5, 0), jnp.uint32)}, "0 bits a token, too few.*max_q_len = 5"),
@@ -66,6 +79,28 @@ INT8, SCALE = s((9, 2, 8, 16), jnp.int8), s((9, 2, 8), f32)
 def test_wrong_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         call(**change)
+
+
+def test_pages_that_are_no_paged_kv_are_refused():
+    with pytest.raises(TypeError, match="kv must be a PagedKV, got tuple"):
+        call(kv=(1, 2))
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])
+def test_impossible_tiles_are_refused(sizes):
+    with pytest.raises(ValueError, match="XlaTiles: kv_block and q_block must be at least 1"):
+        XlaTiles(kv_block=sizes[0], q_block=sizes[1])
+
+
+def test_numpy_arrays_and_lists_are_as_good_as_jax_arrays(make_case):
+    """A host's scheduler keeps its page tables in numpy."""
+    inputs = make_case(name="", seqs=((1, 20), (9, 9)), kv_dtype="int8").build()
+    expected = ragged_paged_attention(*inputs.args, **inputs.kwargs)
+    q, kv, *rest = jax.tree.map(np.asarray, inputs.args)
+    for kv_lens, page_table, q_starts in (rest, [x.astype(np.int64) for x in rest],
+                                          [x.tolist() for x in rest]):  # fmt: skip
+        out = ragged_paged_attention(q, kv, kv_lens, page_table, q_starts, **inputs.kwargs)
+        assert (out == expected).all()
 
 
 def test_right_arguments_fall_to_jnp_on_a_cpu():

@@ -34,6 +34,9 @@ def weight(codes=jnp.int4, groups=2, layout="kn", shape=(256, 128), scales=jnp.b
         ({"zero": S((1, 128), jnp.int8)}, "zero must have the shape of scale"),
         ({"group": 64}, "need 4 rows of scales, got 2"),
         ({"group": 0}, "groups of 0"),
+        ({"x": S((4, 0), jnp.bfloat16), "q": S((0, 128), jnp.int4)}, "do not divide K=0"),
+        ({"group": 128.0}, "group must be a whole number.*got 128.0"),
+        ({"zero": S((2, 128), jnp.bool_)}, "zero must be integers or floats, got bool"),
         ({"layout": "io"}, "layout must be 'kn'"),
         ({"impl": "triton"}, "impl must be one of"),
         (
@@ -100,6 +103,17 @@ def test_the_tpu_kernel_refuses_with_its_reason(kind, x, w, message):
         with pytest.raises(NotImplementedError, match=message):
             f("mosaic_tpu")
         f("auto")
+
+
+def test_numpy_arrays_are_as_good_as_jax_arrays():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    q = rng.integers(-8, 8, (64, 32)).astype(np.int8)
+    scale = rng.uniform(0.5, 1.5, (2, 32)).astype(np.float32)
+    expected = quant_matmul(*map(jnp.asarray, (x, q, scale)))
+    np.testing.assert_array_equal(quant_matmul(x, q, scale.tolist()), expected)
+    w = prepare(q, scale, q[:2, :32].tolist())
+    assert all(isinstance(a, jax.Array) for a in (w.q, w.scale, w.zero))
 
 
 @pytest.mark.parametrize(
