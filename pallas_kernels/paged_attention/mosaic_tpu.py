@@ -221,8 +221,9 @@ def _list_work(tiles: packing.Tiles, kv_lens: jax.Array, launch: _Launch) -> jax
     first = jnp.zeros_like(start)
     if window is not None:
         first = jnp.maximum(lowest - window + 1, 0) // block
-    num = jnp.where(tiles.is_live & (kv_len > 0), last // block + 1 - first, 0)
-    return jnp.stack([tiles.seq, first, jnp.maximum(num, 0), kv_len]).astype(jnp.int32)
+    # A live tile has a block even if it sees no key: its last block starts the next tile's copies.
+    num = jnp.where(tiles.is_live, jnp.maximum(last // block + 1 - first, 1), 0)
+    return jnp.stack([tiles.seq, first, num, kv_len]).astype(jnp.int32)
 
 
 def _attend_tiles(

@@ -50,6 +50,18 @@ def test_any_tiles_give_the_same(make_case, attend_both, simulated, tiles):
     attend_both(case.build(), "mosaic_tpu", tiles)
 
 
+@pytest.mark.parametrize("has_tree", [False, True])
+def test_tokens_without_keys_give_zeros_and_those_after_them_are_not_waited_for(
+    make_case, attend_both, simulated, has_tree
+):
+    """A tile without blocks starts no copy for the next one, which would wait for it forever."""
+    case = make_case(name="", seqs=((2, 9), (3, 12), (2, 20)), has_tree=has_tree)
+    inputs = case.build()
+    kv_lens = inputs.kv_lens.copy()
+    kv_lens[0] = 0
+    attend_both(dataclasses.replace(inputs, kv_lens=kv_lens), "mosaic_tpu")
+
+
 def test_16_bit_pages(make_case, attend_both, simulated):
     case = make_case(name="", seqs=((1, 70), (5, 33)), page_size=16)
     attend_both(case.build(dtype="bfloat16"), "mosaic_tpu")
