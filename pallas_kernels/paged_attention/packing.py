@@ -99,7 +99,7 @@ def pack(
 
     words, depth = None, tokens_in
     if tree_mask is not None:
-        bits = _clear_bits_from(tree_mask[tokens], q_len)  # [tiles, tokens, W]
+        bits = clear_bits_from(tree_mask[tokens], q_len)  # [tiles, tokens, W]
         bits = jnp.where(is_row[:, :, None], bits, jnp.uint32(0))
         depth = lax.population_count(bits).astype(jnp.int32).sum(axis=-1) - 1
         words = jnp.stack([per_row(bits[..., w], 0) for w in range(bits.shape[-1])], axis=1)
@@ -132,7 +132,7 @@ def unpack(
     return out, jnp.where(is_live[:, None], lse.reshape(num_tokens, num_heads), -jnp.inf)
 
 
-def _clear_bits_from(words: jax.Array, count: jax.Array) -> jax.Array:
+def clear_bits_from(words: jax.Array, count: jax.Array) -> jax.Array:
     """Clears bits `count` [tiles] and above of [tiles, tokens, W]: count 3 leaves 0b111."""
     left = jnp.clip(count[:, None] - 32 * jnp.arange(words.shape[-1])[None, :], 0, 32)  # [tiles, W]
     shift = jnp.minimum(left, 31).astype(jnp.uint32)

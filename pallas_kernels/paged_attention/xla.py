@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Impl
+from pallas_kernels.paged_attention import packing
 from pallas_kernels.paged_attention.base import (
     PACKED_DTYPE,
     AttentionSpec,
@@ -203,7 +204,7 @@ def _make_rows(
     if tree_mask is None:
         tree, depth = None, offsets
     else:
-        tree = tree_mask[tokens]  # [S, R, W]
+        tree = packing.clear_bits_from(tree_mask[tokens], q_lens)  # [S, R, W]
         depth = lax.population_count(tree).astype(jnp.int32).sum(axis=-1) - 1
     positions = jnp.where(is_live, tree_starts[:, None] + depth, -1)
     lens = jnp.where(is_live.any(axis=1), kv_lens, 0)

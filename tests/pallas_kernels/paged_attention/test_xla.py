@@ -58,6 +58,17 @@ def test_heads_and_pages_of_real_models(make_case, reference, head_dim, page_siz
     check(inputs, reference(inputs))
 
 
+def test_bits_past_a_trees_last_node_mean_nothing(make_case, reference):
+    """Not for what a node sees, nor for its depth, by which the window goes."""
+    case = make_case(name="", seqs=((5, 40), (3, 9)), has_tree=True, sliding_window=6)
+    inputs = case.build()
+    expected = reference(inputs)
+    tree_mask = inputs.tree_mask.copy()
+    tree_mask[:5] |= np.uint32(0xFFFFFFE0)
+    tree_mask[5:] |= np.uint32(0xFFFFFFF8)
+    check(dataclasses.replace(inputs, tree_mask=tree_mask), expected)
+
+
 def test_one_program_serves_every_length(make_case, reference):
     traces = []
     inputs = make_case(name="", seqs=((1, 300), (1, 300))).build()
