@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
 
 
+_LANES = 128  # of a TPU's registers
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -33,7 +36,7 @@ class KVCache:
       k, v: [L * P, K, B, H] pages of B tokens, heads before tokens, so that one page of one head is
         one contiguous box. On CPUs small floats lie there as integers of the same bits: XLA would
         widen the whole pool to f32 to write or gather a few places of it. int4 lies everywhere as
-        bytes of two, [L * P, K, B, H / 2].
+        bytes of two, [L * P, K, B, H / 2]. On TPUs heads have zeros behind them, see `as_stored`.
       k_scale, v_scale: [L * P, K, B] f32 of quantized pools, see `kv_quant`; else None.
       num_layers, page_size: static.
       dtype: static, of the numbers that the pool holds, whatever they are stored as.
@@ -58,6 +61,17 @@ class KVCache:
         return self.num_pages * self.page_size
 
 
+def as_stored(model: ModelConfig, dtype: str) -> ModelConfig:
+    """Returns `model` with heads as wide as a pool of `dtype` keeps them.
+
+    A multiple of 128 on TPUs: arrays lie in tiles of 128 there, and the kernels read such heads
+    alone. int4, which no kernel reads, stays as it is.
+    """
+    if target_lib.current().kind != "tpu" or dtype == "int4":
+        return model
+    return dataclasses.replace(model, head_dim=-(-model.head_dim // _LANES) * _LANES)
+
+
 def init(model: ModelConfig, cache: CacheConfig) -> KVCache:
     """Returns a zeroed pool for `model`.
 
@@ -65,7 +79,7 @@ def init(model: ModelConfig, cache: CacheConfig) -> KVCache:
       ValueError: int4 lies two a byte, and the model's heads are of odd width.
     """
     places = (model.num_layers * cache.num_pages, model.num_kv_heads, cache.page_size)
-    width = model.head_dim
+    width = as_stored(model, cache.dtype).head_dim
     if cache.dtype == "int4":
         require(width % 2 == 0, f"an int4 KV cache needs an even head_dim, got {width}")
         storage, width = jnp.dtype(jnp.uint8), width // 2
@@ -120,7 +134,10 @@ def write(
     offsets = slots % kv.page_size
 
     def store(pool: Array, new: Array) -> Array:
-        return _set_places(pool, pages, offsets, _bitcast(new, pool.dtype))
+        new = _bitcast(new, pool.dtype)
+        if new.ndim == 3 and (missing := pool.shape[-1] - new.shape[-1]):
+            new = jnp.pad(new, ((0, 0), (0, 0), (0, missing)))
+        return _set_places(pool, pages, offsets, new)
 
     if kv.k_scale is None or kv.v_scale is None:
         return dataclasses.replace(

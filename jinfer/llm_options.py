@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jinfer import formats, memory, qkernels
+from jinfer import formats, kv_cache, memory, qkernels
 from jinfer.config import (
     KV_BITS,
     CacheConfig,
@@ -346,15 +346,17 @@ def _num_pages(
             gpu_memory_utilization=gpu_memory_utilization,
             reserved_bytes=memory.temp_bytes(config, num_tokens=num_tokens, num_seqs=num_seqs),
         )
-    page_bytes = memory.page_bytes(config, page_size, dtype)
+    stored = kv_cache.as_stored(config, dtype)
+    page_bytes = memory.page_bytes(stored, page_size, dtype)
     if drafter is not None and drafter.own_kv_config is not None:
-        draft_page_bytes = memory.page_bytes(drafter.own_kv_config, page_size, dtype)
+        own = kv_cache.as_stored(drafter.own_kv_config, dtype)
+        draft_page_bytes = memory.page_bytes(own, page_size, dtype)
         # The target's share of what there is.
         kv_cache_memory_bytes = (
             kv_cache_memory_bytes * page_bytes // (page_bytes + draft_page_bytes)
         )
     num_pages = memory.num_pages(
-        config,
+        stored,
         page_size=page_size,
         dtype=dtype,
         budget_bytes=kv_cache_memory_bytes,
@@ -370,7 +372,7 @@ def _num_pages(
 
 def _num_host_pages(config: ModelConfig, page_size: int, dtype: str, gib: float) -> int:
     """Pages of `gib` GiB of host memory."""
-    page_bytes = memory.page_bytes(config, page_size, dtype)
+    page_bytes = memory.page_bytes(kv_cache.as_stored(config, dtype), page_size, dtype)
     num_bytes, most = int(gib * 2**30), memory.host_memory_bytes()
     if gib < 0 or num_bytes > most:
         raise ValueError(

@@ -1,13 +1,16 @@
 """The engine gives the same greedy tokens whichever backend attends, kernels being simulated."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jinfer import LLM, SamplingParams
-from jinfer.config import ModelConfig
+from jinfer import LLM, SamplingParams, kv_cache, sampling, steps
+from jinfer.batch import StepBatch
+from jinfer.config import CacheConfig, ModelConfig
 from jinfer.models.model import Model
-from pallas_kernels import target
+from pallas_kernels import dispatch, target
 
 MODEL = Model(
     ModelConfig(
@@ -61,3 +64,25 @@ def test_the_engine_gives_the_same_tokens_on_every_backend(params, impl, kind):
 def test_a_backend_that_cannot_run_here_gives_its_reason(params):
     with pytest.raises(ValueError, match="attention_impl must be one of auto, xla, mosaic_gpu"):
         serve(params, "triton")
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("dtype", "page_size"), [("bfloat16", 16), ("fp8", 128), ("int8", 128)])
+def test_on_a_tpu_the_kernel_attends_whatever_the_width_of_a_head(head_dim, dtype, page_size):
+    model = Model(dataclasses.replace(MODEL.config, head_dim=head_dim))
+    cache = CacheConfig(num_pages=4, page_size=page_size, dtype=dtype)
+    batch = StepBatch.padding(8, 2, max_pages=2, num_slots=cache.num_slots, num_rows=2)
+
+    def step(params, kv, state):
+        return steps.run_blocks(model, params, kv, state, batch, "auto")
+
+    with target.state("v6e"):
+        args = jax.eval_shape(
+            lambda: (
+                model.init(jax.random.key(0), jnp.bfloat16),
+                kv_cache.init(model.config, cache),
+                sampling.init_state(2, model.config.vocab_size),
+            )
+        )
+        found = dispatch.explain(step, *args)
+    assert [d.chosen for d in found] == ["mosaic_tpu"], found

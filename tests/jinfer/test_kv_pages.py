@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import kv_cache, steps
+from jinfer import kv_cache, memory, steps
 from jinfer.config import CacheConfig, ModelConfig
 from pallas_kernels import target
+from pallas_kernels.paged_attention import ragged_paged_attention
 
 CONFIG = ModelConfig(
     family="llama",
@@ -98,3 +99,32 @@ def test_tokens_move_with_their_scales_in_every_layer(dtype, where):
         expected = old.copy()
         expected[:, 4, :, 0] = old[:, 1, :, 1]
         np.testing.assert_array_equal(new, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8", "int4"])
+def test_on_a_tpu_heads_lie_128_wide_and_are_read_as_written(dtype):
+    """Narrower ones no kernel reads there; int4, which none reads at all, stays as it is."""
+    cache = CacheConfig(num_pages=5, page_size=2, dtype=dtype)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 3, 2, 4), jnp.float32)
+    k, v = k[:, :1], v[:, :1]
+
+    def attend():
+        kv = kv_cache.init(CONFIG, cache)
+        kv = kv_cache.write(kv, 1, k, v, int32(6, 7, 2))
+        table = kv_cache.layer_pages(kv, 1, int32(3, 1)[None])
+        out = ragged_paged_attention(
+            q, kv_cache.paged(kv), int32(3), table, int32(0, 3), sm_scale=0.5, impl="xla"
+        )
+        return kv, out
+
+    plain, expected = attend()
+    with target.state("v6e"):
+        kv, out = attend()
+        stored = kv_cache.as_stored(CONFIG, cache.dtype)
+    assert kv.k.shape[-1] == (2 if dtype == "int4" else 128)
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+    for pool, config in ((kv, stored), (plain, CONFIG)):
+        # On a CPU bf16 and fp8 lie as integers of the same width.
+        num_bytes = sum(x.nbytes for x in jax.tree.leaves(pool))
+        assert num_bytes == memory.page_bytes(config, 2, cache.dtype) * 5
+    assert kv_cache.as_stored(CONFIG, cache.dtype) == CONFIG
