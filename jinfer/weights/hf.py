@@ -216,14 +216,16 @@ class HFCheckpoint:
         self._quantized = self._find_quantized(hf)
         taken = self._quantized.taken if self._quantized is not None else set()
         self.kv_scales: dict[int, dict[str, float]] = {}
-        self._kv_tensors: dict[str, StoredTensor] = {}
+        self._apart: dict[str, StoredTensor] = {}  # what is no weight of the model
         for name, tensor in list(self._tensors.items()):
             if name in taken:
                 continue
             if self._quantized is not None and (scale := kv_scale_of(name)) is not None:
                 layer, kind = scale
                 self.kv_scales.setdefault(layer, {})[kind] = float(tensor.read().reshape(-1)[0])
-                self._kv_tensors[name] = self._tensors.pop(name)
+                self._apart[name] = self._tensors.pop(name)
+            elif self._is_empty_bias(config, name):
+                self._apart[name] = self._tensors.pop(name)
             elif tensor.dtype_name not in _STORED_DTYPES and placements(config, name):
                 raise ValueError(
                     f"{name} in {tensor.path} is stored as {tensor.dtype_name}; "
@@ -246,9 +248,9 @@ class HFCheckpoint:
         return () if self._quantized is None else tuple(self._quantized.shapes)
 
     def plain_tensors(self) -> dict[str, StoredTensor]:
-        """All other tensors, as they lie in the files; scales of a KV cache among them."""
+        """All other tensors, as they lie in the files; also those that `shapes` leaves out."""
         taken = self._quantized.taken if self._quantized is not None else set()
-        return {n: t for n, t in {**self._tensors, **self._kv_tensors}.items() if n not in taken}
+        return {n: t for n, t in {**self._tensors, **self._apart}.items() if n not in taken}
 
     def _find_quantized(self, hf: Mapping[str, Any]) -> QuantizedModules | None:
         stated = quantization_config(self.path, hf)
@@ -256,6 +258,18 @@ class HFCheckpoint:
             return None
         tensors = self._tensors
         return QuantizedModules(stated, tensors, lambda name: tensors[name].read(), str(self.path))
+
+    def _is_empty_bias(self, config: ModelConfig, name: str) -> bool:
+        """Whether a tensor is one of the zeros that AutoGPTQ wrote as biases of every linear,
+        those of models without biases too."""
+        weight = name.removesuffix("bias") + "weight"
+        if self._quantized is None or weight not in self._quantized.shapes or weight == name:
+            return False
+        try:
+            placements(config, name)
+        except ValueError:  # no place for it
+            return not np.any(self._tensors[name].read())
+        return False
 
     def _untangle_head(self, config: ModelConfig) -> ModelConfig:
         """Obeys the tensors over the flag: tools write a tied matrix once or twice."""

@@ -78,6 +78,26 @@ def test_every_shape_of_module_loads(
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+def test_zeros_as_biases_of_a_model_without_are_passed_over(
+    tiny, write_hf, tmp_path, linears, one_line
+):
+    """AutoGPTQ wrote a bias for every linear: Qwen2's and many Llamas' GPTQ files have them."""
+    model = tiny("qwen2")  # which has biases, but not all of these
+    tensors, weights = quantized_tensors(model, QFormat.parse("int4-g32"), write_gptq)
+    hf = model.hf | {"quantization_config": gptq_config(weights)}
+    _, plain = load(write_hf(tmp_path / "plain", hf, tensors))
+    biases = {f"{m}.bias": np.zeros(x.shape[1], np.float16) for m, x in weights.items()}
+    folder = write_hf(tmp_path / "biased", hf, biases | tensors)
+    _, params = load(folder)
+    assert len(linears(params)) == len(weights)
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
+    assert biases.keys() <= open_checkpoint(folder).plain_tensors().keys()
+    biases["model.layers.1.mlp.up_proj.bias"][3] = 1
+    with pytest.raises(ValueError) as error:
+        load(write_hf(tmp_path / "real", hf, biases | tensors))
+    one_line(error.value, "layers.1.mlp.up_proj.bias", "no place")
+
+
 def test_a_quantized_head_is_not_taken_for_a_tied_one(tiny, write_hf, tmp_path):
     model = tiny("llama")
     tensors, weights = quantized_tensors(model, QFormat.parse("int4-g32"), write_gptq)
