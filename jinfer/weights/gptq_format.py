@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from jinfer.weights.interop import (
 )
 
 BITS = (2, 3, 4, 8)
+SAMPLED_OUTPUTS = 256  # of a module that is asked for its version
 _log = logging.getLogger(__name__)
 
 
@@ -93,6 +94,32 @@ class GPTQReader:
                 )
         return self
 
+    def believed(self, samples: Iterable[tuple[str, Tensors]]) -> GPTQReader:
+        """This reader with the version that zero points tell, where all samples tell the other.
+
+        In asymmetric modules of few bits codes minus zeros average about 0, since weights do, and
+        the wrong version is off by one. One module alone proves nothing: some weights do not.
+        """
+        offsets = [o for m, tensors in samples if (o := self.of(m)._offset(tensors)) is not None]
+        one = 1 if self.version == 1 else -1
+        if offsets and all(abs(o) > 0.75 and abs(o + one) < 0.25 for o in offsets):
+            _warn_label(self.version, 3 - self.version)
+            return dataclasses.replace(self, version=3 - self.version)
+        return self
+
+    def _offset(self, tensors: Tensors) -> float | None:
+        """Mean of codes minus zeros by the label; None where that says nothing."""
+        stored, q = tensors.get("qzeros"), tensors["qweight"]
+        num_outputs, num_inputs = q.shape[1], q.shape[0] * 32 // self.bits
+        if self.bits > 4 or stored is None or stored.shape[-1] * 32 < num_outputs * self.bits:
+            return None
+        as_v1, as_v2 = _both_versions(stored, self.bits, num_outputs)
+        if np.all(as_v2 == as_v2.flat[0]):
+            return None
+        q = q[:, :SAMPLED_OUTPUTS]
+        zero = (as_v2 if self.version == 2 else as_v1)[:, :SAMPLED_OUTPUTS]
+        return float(unpack_words(q.T, self.bits, num_inputs).mean()) - float(zero.mean())
+
     def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
         rows, num_outputs = tensors["qweight"].shape
         g_idx = tensors.get("g_idx")
@@ -114,7 +141,7 @@ class GPTQReader:
             f"{num_inputs} inputs, got {list(scales.shape)}",
         )
         unsigned = unpack_words(q.T, own.bits, num_inputs).T  # [I, O]
-        zero = own.zeros(module, stored, num_outputs, unsigned)
+        zero = own.zeros(stored, num_outputs)
         perm, reason = sort_groups(tensors.get("g_idx"), num_inputs, group)
         fmt = QFormat(bits=own.bits, group=own.group)
         if reason is not None:
@@ -124,28 +151,18 @@ class GPTQReader:
         unsigned = unsigned if perm is None else unsigned[perm]
         return make_qtensor(unsigned, scales, zero, fmt, perm=perm)
 
-    def zeros(
-        self, module: str, stored: np.ndarray, num_outputs: int, codes: np.ndarray
-    ) -> np.ndarray:
+    def zeros(self, stored: np.ndarray, num_outputs: int) -> np.ndarray:
         """Zero points [G, O], by the label unless the numbers say that it lies.
 
-        A symmetric file has one zero in all: the middle (v2) or one less (v1). In an asymmetric
-        one of few bits codes minus zeros average about 0, since weights do; the wrong version is
-        off by one.
+        A symmetric file has one zero in all: the middle (v2) or one less (v1).
         """
         middle = 2 ** (self.bits - 1)
-        as_v2 = unpack_words(stored, self.bits, num_outputs)
-        as_v1 = _add_one(stored, self.bits, num_outputs)
+        as_v1, as_v2 = _both_versions(stored, self.bits, num_outputs)
         version = self.version
         if self.symmetric and np.all(as_v2 == middle):
             version = 2
         elif self.symmetric and np.all(as_v1 == middle):
             version = 1
-        elif self.bits <= 4:
-            offset = float(codes.mean()) - float((as_v2 if version == 2 else as_v1).mean())
-            other = offset + (1 if version == 1 else -1)
-            if abs(offset) > 0.75 and abs(other) < 0.25:
-                version = 3 - version
         if version != self.version:
             _warn_label(self.version, version)
         zero = as_v2 if version == 2 else as_v1
@@ -155,6 +172,12 @@ class GPTQReader:
 @functools.lru_cache
 def _warn_label(said: int, found: int) -> None:
     _log.warning("this GPTQ checkpoint is labelled v%d, but its zero points are v%d's", said, found)
+
+
+def _both_versions(
+    stored: np.ndarray, bits: int, num_outputs: int
+) -> tuple[np.ndarray, np.ndarray]:
+    return _add_one(stored, bits, num_outputs), unpack_words(stored, bits, num_outputs)
 
 
 def _add_one(stored: np.ndarray, bits: int, num_outputs: int) -> np.ndarray:

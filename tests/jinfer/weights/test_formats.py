@@ -138,9 +138,8 @@ def test_gptq_v1_gives_back_what_a_zero_of_0_borrowed():
     words = np.array([[0x00000050]], np.int32)  # zeros 0, 5, 0, 0, ... in v2
     v1 = (words.view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
     assert hexes(v1) == ["eeeeef3f"]
-    codes = np.zeros((8, 8), int)
     reader = gptq_reader(1, sym=False)
-    np.testing.assert_array_equal(reader.zeros(P, v1, 8, codes)[0], [0, 5, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(reader.zeros(v1, 8)[0], [0, 5, 0, 0, 0, 0, 0, 0])
 
 
 def test_gptq_v1_is_not_written_with_a_zero_of_0():
@@ -159,7 +158,21 @@ def test_a_lying_gptq_label_is_found_out(text, truth):
     out = write_gptq(x, version=truth)
     for label in (1, 2):
         reader = gptq_reader(label, x.fmt.bits, 32, x.fmt.symmetric)
-        assert_same(reader.read(P, out), x)
+        assert_same(reader.believed([(P, out)]).read(P, out), x)
+
+
+@pytest.mark.parametrize(("bits", "sigmas"), [(3, 0.5), (4, 0.3)])
+def test_a_gptq_module_whose_weights_do_not_average_zero_is_no_proof_of_a_lie(bits, sigmas):
+    def shifted(sigmas):
+        w = np.random.default_rng(0).normal(size=(128, 64)) + sigmas
+        fmt = QFormat.parse(f"int{bits}-g32-asym")
+        return quantize(jnp.asarray(w, jnp.float32), fmt, scale_dtype=jnp.float16)
+
+    odd = shifted(sigmas)
+    out, plain = write_gptq(odd), write_gptq(shifted(0.0))
+    reader = gptq_reader(2, bits, 32, False)
+    assert reader.believed([(P, out)]).version == 1  # it looks like one
+    assert_same(reader.believed([("a", plain), (P, out)]).read(P, out), odd)
 
 
 def test_gptq_overrides_by_module():
