@@ -1,7 +1,8 @@
 """bitsandbytes files: LLM.int8(), and NF4 or FP4 with plain or double scales.
 
 8 bit   weight int8 [O, I], SCB f32 [O] (w = q SCB / 127), weight_format uint8 []
-4 bit   weight uint8 [O I / 2, 1], codes of the flat [O, I], the first in the high nibble
+4 bit   weight uint8 [O I / 2, 1], codes of the flat [O, I], the first in the high nibble (the
+        bytes may have another type, bnb_4bit_quant_storage)
         weight.absmax f32 [O I / 64]; weight.quant_map f32 [16]
         weight.quant_state.bitsandbytes__nf4: JSON with shape, blocksize, dtype, ...
 double  weight.absmax uint8; weight.nested_absmax f32 [blocks of 256],
@@ -100,7 +101,8 @@ def _read_4bit(module: str, tensors: Tensors) -> Weight:
             else ""
         ),
     )
-    packed = np.asarray(tensors["weight"]).reshape(-1)
+    # bnb_4bit_quant_storage may call the bytes bfloat16, say.
+    packed = np.ascontiguousarray(tensors["weight"]).reshape(-1).view(np.uint8)
     codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
     require(
         codes.size >= num_outputs * num_inputs,

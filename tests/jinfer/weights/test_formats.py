@@ -376,6 +376,15 @@ def test_bnb_reads_what_it_writes(text):
         assert_same(reader.read(P, out), x)
 
 
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_bnb_codes_may_be_stored_as_another_type(dtype):
+    """bnb_4bit_quant_storage: the same bytes, under a type that FSDP can shard."""
+    x = weight("nf4-g64-dq", scale_dtype=jnp.float32)
+    out = write_bnb(x)
+    stored = out["weight"].reshape(-1).view(dtype)[:, None]
+    assert_same(BNBReader.parse({}).read(P, out | {"weight": stored}), x)
+
+
 def test_bnb_blocks_over_row_ends_become_dense():
     x = weight("nf4-g64", rows=128, columns=64, scale_dtype=jnp.float32)
     out = write_bnb(x)
