@@ -205,6 +205,11 @@ def from_codes(
         f"{fmt} of [{num_inputs}, {num_outputs}] needs scales {list(expected)}, got {list(shape)}",
     )
     require((zero is None) == fmt.symmetric, f"{fmt} and zero = {zero} disagree")
+    require(
+        zero is None or zero.shape[-2:] == expected,
+        f"{fmt} of [{num_inputs}, {num_outputs}] needs zero points {list(expected)}, "
+        f"got {[] if zero is None else list(zero.shape[-2:])}",
+    )
     require((act_scale is None) == (fmt.act != "static"), f"{fmt} and act_scale disagree")
     pad = 0
     if fmt.is_packed:

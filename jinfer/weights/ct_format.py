@@ -136,7 +136,7 @@ class CTReader:
         if zero is not None:
             zero = unpack(np.ascontiguousarray(zero.T), num_outputs)
         group = fmt.group_size(num_inputs)
-        perm, reason = sort_groups(tensors.get("weight_g_idx"), num_inputs, group)
+        perm, reason = sort_groups(module, tensors.get("weight_g_idx"), num_inputs, group)
         if reason is not None:
             g_idx = tensors["weight_g_idx"]
             offset = 2 ** (bits - 1) if zero is None else zero[g_idx].astype(np.float32)

@@ -140,9 +140,19 @@ class GPTQReader:
             f"{module}: scales must be [{num_groups}, {num_outputs}] for groups of {group} in "
             f"{num_inputs} inputs, got {list(scales.shape)}",
         )
+        words = (-(-num_inputs * own.bits // 32), -(-num_outputs * own.bits // 32))
+        for name, want in (
+            ("qweight", (words[0], num_outputs)),
+            ("qzeros", (num_groups, words[1])),
+        ):
+            require(
+                tensors[name].shape == want,
+                f"{module}: {name} must be {list(want)} for {own.bits} bits of [{num_inputs}, "
+                f"{num_outputs}], got {list(tensors[name].shape)}",
+            )
         unsigned = unpack_words(q.T, own.bits, num_inputs).T  # [I, O]
         zero = own.zeros(stored, num_outputs)
-        perm, reason = sort_groups(tensors.get("g_idx"), num_inputs, group)
+        perm, reason = sort_groups(module, tensors.get("g_idx"), num_inputs, group)
         fmt = QFormat(bits=own.bits, group=own.group)
         if reason is not None:
             g_idx = tensors["g_idx"]

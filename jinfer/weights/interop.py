@@ -127,7 +127,7 @@ def half_scale(scale: np.ndarray, what: str) -> np.ndarray:
 
 
 def sort_groups(
-    g_idx: np.ndarray | None, num_inputs: int, group: int
+    module: str, g_idx: np.ndarray | None, num_inputs: int, group: int
 ) -> tuple[np.ndarray | None, str | None]:
     """How to store inputs so that groups are runs of `group`.
 
@@ -137,8 +137,15 @@ def sort_groups(
     """
     if g_idx is None or np.all(g_idx < 0):
         return None, None
-    require(g_idx.shape == (num_inputs,), f"g_idx must be [{num_inputs}], got {list(g_idx.shape)}")
+    require(
+        g_idx.shape == (num_inputs,) and g_idx.dtype.kind in "iu",
+        f"{module}: g_idx must be [{num_inputs}] integers, got {g_idx.dtype}{list(g_idx.shape)}",
+    )
     places = np.arange(num_inputs) // group
+    require(
+        g_idx.min() >= 0 and g_idx.max() <= places[-1],
+        f"{module}: g_idx must lie in 0..{places[-1]}, got {g_idx.min()}..{g_idx.max()}",
+    )
     if np.array_equal(g_idx, places):
         return None, None
     perm = np.argsort(g_idx, kind="stable").astype(np.int32)

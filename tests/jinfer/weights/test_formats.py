@@ -480,6 +480,18 @@ def test_tensors_that_do_not_fit_are_named_with_their_module():
         reader.read(P, {"qweight": out["qweight"]})
     with pytest.raises(ValueError, match=r"q_proj: scales must be \[4, 64\]"):
         reader.read(P, out | {"scales": out["scales"][:2]})
+    with pytest.raises(ValueError, match=r"q_proj: qweight must be \[8, 64\] .* got \[16, 64\]"):
+        gptq_reader(bits=2, group=32).read(P, out)  # the config lies
+    with pytest.raises(ValueError, match=r"q_proj: qzeros must be \[4, 8\] .* got \[1, 8\]"):
+        reader.read(P, out | {"qzeros": out["qzeros"][:1]})
+    for wrong in (-2, 4):
+        g_idx = out["g_idx"].copy()
+        g_idx[5] = wrong
+        with pytest.raises(ValueError, match=r"q_proj: g_idx must lie in 0\.\.3, got"):
+            reader.read(P, out | {"g_idx": g_idx})
+    awq = write_awq(weight("int4-g32-asym"))
+    with pytest.raises(ValueError, match=r"needs zero points \[4, 64\], got \[1, 64\]"):
+        AWQReader(32).read(P, awq | {"qzeros": awq["qzeros"][:1]})
     ct = write_ct(x)
     with pytest.raises(ValueError, match=r"q_proj: 128 codes of 4 bits make 16 words, got 15"):
         ct_reader(x).read(P, ct | {"weight_packed": ct["weight_packed"][:, :15]})
