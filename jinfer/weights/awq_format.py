@@ -41,9 +41,8 @@ class AWQReader:
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> AWQReader:
         """Reads a `quantization_config`."""
-        version = str(
-            config.get("version") or config.get("checkpoint_format") or config.get("format")
-        ).lower()
+        stated = [config.get(key) for key in ("version", "checkpoint_format", "format")]
+        version = str(next(filter(None, stated), "gemm")).lower()
         require(
             version == "gemm",
             f"AWQ version {version!r} has another layout and is not supported; supported: gemm",

@@ -42,7 +42,8 @@ class BNBReader:
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> BNBReader:
         """Reads a `quantization_config`."""
-        threshold = float(config.get("llm_int8_threshold", OUTLIER_THRESHOLD))
+        stated = config.get("llm_int8_threshold")
+        threshold = OUTLIER_THRESHOLD if stated is None else float(stated)
         require(
             threshold in (0.0, OUTLIER_THRESHOLD),
             f"bitsandbytes llm_int8_threshold must be {OUTLIER_THRESHOLD} or 0, got {threshold}",
@@ -78,9 +79,18 @@ class BNBReader:
 def _state(module: str, tensors: Tensors) -> dict[str, Any]:
     for kind in ("nf4", "fp4"):
         if _STATE + kind in tensors:
-            state = json.loads(np.asarray(tensors[_STATE + kind]).tobytes())
+            try:
+                state = json.loads(np.asarray(tensors[_STATE + kind]).tobytes())
+            except ValueError as error:
+                raise ValueError(f"{module}: its quant_state is not JSON ({error})") from error
+            needed = {"shape", "blocksize"}
+            if "weight.nested_absmax" in tensors:
+                needed |= {"nested_blocksize", "nested_offset"}
             require(
-                state.get("quant_type") == kind and len(state.get("shape", ())) == 2,
+                isinstance(state, dict)
+                and state.get("quant_type") == kind
+                and needed <= state.keys()
+                and len(state["shape"]) == 2,
                 f"{module}: quant_state {state} is not that of a {kind} matrix",
             )
             return state

@@ -19,7 +19,7 @@ import numpy as np
 from jinfer.config import require
 from jinfer.qformat import CHANNEL
 from jinfer.qtensor import QTensor
-from jinfer.weights.hf import INDEX, HFCheckpoint
+from jinfer.weights.hf import INDEX, QUANTIZATION_KEYS, HFCheckpoint
 from jinfer.weights.interop import Dense
 from jinfer.weights.save import (
     EXPORTS,
@@ -96,9 +96,9 @@ def convert_folder(
 
     with new_folder(pathlib.Path(output)) as partial:
         write_tensors(partial, tensors())
-        config = {k: v for k, v in checkpoint.hf.items() if k != "quantization_config"}
+        config = {k: v for k, v in checkpoint.hf.items() if k not in QUANTIZATION_KEYS}
         if isinstance(text := config.get("text_config"), Mapping):
-            config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
+            config["text_config"] = {k: v for k, v in text.items() if k not in QUANTIZATION_KEYS}
         config["quantization_config"] = quantization_config(
             export,
             stand_ins,

@@ -13,6 +13,7 @@ Before 0.18 widths that do not divide 32 were padded to whole codes a word: `bit
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,8 @@ class CTReader:
                 group.get("weights") or {},
                 group.get("input_activations"),
             )
+            for target in scheme.targets:
+                re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
             schemes.append(scheme)
         require(bool(schemes), "compressed-tensors config has no config_groups")
         version = str(config.get("version") or "0.18").split(".")[:2]
@@ -107,6 +110,8 @@ class CTReader:
 
     def read(self, module: str, tensors: Tensors) -> Weight:
         scheme = self.scheme(module)
+        bits = scheme.weights.get("num_bits")
+        require(isinstance(bits, int), f"{module}: its config group has num_bits {bits!r}")
         require("weight_scale" in tensors, f"{module} has no weight_scale")
         if scheme.weights.get("type", "int") == "float":
             return _read_float(module, tensors, scheme)

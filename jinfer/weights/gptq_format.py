@@ -71,24 +71,27 @@ class GPTQReader:
         )
         words = config.get("pack_dtype") or "int32"
         require(words == "int32", f"GPTQ pack_dtype {words!r} is not supported; supported: int32")
-        bits = config.get("bits")
+        bits, dynamic = config.get("bits"), config.get("dynamic") or {}
+        for pattern in dynamic:
+            re.compile(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern)
         require(bits in BITS, f"GPTQ bits must be one of {BITS}, got {bits!r}")
         return cls(
             bits=int(bits or 0),
             group=group_of(config.get("group_size", -1), "GPTQ"),
             symmetric=bool(config.get("sym", True)),
             version=2 if label == "gptq_v2" else 1,
-            dynamic=tuple((config.get("dynamic") or {}).items()),
+            dynamic=tuple(dynamic.items()),
         )
 
     def of(self, module: str) -> GPTQReader:
         """This reader with the first override whose pattern fits `module`."""
         for pattern, change in self.dynamic:
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
-                group = change.get("group_size", self.group)
+                group, bits = change.get("group_size", self.group), change.get("bits", self.bits)
+                require(bits in BITS, f"{module}: GPTQ bits must be one of {BITS}, got {bits!r}")
                 return dataclasses.replace(
                     self,
-                    bits=change.get("bits", self.bits),
+                    bits=bits,
                     group=group_of(group, module),
                     symmetric=change.get("sym", self.symmetric),
                 )

@@ -16,9 +16,11 @@ from jinfer.config import ModelConfig
 from jinfer.models.families import Path, config_from_hf, names_of, placements
 from jinfer.weights.fill import DTYPES
 from jinfer.weights.interop import Weight
-from jinfer.weights.quantized import QuantizedModules, kv_scale_of
+from jinfer.weights.quantized import QuantizedModules, first_marked, kv_scale_of
 
 INDEX = "model.safetensors.index.json"
+# Where config.json says how weights are quantized; the second is compressed-tensors' of old.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # The types of plain weights; any other comes with a quantization that says what it means.
 _STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -53,8 +55,16 @@ class StoredTensor:
     offset: int
 
     def read(self) -> np.ndarray:
-        """Returns the tensor as a read-only view of the file, unmapped when it is dropped."""
-        dtype = _DTYPES[self.dtype_name]
+        """Returns the tensor as a read-only view of the file, unmapped when it is dropped.
+
+        Raises:
+          ValueError: of a type that is not supported.
+        """
+        dtype = _DTYPES.get(self.dtype_name)
+        if dtype is None:
+            raise ValueError(
+                f"{self.path} holds a tensor as {self.dtype_name}; supported: {', '.join(_DTYPES)}"
+            )
         if 0 in self.shape:
             return np.empty(self.shape, dtype)
         return np.memmap(self.path, dtype, "r", self.offset, self.shape)
@@ -165,16 +175,22 @@ def quantization_config(folder: pathlib.Path, hf: Mapping[str, Any]) -> dict[str
     Raises:
       ValueError: only a file of a tool that is not supported says it.
     """
-    stated = hf.get("quantization_config") or (hf.get("text_config") or {}).get(
-        "quantization_config"
-    )
-    if stated is not None:
-        return dict(stated)
+    holders = (hf, hf.get("text_config") or {})
+    stated = [
+        value for holder in holders for key in QUANTIZATION_KEYS if (value := holder.get(key))
+    ]
+    if stated:
+        if not isinstance(stated[0], Mapping):
+            raise ValueError(f"{folder}/config.json: {QUANTIZATION_KEYS[0]} must be an object")
+        return dict(stated[0])
     if (folder / "hf_quant_config.json").is_file():
         raise ValueError(
             f"{folder} holds quantized weights as hf_quant_config.json describes them, which is "
             f"not supported"
         )
+    if (folder / "quant_config.json").is_file():  # AutoAWQ's
+        config = read_json(folder / "quant_config.json")
+        return {"quant_method": "awq", **config} if "w_bit" in config else None
     beside = folder / "quantize_config.json"  # AutoGPTQ's
     if not beside.is_file():
         return None
@@ -254,9 +270,14 @@ class HFCheckpoint:
 
     def _find_quantized(self, hf: Mapping[str, Any]) -> QuantizedModules | None:
         stated = quantization_config(self.path, hf)
-        if stated is None:
-            return None
         tensors = self._tensors
+        if stated is None:
+            if (marked := first_marked(tensors)) is not None:
+                raise ValueError(
+                    f"{self.path} holds quantized weights ({marked}), but its config.json has no "
+                    f"{QUANTIZATION_KEYS[0]} that says how to read them"
+                )
+            return None
         return QuantizedModules(stated, tensors, lambda name: tensors[name].read(), str(self.path))
 
     def _is_empty_bias(self, config: ModelConfig, name: str) -> bool:

@@ -38,7 +38,9 @@ class NativeReader:
     def parse(cls, config: Mapping[str, Any]) -> NativeReader:
         """Reads a `quantization_config`."""
         formats = config.get("formats")
-        if not isinstance(formats, Mapping):
+        if not isinstance(formats, Mapping) or not all(
+            isinstance(f, str) for f in formats.values()
+        ):
             raise ValueError("the config of a jinfer checkpoint must list its formats")
         return cls(formats)
 

@@ -5,9 +5,10 @@ Knows the formats by the name in `quantization_config`; opens no file itself.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,32 @@ def open_reader(config: Mapping[str, Any], where: str) -> Reader:
         f"supported: {', '.join(READERS)}",
     )
     try:
-        return READERS[str(method)](config)
+        with _located(where):
+            return READERS[str(method)](config)
+    except (AttributeError, KeyError, TypeError, re.error) as error:
+        raise ValueError(
+            f"{where}: its {method} quantization_config is malformed: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Puts the checkpoint's name before what is wrong with it."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+class _Leaves(dict[str, np.ndarray]):
+    """Tensors of one module by leaf; one that is asked for and not there is named."""
+
+    def __init__(self, module: str, tensors: Mapping[str, np.ndarray]) -> None:
+        super().__init__(tensors)
+        self._module = module
+
+    def __missing__(self, leaf: str) -> np.ndarray:
+        raise ValueError(f"{self._module} has {', '.join(sorted(self))} but no {leaf}")
 
 
 class QuantizedModules:
@@ -102,16 +126,19 @@ class QuantizedModules:
         if isinstance(self.reader, GPTQReader):
             step = -(-len(self._modules) // _NUM_ASKED)
             asked = list(self._modules)[::step]
-            self.reader = self.reader.believed((m, self._tensors(m)) for m in asked)
+            with _located(where):
+                self.reader = self.reader.believed((m, self._tensors(m)) for m in asked)
         self.taken = {name for leaves in self._modules.values() for name in leaves.values()}
-        self.shapes = {
-            f"{module}.weight": self.reader.shape(module, self._tensors(module))
-            for module in self._modules
-        }
+        with _located(where):
+            self.shapes = {
+                f"{module}.weight": self.reader.shape(module, self._tensors(module))
+                for module in self._modules
+            }
         self.dense_reasons: dict[str, str] = {}
 
-    def _tensors(self, module: str) -> dict[str, np.ndarray]:
-        return {leaf: self._read(name) for leaf, name in self._modules[module].items()}
+    def _tensors(self, module: str) -> Mapping[str, np.ndarray]:
+        leaves = self._modules[module]
+        return _Leaves(module, {leaf: self._read(name) for leaf, name in leaves.items()})
 
     def read(self, name: str) -> Weight:
         """Returns the weight under a name of `shapes`.
@@ -120,10 +147,8 @@ class QuantizedModules:
           ValueError: its tensors do not fit each other.
         """
         module = name.removesuffix(".weight")
-        try:
+        with _located(self._where):
             weight = self.reader.read(module, self._tensors(module))
-        except ValueError as error:
-            raise ValueError(f"{self._where}: {error}") from error
         if isinstance(weight, Dense):
             if weight.reason not in self.dense_reasons.values():
                 _log.warning("%s: %s held dense: %s", self._where, module, weight.reason)
@@ -149,6 +174,11 @@ def modules_of(reader: Reader, names: Iterable[str]) -> dict[str, dict[str, str]
 
 def _ends(name: str, leaf: str) -> bool:
     return name.endswith("." + leaf)
+
+
+def first_marked(names: Iterable[str]) -> str | None:
+    """A tensor that only quantized modules have, if there is one."""
+    return next((name for name in names if any(_ends(name, mark) for mark in _MARKS)), None)
 
 
 def kv_scale_of(name: str) -> tuple[int, str] | None:

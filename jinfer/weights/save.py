@@ -25,7 +25,7 @@ from jinfer.weights.ct_format import ct_config, write_ct
 from jinfer.weights.fp8_format import fp8_config, write_fp8
 from jinfer.weights.gguf_write import check_gguf, write_gguf
 from jinfer.weights.gptq_format import gptq_config, write_gptq
-from jinfer.weights.hf import INDEX
+from jinfer.weights.hf import INDEX, QUANTIZATION_KEYS
 from jinfer.weights.native_format import native_config, write_native
 
 EXPORTS: Mapping[
@@ -93,7 +93,7 @@ def save_folder(
             held = _in_dtype(params, dtype)
             write_gguf(partial / "model.gguf", model, held, tokenizer=vocabulary)
             return _finish(partial, files)
-    config = {k: v for k, v in hf.items() if k != "quantization_config"}
+    config = {k: v for k, v in hf.items() if k not in QUANTIZATION_KEYS}
     tied = model.config.tie_word_embeddings
     config |= {"tie_word_embeddings": tied, "dtype": dtype}
     config.pop("torch_dtype", None)

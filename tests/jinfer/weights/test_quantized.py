@@ -11,10 +11,13 @@ from jinfer import load, qtensor
 from jinfer.qformat import QFormat
 from jinfer.qtensor import QTensor
 from jinfer.weights.awq_format import awq_config, write_awq
+from jinfer.weights.bnb_format import bnb_config, write_bnb
 from jinfer.weights.ct_format import ct_config, write_ct
+from jinfer.weights.fp8_format import fp8_config, write_fp8
 from jinfer.weights.gptq_format import gptq_config, write_gptq
 from jinfer.weights.hf import read_safetensors_header
 from jinfer.weights.load import open_checkpoint
+from jinfer.weights.native_format import native_config, write_native
 from jinfer.weights.save import save_folder
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
@@ -179,6 +182,95 @@ def test_bad_configs_are_one_line(config, words, tiny, write_hf, tmp_path, one_l
     with pytest.raises(ValueError) as error:
         load(folder)
     one_line(error.value, str(folder), *words)
+
+
+MALFORMED = {
+    "a list": ([4], "must be an object"),
+    "dynamic": ({"quant_method": "gptq", "bits": 4, "dynamic": 5}, "gptq quantization_config"),
+    "regex": ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:*": {}}}, "nothing to repeat"),
+    "groups": ({"quant_method": "compressed-tensors", "config_groups": [5]}, "malformed"),
+    "targets": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "config_groups": {"a": {"targets": ["re:*x"]}},
+        },
+        "nothing to repeat",
+    ),
+    "block": ({"quant_method": "fp8", "weight_block_size": 128}, "fp8 quantization_config"),
+    "formats": ({"quant_method": "jinfer", "formats": {"a": 5}}, "must list its formats"),
+    "none": (None, "model.layers.0.mlp.down_proj.qweight), but its config.json has no"),
+}
+
+
+@pytest.mark.parametrize(("config", "words"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_configs_are_one_line(config, words, tiny, write_hf, tmp_path, one_line):
+    model = tiny("llama")
+    tensors, _ = quantized_tensors(model, QFormat.parse("int4-g32"), write_gptq)
+    folder = write_hf(tmp_path / "m", model.hf | {"quantization_config": config}, tensors)
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    one_line(error.value, str(folder), words)
+
+
+@pytest.mark.parametrize(
+    ("text", "write", "config_of", "leaf"),
+    [
+        ("fp8-e4m3-channel", write_ct, ct_config, "weight"),
+        ("fp8-e4m3-tensor:dyn", write_fp8, fp8_config, "weight"),
+        ("int8-channel:outlier", write_bnb, bnb_config, "weight"),
+        ("nf4-g32-dq", write_bnb, bnb_config, "weight.quant_map"),
+        ("nf4-g32-dq", write_bnb, bnb_config, "weight.nested_quant_map"),
+        ("int3-g32", write_native, native_config, "qshape"),
+        ("int4-g32", write_ct, ct_config, "weight_shape"),
+    ],
+)
+def test_a_tensor_that_a_module_lacks_is_named(
+    text, write, config_of, leaf, tiny, write_hf, tmp_path, one_line
+):
+    model = tiny("llama")
+    tensors, weights = quantized_tensors(model, QFormat.parse(text), write)
+    del tensors[f"model.layers.1.mlp.up_proj.{leaf}"]
+    hf = model.hf | {"quantization_config": config_of(weights)}
+    with pytest.raises(ValueError) as error:
+        load(write_hf(tmp_path / "m", hf, tensors))
+    one_line(error.value, "layers.1.mlp.up_proj", f"no {leaf}", str(tmp_path / "m"))
+
+
+def test_a_type_that_numpy_lacks_is_named(tiny, write_hf, tmp_path, one_line):
+    """MX scales, F8_E8M0, say."""
+    model = tiny("llama")
+    tensors, weights = quantized_tensors(model, QFormat.parse("fp8-e4m3-tensor:dyn"), write_fp8)
+    for module in weights:
+        tensors[f"{module}.weight_scale"] = np.zeros((1, 1), np.uint8)
+    folder = write_hf(
+        tmp_path / "m", model.hf | {"quantization_config": fp8_config(weights)}, tensors
+    )
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()[8:].replace(b'"dtype":"U8"', b'"dtype":"F8_E8M0"')
+    file.write_bytes((raw.index(b"}}") + 2).to_bytes(8, "little") + raw)  # a longer header
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    one_line(error.value, str(folder), "F8_E8M0")
+
+
+def test_configs_of_old_are_found_where_they_were(tiny, write_hf, tmp_path):
+    model = tiny("llama")
+    tensors, weights = quantized_tensors(model, QFormat.parse("int4-g32"), write_ct)
+    folder = write_hf(
+        tmp_path / "ct", model.hf | {"compression_config": ct_config(weights)}, tensors
+    )
+    assert open_checkpoint(folder).is_quantized  # compressed-tensors before 0.6
+    tensors, weights = quantized_tensors(model, QFormat.parse("int4-g32-asym"), write_awq)
+    folder = write_hf(tmp_path / "awq", model.hf, tensors)
+    config = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (folder / "quant_config.json").write_text(json.dumps(config))  # AutoAWQ's
+    _, params = load(folder)
+    np.testing.assert_array_equal(
+        params["layers"][0]["attn"]["q"]["w"].q, weights["model.layers.0.self_attn.q_proj"].q
+    )
+    bare = {"quant_method": "awq", "bits": 4, "group_size": 32}  # GEMM is the default
+    load(write_hf(tmp_path / "bare", model.hf | {"quantization_config": bare}, tensors))
 
 
 def test_old_gptq_folders_state_their_config_beside(tiny, write_hf, tmp_path):
