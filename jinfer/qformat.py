@@ -105,6 +105,11 @@ class QFormat:
             f"activations are quantized for symmetric int and fp8 weights only, not {self.kind}",
         )
         require(
+            self.act != "static" or self.kind == "int" or self.group <= 0,
+            f"{self.kind} in groups or blocks takes dynamic inputs (:dyn), one scale a token and "
+            "group",
+        )
+        require(
             self.act not in ("outlier", "dyn-full") or self.kind == "int",
             f":{self.act} is for integer formats, not {self.kind}",
         )

@@ -175,13 +175,18 @@ def write_bnb(x: QTensor, *, dtype: str = "float32") -> dict[str, np.ndarray]:
             fmt.bits == 8 and fmt.group == CHANNEL and fmt.symmetric and x.perm is None,
             f"bitsandbytes holds int8-channel, nf4 and fp4, got {fmt}",
         )
+        require(
+            fmt.act in ("outlier", "dyn"),
+            f"bitsandbytes quantizes the inputs of 8-bit weights, use int8-channel:outlier or "
+            f"int8-channel:dyn, got {fmt}",
+        )
         return {
             "weight": np.ascontiguousarray(np.asarray(x.q).T),
             "SCB": np.asarray(x.scales())[0] * np.float32(127),
             "weight_format": np.zeros((), np.uint8),
         }
     require(
-        fmt.kind in CODEBOOKS and fmt.group > 0 and num_inputs % fmt.group == 0,
+        fmt.kind in CODEBOOKS and fmt.group > 0 and fmt.block == 1 and num_inputs % fmt.group == 0,
         f"bitsandbytes holds {fmt} only of inputs in whole groups, got {num_inputs}",
     )
     codes = np.asarray(x.codes(), np.uint8).T.reshape(-1, 2)

@@ -283,9 +283,18 @@ def write_ct(x: QTensor) -> dict[str, np.ndarray]:
     if fmt.act == "static":
         out["input_scale"] = np.asarray(x.act_scale, np.float32).reshape(1)
     if fmt.kind == "fp8-e4m3":
+        require(
+            fmt.block == 128 or (fmt.block == 1 and fmt.num_groups(num_inputs) == 1),
+            f"compressed-tensors holds fp8 by tensor, channel or 128 x 128 blocks, got {fmt}",
+        )
         layout = scale.reshape(1) if fmt.group == TENSOR else np.ascontiguousarray(scale.T)
         return out | {"weight": np.ascontiguousarray(np.asarray(x.q).T), "weight_scale": layout}
     check_writable(x, "compressed-tensors", tuple(range(2, 9)), has_groups=False)
+    require(fmt.block == 1, f"compressed-tensors holds no blocks of integers, got {fmt}")
+    require(
+        fmt.symmetric or fmt.group != TENSOR,
+        f"compressed-tensors holds no zero point of a whole tensor, got {fmt}",
+    )
     require(
         x.perm is None,
         "compressed-tensors has no g_idx any more: quantize with static groups or group order",

@@ -107,6 +107,11 @@ def write_fp8(x: QTensor) -> dict[str, np.ndarray]:
         f"an fp8 file holds fp8-e4m3-tensor or fp8-e4m3-block128, got {x.fmt}; "
         "compressed-tensors holds channel scales",
     )
+    require(
+        x.fmt.act is not None,
+        f"an fp8 file quantizes the inputs: use {x.fmt}:dyn, got {x.fmt}; compressed-tensors holds "
+        "weights alone",
+    )
     out = {"weight": np.ascontiguousarray(np.asarray(x.q).T)}
     scale = np.asarray(x.scale, np.float32)
     if is_block:

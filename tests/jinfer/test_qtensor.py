@@ -72,6 +72,8 @@ def test_a_format_prints_what_it_parses(text):
         ("nf4-g64:dyn", "symmetric int and fp8"),
         ("int4-g64-dq", "double_quant"),
         ("fp8-e4m3-channel:outlier", "integer formats"),
+        ("fp8-e4m3-block128:static", "dynamic inputs"),
+        ("fp8-e4m3-g64:static", "dynamic inputs"),
     ],
 )
 def test_a_format_that_cannot_work_is_refused_by_name(text, word):

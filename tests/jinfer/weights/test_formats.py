@@ -444,6 +444,14 @@ def test_gptq_awq_and_compressed_tensors_transcode_without_loss(text):
         (write_fp8, "fp8-e4m3-channel", {}, "an fp8 file holds"),
         (write_bnb, "int4-g64", {}, "bitsandbytes holds int8-channel"),
         (write_bnb, "nf4-g64", {"rows": 96}, "whole groups"),
+        (write_bnb, "nf4-block64", {}, "bitsandbytes holds"),
+        (write_bnb, "int8-channel", {}, "quantizes the inputs"),
+        (write_bnb, "int8-channel:dyn-full", {}, "quantizes the inputs"),
+        (write_fp8, "fp8-e4m3-tensor", {}, "quantizes the inputs"),
+        (write_ct, "int4-block64", {}, "no blocks of integers"),
+        (write_ct, "int4-tensor-asym", {}, "no zero point of a whole"),
+        (write_ct, "fp8-e4m3-g32:dyn", {}, "channel or 128 x 128 blocks"),
+        (write_ct, "fp8-e4m3-block64:dyn", {}, "channel or 128 x 128 blocks"),
     ],
 )
 def test_what_a_format_cannot_hold_is_named(write, text, change, word):
