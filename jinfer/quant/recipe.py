@@ -66,6 +66,15 @@ class Method:
         ):
             value = getattr(self, field)
             require(value in allowed, f"{field} must be one of {allowed}, got {value!r}")
+        for field in ("damp", "correct", "alpha"):
+            value = getattr(self, field)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(is_number, f"{field} must be a number, got {value!r}")
+        for field in ("static_groups", "clip"):
+            value = getattr(self, field)
+            require(isinstance(value, bool), f"{field} must be true or false, got {value!r}")
+        require(self.damp > 0, f"damp must be positive, got {self.damp}")
+        require(0 <= self.alpha <= 1, f"alpha must lie in 0 .. 1, got {self.alpha}")
         require(0 <= self.correct <= 1, f"correct must lie in 0 .. 1, got {self.correct}")
         require(
             not self.correct or (self.solver == "gptq" and self.fold == "none"),
@@ -118,6 +127,11 @@ _PRESETS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "hqq": ("int4-g64-asymf", {"solver": "hqq"}),
 }
 METHODS = tuple(_PRESETS)
+# Options that mean nothing without a solver or fold.
+_OWNERS = {
+    **dict.fromkeys(("order", "static_groups", "damp"), ("solver", "gptq")),
+    **{"alpha": ("fold", "smoothquant"), "clip": ("fold", "awq")},
+}
 # Kinds that a method's name promises.
 _KINDS = {"fp8": ("fp8-e4m3", "fp8-e5m2"), "nf4": ("nf4",), "int8": ("int",)}
 
@@ -135,6 +149,10 @@ def make_method(name: str, fmt: str | QFormat | None = None, **options: Any) -> 
     """
     require(name in _PRESETS, f"method must be one of {', '.join(METHODS)}, got {name!r}")
     default, fields = _PRESETS[name]
+    require(
+        fmt is None or isinstance(fmt, str | QFormat),
+        f"format must be a text such as {default}, got {fmt!r}",
+    )
     parsed = QFormat.parse(fmt) if isinstance(fmt, str) else fmt or QFormat.parse(default)
     kinds = _KINDS.get(name)
     bits = (8,) if name == "int8" else range(2, 9)
@@ -145,7 +163,14 @@ def make_method(name: str, fmt: str | QFormat | None = None, **options: Any) -> 
     known = {f.name for f in dataclasses.fields(Method)} - {"name", "format"}
     unknown = sorted(set(options) - known)
     require(not unknown, f"method {name} has no options {unknown}; options: {sorted(known)}")
-    return Method(name=name, format=parsed, **{**fields, **options})
+    method = Method(name=name, format=parsed, **{**fields, **options})
+    for option in options:
+        field, owner = _OWNERS.get(option, ("name", name))
+        require(
+            getattr(method, field) == owner,
+            f"method {name} has no use for {option}, an option of {owner}",
+        )
+    return method
 
 
 def parse_quantization(text: str) -> Method:
@@ -206,7 +231,7 @@ class Recipe:
         """
         try:
             data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            rows = data["rules"]
+            rows = list(data["rules"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'recipe {path} must be a JSON object {{"rules": [...]}} ({error})'
@@ -216,8 +241,13 @@ class Recipe:
             try:
                 options = dict(row)
                 pattern, name = options.pop("match"), options.pop("method")
+                require(isinstance(pattern, str), f"match must be a pattern, got {pattern!r}")
+                if name is None:
+                    require(not options, f"method null takes nothing else, got {sorted(options)}")
+                    rules.append((pattern, None))
+                    continue
                 fmt = options.pop("format", None)
-                rules.append((pattern, None if name is None else make_method(name, fmt, **options)))
+                rules.append((pattern, make_method(name, fmt, **options)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"recipe {path}, rule {i + 1}: {error}") from error
         return cls((*rules, *((("layers.*", default),) if default is not None else ())))

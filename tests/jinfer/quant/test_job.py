@@ -142,6 +142,15 @@ def test_a_format_that_cannot_hold_a_weight_names_it_and_leaves_no_folder(
         ("rtn", "int4-g64", {"scales": "hessian"}, "no Hessian; use mse"),
         ("hqq", None, {"scales": "mse"}, "finds its own scales"),
         ("nf4", "nf4-g64-dq", {"scales": "mse"}, "excludes double scales"),
+        ("rtn", None, {"damp": 0.01}, "rtn has no use for damp, an option of gptq"),
+        ("awq", None, {"order": "none"}, "awq has no use for order, an option of gptq"),
+        ("gptq", None, {"alpha": 0.5}, "gptq has no use for alpha, an option of smoothquant"),
+        ("smoothquant", None, {"clip": True}, "smoothquant has no use for clip, an option of awq"),
+        ("gptq", None, {"damp": 0.0}, "damp must be positive, got 0.0"),
+        ("gptq", None, {"damp": "much"}, "damp must be a number, got 'much'"),
+        ("gptq", None, {"static_groups": "no"}, "static_groups must be true or false, got 'no'"),
+        ("smoothquant", None, {"alpha": 1.5}, "alpha must lie in 0 .. 1, got 1.5"),
+        ("rtn", 4, {}, "format must be a text such as int4-g64, got 4"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused(name, fmt, options, message):
@@ -159,9 +168,25 @@ def test_recipes_are_read_with_the_place_of_a_fault(tmp_path):
     path.write_text(json.dumps({"rules": [*rules, {"match": "*"}]}))
     with pytest.raises(ValueError, match="rule 3"):
         Recipe.read(path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="must be a JSON object"):
-        Recipe.read(path)
+    for row, message in (
+        ({"match": 5, "method": "rtn"}, "rule 1: match must be a pattern"),
+        (
+            {"match": "*", "method": None, "format": "int8-g64"},
+            "rule 1: method null takes nothing else",
+        ),
+        ({"match": "*", "method": "gptq", "damp": "x"}, "rule 1: damp must be a number"),
+    ):
+        path.write_text(json.dumps({"rules": [row]}))
+        with pytest.raises(ValueError, match=message):
+            Recipe.read(path)
+    for text in ("[]", '{"rules": 5}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="must be a JSON object"):
+            Recipe.read(path)
+
+
+def test_a_recipe_may_give_a_method_the_solver_of_another():
+    assert make_method("awq", "int4-g64-asym", solver="gptq", order="group").order == "group"
 
 
 def test_only_methods_without_data_quantize_while_loading():
