@@ -22,6 +22,8 @@ BLOCK = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q4_K": 256, "Q6_K": 25
 """Inputs of a block: rows must be whole ones."""
 FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 """What llama.cpp takes for rows that are no multiple of 256."""
+LARGEST = 65504.0
+"""Largest number that f16 holds, and so each type's scales and minima."""
 CHUNK_BLOCKS = 1 << 14
 """Weights encoded at once, in units of 32: bounds the temporaries."""
 
@@ -52,7 +54,8 @@ def encode_rows(w: np.ndarray, name: str, importance: np.ndarray | None = None) 
         types by ggml's own plain rounding.
 
     Raises:
-      ValueError: NaN or infinity, an unknown type, rows or importance of another length.
+      ValueError: NaN, infinity or more than f16 holds, an unknown type, rows or importance of
+        another length.
     """
     *lead, num_inputs = w.shape
     require(fitting_type(name, num_inputs) == name, f"rows of {num_inputs} are no {name} blocks")
@@ -63,6 +66,10 @@ def encode_rows(w: np.ndarray, name: str, importance: np.ndarray | None = None) 
     size = BLOCK[name]
     blocks = np.asarray(w, np.float32).reshape(-1, size)
     require(bool(np.isfinite(blocks).all()), f"{name} takes finite weights only")
+    require(
+        blocks.size == 0 or float(np.abs(blocks).max()) <= LARGEST,
+        f"{name} takes weights up to {LARGEST:g}: its scales are f16",
+    )
     if importance is None and name in ("Q4_0", "Q4_1", "Q5_0", "Q8_0"):
         return _reference(blocks, name).reshape(*lead, -1)
     weights = np.ones((1, size), np.float32)

@@ -66,6 +66,14 @@ def test_chunks_do_not_show(rows, monkeypatch):
     np.testing.assert_array_equal(encode_rows(w, "Q4_K", importance), whole)
 
 
+@pytest.mark.parametrize("name", sorted(BLOCK))
+def test_weights_past_f16_are_refused_rather_than_written_as_nan(name, rows):
+    spoilt = rows[0].copy()
+    spoilt[0, 0] = 1e8
+    with pytest.raises(ValueError, match=f"{name} takes weights up to 65504"):
+        encode_rows(spoilt, name)
+
+
 def test_nan_is_no_code():
     w = np.zeros((1, 256), np.float32)
     w[0, 3] = np.nan
