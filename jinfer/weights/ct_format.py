@@ -22,7 +22,7 @@ import numpy as np
 
 from jinfer.config import require
 from jinfer.qformat import CHANNEL, TENSOR, QFormat
-from jinfer.qtensor import QTensor, from_codes
+from jinfer.qtensor import QTensor, dequantize, from_codes
 from jinfer.weights.bitpack import pack_words, unpack_padded_words, unpack_words
 from jinfer.weights.interop import (
     Dense,
@@ -147,9 +147,7 @@ class CTReader:
             offset = 2 ** (bits - 1) if zero is None else zero[g_idx].astype(np.float32)
             return Dense((unsigned - offset) * scale[g_idx].astype(np.float32), reason)
         unsigned = unsigned if perm is None else unsigned[perm]
-        return make_qtensor(
-            unsigned, scale, zero, fmt, perm=perm, act_scale=tensors.get("input_scale")
-        )
+        return _make(unsigned, scale, zero, fmt, tensors, perm=perm)
 
 
 def _by_group(scale: np.ndarray) -> np.ndarray:
@@ -213,12 +211,25 @@ def _read_int(module: str, tensors: Tensors, scheme: Scheme) -> Weight:
     zero = tensors.get("weight_zero_point")
     if zero is not None:
         zero = _by_group(zero).astype(np.int16) - least
-        if np.all(zero == -least):
-            zero = None
-    if zero is not None and fmt.act is not None:
-        values = (unsigned.astype(np.float32) - zero) * scale.astype(np.float32)
-        return Dense(values, "asymmetric weights with quantized inputs run in float")
-    return make_qtensor(unsigned, scale, zero, fmt, act_scale=_static(tensors, fmt))
+    return _make(unsigned, scale, zero, fmt, tensors)
+
+
+def _make(
+    unsigned: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray | None,
+    fmt: QFormat,
+    tensors: Tensors,
+    *,
+    perm: np.ndarray | None = None,
+) -> Weight:
+    """A QTensor; with zero points and quantized inputs, which no QTensor has, their floats."""
+    act_scale = _static(tensors, fmt)
+    if zero is None or fmt.act is None or np.all(zero == 2 ** (fmt.bits - 1)):
+        return make_qtensor(unsigned, scale, zero, fmt, act_scale=act_scale, perm=perm)
+    plain = dataclasses.replace(fmt, act=None)
+    values = np.asarray(dequantize(make_qtensor(unsigned, scale, zero, plain, perm=perm)))
+    return Dense(values, "asymmetric weights with quantized inputs run in float")
 
 
 def _static(tensors: Tensors, fmt: QFormat) -> np.ndarray | None:

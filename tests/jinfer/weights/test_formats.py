@@ -308,6 +308,22 @@ def test_ct_targets_go_by_name_before_class():
     assert reader.scheme("m.o_proj").format == "pack-quantized"
 
 
+@pytest.mark.parametrize("text", ["int4-g32-asym", "int8-channel-asym"])
+def test_ct_zero_points_with_quantized_inputs_become_dense(text):
+    x = weight(text)
+    config = ct_config({P: x})
+    scheme = config["config_groups"]["group_0"]
+    scheme["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}
+    back = CTReader.parse(config).read(P, write_ct(x))
+    assert isinstance(back, Dense) and "asymmetric" in back.reason
+    np.testing.assert_array_equal(back.w, dequantize(x))
+
+
+def test_ct_scales_of_inputs_that_stay_in_float_are_passed_over():
+    x = weight("int4-g32")
+    assert_same(ct_reader(x).read(P, write_ct(x) | {"input_scale": np.ones(1, np.float32)}), x)
+
+
 # ---- fp8
 
 
