@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -112,7 +114,10 @@ def save_folder(
             n for n in tensor_names(model.config) if n.removesuffix(".weight") not in quantized
         )
         config["quantization_config"] = quantization_config(
-            export, quantized, skipped=skipped_linears(plain), has_kv_scales=bool(kv_scales)
+            export,
+            _outlines(quantized),
+            skipped=skipped_linears(plain),
+            has_kv_scales=bool(kv_scales),
         )
     with new_folder(pathlib.Path(folder)) as partial:
         tensors = _tensors(model, params, quantized, export, dtype)
@@ -173,7 +178,7 @@ def check_export(model: Model, params: Params, export: str) -> None:
     Args:
       model: the model.
       params: its parameters or stand-ins: only QTensors among the linears are looked at, equal ones
-        (the same object) once.
+        (the same object) once, and one expert of many.
       export: one of `EXPORTS`, or "gguf".
 
     Raises:
@@ -181,17 +186,17 @@ def check_export(model: Model, params: Params, export: str) -> None:
     """
     _check_name(export)
     quantized = _quantized_modules(model, params)
-    if export == GGUF:
-        for module, weight in quantized.items():
-            check_gguf(module, weight)
-        return
-    write, make_config = EXPORTS[export]
-    make_config(quantized)
-    seen: set[int] = set()
-    for module, weight in quantized.items():
-        if id(weight) not in seen:
-            seen.add(id(weight))
-            write_module(write, module, weight)
+    if export != GGUF:
+        EXPORTS[export][1](_outlines(quantized))
+    seen: set[tuple[Any, ...]] = set()
+    for name, module in quantized.items():
+        if module.kind in seen:
+            continue
+        seen.add(module.kind)
+        if export == GGUF:
+            check_gguf(name, module.weight())
+        else:
+            write_module(EXPORTS[export][0], name, module.weight())
 
 
 def check_free(folder: pathlib.Path) -> None:
@@ -200,8 +205,30 @@ def check_free(folder: pathlib.Path) -> None:
         raise FileExistsError(f"{folder} exists and is not empty: choose another output folder")
 
 
-def _quantized_modules(model: Model, params: Params) -> dict[str, QTensor]:
-    """{module: weight} in checkpoint terms: fused where the family fuses, experts one by one."""
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """A quantized weight in checkpoint terms: parts that the family fuses, or one expert's part."""
+
+    parts: tuple[QTensor, ...]
+    expert: int | None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for modules made of the same objects, whichever expert it is."""
+        return (*map(id, self.parts), self.expert is None)
+
+    def weight(self) -> QTensor:
+        """[I, O]; made anew each time, so that no second copy of all experts is held."""
+        return _join(self.parts, self.expert)
+
+
+def _join(parts: tuple[QTensor, ...], expert: int | None) -> QTensor:
+    if expert is not None:
+        parts = (jax.tree.map(lambda a: a[expert], parts[0]),)
+    return parts[0] if len(parts) == 1 else concat_outputs(parts)
+
+
+def _quantized_modules(model: Model, params: Params) -> dict[str, _Module]:
     get = _getter(params)
     modules = {}
     for name in tensor_names(model.config):
@@ -210,22 +237,29 @@ def _quantized_modules(model: Model, params: Params) -> dict[str, QTensor]:
         if not any(isinstance(leaf, QTensor) for leaf in leaves):
             continue
         module = name.removesuffix(".weight")
-        weights = [leaf for leaf in leaves if isinstance(leaf, QTensor)]
+        weights = tuple(leaf for leaf in leaves if isinstance(leaf, QTensor))
         require(
             len(weights) == len(leaves),
             f"{module} is one tensor in checkpoints, but only some of its parts are quantized",
         )
-        if places[0].expert is not None:
-            expert = places[0].expert
-            weights = [jax.tree.map(lambda a, e=expert: a[e], weights[0])]
-        modules[module] = weights[0] if len(weights) == 1 else concat_outputs(weights)
+        modules[module] = _Module(weights, places[0].expert)
     return modules
+
+
+def _outlines(modules: Mapping[str, _Module]) -> dict[str, QTensor]:
+    """Formats and shapes of modules, without values."""
+    made: dict[tuple[Any, ...], QTensor] = {}
+    for module in modules.values():
+        if module.kind not in made:
+            join = functools.partial(_join, expert=module.expert)
+            made[module.kind] = jax.eval_shape(join, module.parts)
+    return {name: made[module.kind] for name, module in modules.items()}
 
 
 def _tensors(
     model: Model,
     params: Params,
-    quantized: Mapping[str, QTensor],
+    quantized: Mapping[str, _Module],
     export: str,
     dtype: str,
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -233,7 +267,7 @@ def _tensors(
     for name in tensor_names(model.config):
         module = name.removesuffix(".weight")
         if module in quantized:
-            leaves = write_module(write, module, quantized[module])
+            leaves = write_module(write, module, quantized[module].weight())
             yield from ((f"{module}.{leaf}", tensor) for leaf, tensor in leaves.items())
         else:
             tensor = assemble(model.config, name, lambda path: np.asarray(get(path)))
@@ -277,6 +311,7 @@ def write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]
 
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
+    num_bytes = 0
 
     def flush() -> None:
         if held:
@@ -285,9 +320,12 @@ def write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]
             held.clear()
 
     for name, tensor in tensors:
-        if sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
+        size = tensor.nbytes
+        if num_bytes + size > SHARD_BYTES:
             flush()
+            num_bytes = 0
         held[name] = tensor
+        num_bytes += size
     flush()
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")

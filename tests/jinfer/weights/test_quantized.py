@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jinfer import load, qtensor
+from jinfer.models.model import Model
 from jinfer.qformat import QFormat
 from jinfer.qtensor import QTensor
+from jinfer.weights import save
 from jinfer.weights.awq_format import awq_config, write_awq
 from jinfer.weights.bnb_format import bnb_config, write_bnb
 from jinfer.weights.ct_format import ct_config, write_ct
@@ -18,7 +20,7 @@ from jinfer.weights.gptq_format import gptq_config, write_gptq
 from jinfer.weights.hf import read_safetensors_header
 from jinfer.weights.load import open_checkpoint
 from jinfer.weights.native_format import native_config, write_native
-from jinfer.weights.save import save_folder
+from jinfer.weights.save import save_folder, write_tensors
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 dequantize = jax.jit(qtensor.dequantize)
@@ -127,6 +129,62 @@ def test_kv_scales_are_no_weights(tiny, write_hf, tmp_path):
     folder = write_hf(tmp_path / "m", hf, tensors)
     assert open_checkpoint(folder).kv_scales == {0: {"k": 0.5}, 1: {"v": 0.25}}
     load(folder)
+
+
+@pytest.fixture
+def experts(tiny):
+    """A mixture of experts in 4 bits: model, params and config.json."""
+    model = tiny("qwen3_moe")
+    params = jax.tree.map_with_path(
+        lambda path, w: quantize(jnp.asarray(w), QFormat.parse("int4-g32")) if w.ndim == 3 else w,
+        model.params,
+    )
+    return Model(model.config), params, model.hf
+
+
+def test_experts_are_cut_out_one_by_one(experts, tmp_path, monkeypatch):
+    """All of them at once would be a second copy of the model."""
+    model, params, hf = experts
+    before, most = len(jax.live_arrays()), 0
+
+    def write(x):
+        nonlocal most
+        most = max(most, len(jax.live_arrays()) - before)
+        return write_native(x)
+
+    monkeypatch.setattr(save, "SHARD_BYTES", 1)
+    monkeypatch.setitem(save.EXPORTS, "native", (write, native_config))
+    save.save_folder(tmp_path / "out", model, params, hf)
+    assert 0 < most <= 8  # codes and scales of one expert, and the one before
+
+
+def test_an_export_of_experts_is_checked_on_one_of_them(experts, monkeypatch):
+    model, params, _ = experts
+    written = []
+    monkeypatch.setitem(
+        save.EXPORTS, "native", (lambda x: written.append(x.shape) or {}, native_config)
+    )
+    save.check_export(model, params, "native")
+    assert len(written) == 2 * 3  # layers; gate, up, down
+
+
+def test_shards_are_filled_in_one_pass_over_many_tensors(tmp_path, monkeypatch):
+    """Each expert is a few tensors: tens of thousands in all, whose bytes are asked for once."""
+    asked = 0
+
+    class Asked(np.ndarray):
+        @property
+        def nbytes(self):
+            nonlocal asked
+            asked += 1
+            return super().nbytes
+
+    monkeypatch.setattr(save, "SHARD_BYTES", 320)
+    tensors = {f"t{i}": np.full(4, i, np.float32).view(Asked) for i in range(40)}
+    write_tensors(tmp_path, iter(tensors.items()))
+    assert asked <= 3 * len(tensors)  # by us and by safetensors
+    sizes = sorted(len(read_safetensors_header(f)) for f in tmp_path.glob("*.safetensors"))
+    assert sizes == [20, 20]  # 16 bytes each
 
 
 def test_a_saved_folder_keeps_kv_scales_and_dtypes(tiny, write_hf, tmp_path):
