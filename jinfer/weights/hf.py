@@ -86,11 +86,7 @@ def read_safetensors_header(path: pathlib.Path) -> dict[str, StoredTensor]:
             )
         try:
             header = json.loads(file.read(start - 8))
-            rows = {
-                name: (row["dtype"], tuple(row["shape"]), *row["data_offsets"])
-                for name, row in header.items()
-                if name != "__metadata__"
-            }
+            rows = {name: _row(r) for name, r in header.items() if name != "__metadata__"}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} has a damaged safetensors header ({error})") from error
     tensors = {}
@@ -109,6 +105,15 @@ def read_safetensors_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _row(row: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, begin and end of a tensor; raises what it may if a header has no such row."""
+    shape, (begin, end) = tuple(row["shape"]), row["data_offsets"]
+    numbers = (*shape, begin, end)
+    if not isinstance(row["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"no tensor is {row}")
+    return row["dtype"], shape, begin, end
+
+
 def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the weight files of a folder: those of its index, else the single one, else all.
 
@@ -120,6 +125,8 @@ def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
             raise ValueError(f"{index} has no 'weight_map'")
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index} has a 'weight_map' that names other things than files")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
             if not file.is_file():

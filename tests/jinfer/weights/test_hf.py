@@ -291,6 +291,26 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], None], type[Exception], tuple[s
         ValueError,
         ("damaged safetensors header",),
     ),
+    **{
+        f"header row {row}": (
+            overwrite("model.safetensors", len(h).to_bytes(8, "little") + h + bytes(64)),
+            ValueError,
+            ("damaged safetensors header",),
+        )
+        for row in (
+            '{"dtype": "F32", "shape": [4], "data_offsets": [-4, 12]}',
+            '{"dtype": "F32", "shape": [-4, -1], "data_offsets": [0, 16]}',
+            '{"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}',
+            '{"dtype": "F32", "shape": [4], "data_offsets": ["0", "16"]}',
+            '{"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}',
+        )
+        for h in [('{"lm_head.weight": ' + row + "}").encode()]
+    },
+    "index of numbers": (
+        overwrite("model.safetensors.index.json", b'{"weight_map": {"a": 5}}'),
+        ValueError,
+        ("weight_map",),
+    ),
     "shard missing": (
         overwrite("model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}'),
         FileNotFoundError,
