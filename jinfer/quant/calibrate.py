@@ -96,12 +96,12 @@ def measure_drift(x: Array, reference: Array) -> Array:
 
 
 def chunks_of(tokens: Array) -> Array:
-    """[n, T] -> [C, S, T], sequences dropped that fill no chunk."""
+    """[n, T] -> [C, S, T], all sequences: S is the largest divisor of n that CHUNK_TOKENS allow."""
     num_sequences, length = tokens.shape
-    size = max(1, min(num_sequences, CHUNK_TOKENS // length))
-    num_chunks = num_sequences // size
-    require(num_chunks > 0, "calibration needs at least one sequence")
-    return tokens[: num_chunks * size].reshape(num_chunks, size, length)
+    require(num_sequences > 0, "calibration needs at least one sequence")
+    most = max(1, min(num_sequences, CHUNK_TOKENS // length))
+    size = next(s for s in range(most, 0, -1) if num_sequences % s == 0)
+    return tokens.reshape(num_sequences // size, size, length)
 
 
 @functools.partial(jax.jit, static_argnums=0)

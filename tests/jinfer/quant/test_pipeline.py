@@ -52,6 +52,17 @@ def test_the_stages_are_the_block(any_model):
     assert distance(model.unembed(params, hidden), logits_of(model, params)) < FLOATS
 
 
+@pytest.mark.parametrize(
+    ("num", "length", "chunks"),
+    [(128, 512, (32, 4)), (7, 512, (7, 1)), (6, 512, (2, 3)), (3, 16, (1, 3)), (2, 4096, (2, 1))],
+)
+def test_no_calibration_sequence_is_left_out(num, length, chunks):
+    tokens = jnp.arange(num * length).reshape(num, length)
+    got = calibrate.chunks_of(tokens)
+    assert got.shape == (*chunks, length)
+    np.testing.assert_array_equal(got.reshape(tokens.shape), tokens)
+
+
 def test_a_thinned_gram_matrix_takes_whole_chunks_and_all_else_every_token():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 16, 8)), jnp.float32)
     whole, thin = calibrate.measure(x), calibrate.measure(x, 2)
