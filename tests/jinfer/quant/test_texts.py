@@ -37,6 +37,7 @@ def test_a_jsonl_row_is_its_text_or_its_known_parts(tmp_path):
         # mtime=0: the bytes are part of the test's name, which every process must spell alike
         ("a.txt.gz", gzip.compress(b"text" * 100, mtime=0)[:-12], "cut short"),
         ("a.txt.gz", b"not gzip", "not a text file"),
+        ("a.txt.gz", gzip.compress(b"text", mtime=0)[:10] + b"\xff" * 20, "not a text file"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: not JSON"),
         ("a.jsonl", b"[1]\n", "line 1: expected an object"),
         ("a.jsonl", b'{"label": "a"}\n', r"line 1: no text in fields \['label'\]"),
