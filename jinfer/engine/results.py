@@ -17,7 +17,7 @@ class TokenLogprobs:
 
     Attributes:
       token_id, logprob, rank: of the sampled (or given) token; rank 1 is the most likely.
-      ids, logprobs: [k] the most likely tokens, best first; k = V in id order for "all".
+      ids, logprobs: [k] the most likely tokens, best first; k = V for "all".
     """
 
     token_id: int
@@ -130,7 +130,8 @@ def _token_logprobs(
     ids, logprobs, token_logprob, rank = (x[row] for x in top)
     if wanted == -1:
         assert full is not None
-        ids, logprobs = np.arange(full.shape[-1]), full[row]
+        ids = np.argsort(-full[row], kind="stable")
+        logprobs = full[row][ids]
     else:
         ids, logprobs = ids[:wanted], logprobs[:wanted]
     return TokenLogprobs(token, float(token_logprob), int(rank), ids, logprobs)

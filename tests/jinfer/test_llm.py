@@ -265,7 +265,11 @@ def test_minus_one_asks_for_the_logprobs_of_the_whole_vocabulary(llm):
     for row in out.prompt_logprobs[1:] + out.outputs[0].logprobs:
         assert set(row) == set(range(VOCAB))
         assert sum(np.exp(x.logprob) for x in row.values()) == pytest.approx(1.0, abs=1e-4)
-        assert sorted(x.rank for x in row.values())[0] == 1
+        others = list(row.values())[1:]  # the token itself comes first
+        assert others == sorted(others, key=lambda x: (-x.logprob, x.rank))
+        values = np.array([x.logprob for x in row.values()])
+        for x in row.values():
+            assert (values > x.logprob).sum() < x.rank <= (values >= x.logprob).sum()
 
 
 def test_a_stop_string_ends_the_text_before_it(llm):
