@@ -54,6 +54,9 @@ class RequestGroup:
       params: the user's.
       requests: one for each sample.
       sent: for each sample, tokens and characters handed out (output kind DELTA).
+      rows: for each sample, its tokens' logprobs as far as they have been formatted.
+      cumulative: for each sample, the sum of its tokens' logprobs in `rows`.
+      prompt_rows: the prompt's logprobs as far as they have been formatted.
     """
 
     request_id: str
@@ -61,9 +64,14 @@ class RequestGroup:
     params: SamplingParams
     requests: list[Request]
     sent: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    rows: list[list[dict[int, Logprob]]] = dataclasses.field(default_factory=list)
+    cumulative: list[float] = dataclasses.field(default_factory=list)
+    prompt_rows: list[dict[int, Logprob] | None] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sent = [(0, 0)] * len(self.requests)
+        self.rows = [[] for _ in self.requests]
+        self.cumulative = [0.0] * len(self.requests)
 
     @property
     def is_finished(self) -> bool:
@@ -84,10 +92,11 @@ class RequestGroup:
         first = self.requests[0]
         prompt_logprobs = None
         if first.prompt_logprobs is not None:
-            prompt_logprobs = [
+            self.prompt_rows += [
                 None if entry is None else format_logprobs(entry, self.params)
-                for entry in first.prompt_logprobs
+                for entry in first.prompt_logprobs[len(self.prompt_rows) :]
             ]
+            prompt_logprobs = list(self.prompt_rows)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -108,8 +117,11 @@ class RequestGroup:
         self.sent[idx] = (len(token_ids), len(text))
         logprobs = cumulative = None
         if request.logprobs is not None:
-            logprobs = [format_logprobs(entry, self.params) for entry in request.logprobs[begin:]]
-            cumulative = sum(entry.logprob for entry in request.logprobs)
+            rows = self.rows[idx]
+            for entry in request.logprobs[len(rows) :]:
+                rows.append(format_logprobs(entry, self.params))
+                self.cumulative[idx] += entry.logprob
+            logprobs, cumulative = rows[begin:], self.cumulative[idx]
         return CompletionOutput(
             index=idx,
             text=text[begin_text:],

@@ -229,9 +229,7 @@ class LLM:
         """
         if request_id in self._groups:
             raise ValueError(f"request id {request_id!r} is in use")
-        params = self.get_default_sampling_params() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+        params = options.check_params(params, self.get_default_sampling_params)
         text, token_ids, salt = read_prompt(prompt, self._tokenizer)
         requests = []
         try:
@@ -312,9 +310,10 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         try:
             for request_id, prompt, p, order in zip(ids, prompts, params, priorities, strict=True):
-                p = self.get_default_sampling_params() if p is None else p
-                if isinstance(p, SamplingParams) and p.output_kind is RequestOutputKind.DELTA:
+                p = options.check_params(p, self.get_default_sampling_params)
+                if p.output_kind is RequestOutputKind.DELTA:
                     raise ValueError("generate returns whole outputs; for deltas use stream")
+                p = dataclasses.replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
                 self.add_request(request_id, prompt, p, priority=order or 0)
             wanted = set(ids)
             with _progress_bar(len(ids), use_tqdm) as bar:
@@ -424,7 +423,7 @@ class LLM:
         left = set(ids)
         try:
             for request_id, prompt, p in zip(ids, prompts, params, strict=True):
-                p = self.get_default_sampling_params() if p is None else p
+                p = options.check_params(p, self.get_default_sampling_params)
                 p = dataclasses.replace(p, output_kind=RequestOutputKind.DELTA)
                 self.add_request(request_id, prompt, p)
             while left:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jinfer.engine.drafter import Drafter
 from jinfer.models.model import Model
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import array_bytes
+from jinfer.sampling_params import SamplingParams
 from jinfer.spec import medusa_tree
 from jinfer.typing import Params
 from pallas_kernels import target
@@ -305,6 +306,14 @@ def per_prompt(name: str, values: Any, count: int) -> list[Any]:
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
     return list(values)
+
+
+def check_params(params: Any, make_default: Callable[[], SamplingParams]) -> SamplingParams:
+    """Returns `params`, or the default for None; raises TypeError for anything else."""
+    params = make_default() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+    return params
 
 
 def _default_block_size(kv_dtype: str) -> int:

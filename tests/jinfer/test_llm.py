@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer, make_model
 
-from jinfer import LLM, RequestOutputKind, SamplingParams
+from jinfer import LLM, BeamSearchParams, RequestOutputKind, SamplingParams
 
 VOCAB = 300
 MODEL = make_model(VOCAB, max_position_embeddings=256, eos_token_ids=(7,))
@@ -270,6 +270,42 @@ def test_minus_one_asks_for_the_logprobs_of_the_whole_vocabulary(llm):
         values = np.array([x.logprob for x in row.values()])
         for x in row.values():
             assert (values > x.logprob).sum() < x.rank <= (values >= x.logprob).sum()
+
+
+@pytest.mark.parametrize("ask", ["generate", "stream", "step"])
+def test_logprobs_are_formatted_once_however_many_steps_there_are(llm, monkeypatch, ask):
+    num_formatted = 0
+
+    def count(entry, params, formatter=llm._format_logprobs):
+        nonlocal num_formatted
+        num_formatted += 1
+        return formatter(entry, params)
+
+    monkeypatch.setattr(llm, "_format_logprobs", count)
+    prompt = make_prompts(15, [40])[0]
+    params = SamplingParams(temperature=0, max_tokens=12, logprobs=1, prompt_logprobs=1)
+    params = dataclasses.replace(params, ignore_eos=True)
+    if ask == "step":
+        llm.add_request("mine", prompt, params)
+        outputs = []
+        while llm.has_unfinished_requests():
+            outputs += llm.step()
+    else:
+        outputs = list(getattr(llm, ask)([prompt], params))
+    assert num_formatted == 39 + 12
+    last, whole = outputs[-1], llm.generate([prompt], params)[0]
+    assert last.prompt_logprobs == whole.prompt_logprobs
+    rows = [row for output in outputs for row in output.outputs[0].logprobs]
+    rows = last.outputs[0].logprobs if ask == "step" else rows
+    assert rows == whole.outputs[0].logprobs
+    assert last.outputs[0].cumulative_logprob == whole.outputs[0].cumulative_logprob
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 3}, BeamSearchParams(beam_width=2, max_tokens=2)])
+def test_params_of_another_kind_are_named(llm, wrong):
+    for ask in (llm.generate, llm.stream):
+        with pytest.raises(TypeError, match=f"must be SamplingParams, got {type(wrong).__name__}"):
+            list(ask([[11]], wrong))
 
 
 def test_a_stop_string_ends_the_text_before_it(llm):
