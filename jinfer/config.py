@@ -404,6 +404,10 @@ class EngineConfig:
                 f"{name} must be a positive integer, got {value!r}",
             )
         require(
+            isinstance(self.max_logprobs, int) and self.max_logprobs >= 0,
+            f"max_logprobs must be 0 or more, or -1 for any number, got {self.max_logprobs!r}",
+        )
+        require(
             isinstance(self.num_host_pages, int) and self.num_host_pages >= 0,
             f"num_host_pages must be 0 or a positive integer, got {self.num_host_pages!r}",
         )

@@ -55,7 +55,7 @@ class LLM:
       gpu_memory_utilization: share of the accelerator's memory for weights, pool and temporaries.
       kv_cache_memory_bytes: size of the KV pool, instead of that share.
       num_gpu_blocks_override: number of pages, instead of either.
-      max_logprobs: most logprobs a position that a request may ask for (besides -1, all).
+      max_logprobs: most logprobs a position that a request may ask for (besides -1, all); -1: any.
       seed: of requests that bring none.
       attention_impl: "auto", or a backend by name: "xla", "mosaic_gpu", "mosaic_tpu".
       linear_impl: the same for products with quantized weights; "auto" leaves to XLA what it does

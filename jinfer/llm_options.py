@@ -141,7 +141,7 @@ def resolve(
         enable_chunked_prefill=enable_chunked_prefill,
         enable_prefix_caching=enable_prefix_caching,
         num_decode_steps=num_decode_steps,
-        max_logprobs=min(max_logprobs, model.vocab_size),
+        max_logprobs=model.vocab_size if max_logprobs == -1 else max_logprobs,
         seed=seed,
         attention_impl=attention_impl,
         linear_impl=linear_impl,

@@ -323,7 +323,7 @@ def top_logprobs(
     Args:
       logits: [S, V], before any processing; cast to f32.
       tokens: [S] the sampled (or prompt) tokens.
-      k: static, 0 .. V; with k = V all tokens come in order of their ids, unsorted.
+      k: static, 0 .. V.
 
     Returns:
       ids [S, k] i32 and log probabilities [S, k] f32, likeliest first; log probability [S] f32 of
@@ -332,10 +332,7 @@ def top_logprobs(
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     of_token = jnp.take_along_axis(logprobs, tokens[:, None].astype(jnp.int32), axis=-1)  # [S, 1]
     rank = jnp.sum(jnp.where(logprobs >= of_token, 1.0, 0.0), axis=-1).astype(jnp.int32)
-    if k == logits.shape[1]:
-        ids, top = lax.broadcasted_iota(jnp.int32, logprobs.shape, 1), logprobs
-    else:
-        top, ids = lax.top_k(logprobs, k)
+    top, ids = lax.top_k(logprobs, k)
     return ids.astype(jnp.int32), top, of_token[:, 0], rank
 
 

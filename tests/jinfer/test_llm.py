@@ -308,6 +308,19 @@ def test_params_of_another_kind_are_named(llm, wrong):
             list(ask([[11]], wrong))
 
 
+@pytest.mark.parametrize("most", [VOCAB, 2 * VOCAB, -1])
+def test_max_logprobs_up_to_the_vocabulary_still_give_the_likeliest(llm, make_llm, most):
+    prompt = make_prompts(16, [5])
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=3, prompt_logprobs=20)
+    expected = llm.generate(prompt, params)[0]
+    roomy = make_llm(max_logprobs=most)
+    out = roomy.generate(prompt, params)[0]
+    assert out.outputs[0].logprobs == expected.outputs[0].logprobs
+    assert out.prompt_logprobs == expected.prompt_logprobs
+    every = roomy.generate(prompt, dataclasses.replace(params, logprobs=VOCAB))[0]
+    assert len(every.outputs[0].logprobs[0]) == VOCAB
+
+
 def test_a_stop_string_ends_the_text_before_it(llm):
     prompt = make_prompts(10, [5])[0]
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
@@ -378,6 +391,7 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(llm, prompt, fields, me
         ({"kv_cache_memory_bytes": 10}, ValueError, "no room for a KV cache"),
         ({"block_size": 12}, ValueError, "power of two"),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs"),
+        ({"max_logprobs": -2}, ValueError, "max_logprobs must be 0 or more"),
         ({"max_num_batched_tokens": 2}, ValueError, "at least max_num_seqs"),
         ({"kv_cache_dtype": "int3"}, ValueError, "kv_cache_dtype"),
         ({"tensor_parallel_size": 2}, ValueError, "one device"),
