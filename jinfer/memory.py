@@ -287,10 +287,10 @@ def kv_budget_bytes(
     Returns:
       The budget; 0 or less when the weights alone fill the share.
     """
-    if device_bytes is None:
-        return min(max(CPU_KV_BYTES, used_bytes), host_memory_bytes() // 4)
     if not 0 < gpu_memory_utilization <= 1:
         raise ValueError(f"gpu_memory_utilization must lie in (0, 1], got {gpu_memory_utilization}")
+    if device_bytes is None:
+        return min(max(CPU_KV_BYTES, used_bytes), host_memory_bytes() // 4)
     return int(device_bytes * gpu_memory_utilization) - used_bytes - reserved_bytes
 
 

@@ -392,6 +392,7 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(llm, prompt, fields, me
         ({"block_size": 12}, ValueError, "power of two"),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs"),
         ({"max_logprobs": -2}, ValueError, "max_logprobs must be 0 or more"),
+        ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization must lie in"),
         ({"max_num_batched_tokens": 2}, ValueError, "at least max_num_seqs"),
         ({"kv_cache_dtype": "int3"}, ValueError, "kv_cache_dtype"),
         ({"tensor_parallel_size": 2}, ValueError, "one device"),
