@@ -342,7 +342,8 @@ class LLM:
         """Generates the next message of one conversation, or of each of several.
 
         Args:
-          messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+          messages: a list of {"role": ..., "content": ...}, or a list of such lists; content is
+            text or a list of {"type": "text", "text": ...}.
           sampling_params: as for `generate`.
           use_tqdm: as for `generate`.
           chat_template: Jinja template instead of the engine's.
@@ -352,7 +353,7 @@ class LLM:
           chat_template_kwargs: further variables of the template.
 
         Raises:
-          ValueError: no chat template, or it refuses the messages.
+          ValueError, TypeError: no chat template, or it refuses the messages.
         """
         prompts = chat_prompts(
             self._tokenizer,

@@ -294,7 +294,7 @@ def sampling_defaults(model: str | os.PathLike[str] | None, source: str) -> dict
 def as_list(prompts: Any) -> list[Any]:
     """One prompt, or a list of them, as a list."""
     is_one = isinstance(prompts, (str, Mapping)) or (
-        isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
+        isinstance(prompts, Sequence) and bool(prompts) and hasattr(prompts[0], "__index__")
     )
     return [prompts] if is_one else list(prompts)
 

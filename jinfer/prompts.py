@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+_LOOPS_OVER_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+[\w.\[\]'\"]*content\b")
 
 
 class Prompt(NamedTuple):
@@ -42,35 +46,78 @@ def read_prompt(prompt: Any, tokenizer: Any | None) -> Prompt:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("this engine has no tokenizer: give prompts as prompt_token_ids")
-        text, prompt = prompt, tokenizer.encode(prompt)
-    if not isinstance(prompt, Sequence) or not all(
-        isinstance(t, int) and not isinstance(t, bool) for t in prompt
-    ):
+        text, prompt = prompt, _encode(tokenizer, prompt)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise TypeError(f"a prompt must be text or token ids, got {type(prompt).__name__}")
-    return Prompt(text, list(prompt), salt)
+    foreign = next((t for t in prompt if isinstance(t, bool) or not hasattr(t, "__index__")), None)
+    if foreign is not None:
+        raise TypeError(f"a prompt must be text or token ids, got a list that holds {foreign!r}")
+    return Prompt(text, [operator.index(t) for t in prompt], salt)
+
+
+def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt is no Unicode text: it holds {text[error.start]!r} (was it UTF-8?)"
+        ) from None
+    return tokenizer.encode(text, **options)
 
 
 def apply_chat_template(tokenizer: Any | None, conversation: Any, **options: Any) -> list[int]:
     """Returns the token ids of a conversation in a chat template.
 
+    Content may be a list of parts, {"type": "text", "text": ...}. A template that does not loop
+    over them gets their texts, each on lines of its own, as in vLLM.
+
     Raises:
-      ValueError: no tokenizer, no chat template, or it refuses the messages.
+      ValueError: no tokenizer, no chat template, a part that is no text, or the template refuses
+        the messages.
+      TypeError: it is no list of messages.
     """
     from jinja2 import TemplateError
 
     if tokenizer is None:
         raise ValueError("chat needs a tokenizer")
+    _check_list(conversation)
+    if any(isinstance(m, Mapping) and isinstance(m.get("content"), list) for m in conversation):
+        template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
+        conversation = [_read_parts(m, template) for m in conversation]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from None
-    return tokenizer.encode(text, add_special_tokens=False)
+    return _encode(tokenizer, text, add_special_tokens=False)
+
+
+def _read_parts(message: Any, template: str) -> Any:
+    """Returns a message with its parts of text as one, unless `template` loops over parts."""
+    parts = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(parts, list):
+        return message
+    for part in parts:
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and "text" in part):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ValueError(f"a part of a message's content must be text, got {kind!r}")
+    if _LOOPS_OVER_PARTS.search(template):
+        return message
+    return {**message, "content": "\n".join(str(part["text"]) for part in parts)}
+
+
+def _check_list(messages: Any) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        raise TypeError(
+            f"messages must be a list of dicts with role and content, or a list of such lists, got "
+            f"{type(messages).__name__}"
+        )
 
 
 def chat_prompts(
     tokenizer: Any | None, messages: Any, **options: Any
 ) -> list[Mapping[str, list[int]]]:
     """Returns a prompt for one conversation, or for each of several; raises as above."""
+    _check_list(messages)
     conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
     return [
         {"prompt_token_ids": apply_chat_template(tokenizer, c, **options)} for c in conversations
