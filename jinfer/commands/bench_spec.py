@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jinfer import jsonl
 from jinfer.commands.bench_report import Row, finish
 from jinfer.commands.flags import DEFAULT_MODEL
 from jinfer.commands.terminal import say
@@ -203,9 +204,9 @@ def read_chats(path: Path, tokenizer: Any, limit: int, longest: int) -> dict[str
     from jinfer.prompts import apply_chat_template
 
     chats: dict[str, list[list[int]]] = collections.defaultdict(list)
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, raw in jsonl.read_lines(path):
         try:
-            row = json.loads(line)
+            row = json.loads(raw)
             category, question = row["category"], row["turns"][0]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(

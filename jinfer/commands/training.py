@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinfer import jsonl
 from jinfer.commands import flags
 from jinfer.commands.terminal import say, timed
+from jinfer.prompts import apply_chat_template, read_prompt
 
 # Flags of the engine that generates texts.
 _WRITING_FLAGS = ("max-model-len", "max-num-seqs", "max-num-batched-tokens")
@@ -110,8 +113,11 @@ def train(
 def check_same_run(args: argparse.Namespace, *own: str) -> None:
     """Makes --output, and refuses to go on in a folder of a run with other settings.
 
-    `own` are the names of settings that the command has beside those of all training.
+    `own` are the names of settings that the command has beside those of all training. Where --data
+    cannot be read, no folder is made that would insist on it.
     """
+    if args.data is not None and not (args.output / "data.npz").is_file():
+        args.data.open("rb").close()
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "run.json"
     names = ("model", "dtype", "data", *own, "steps", "epochs", "batch_size")
@@ -171,28 +177,39 @@ def _texts(args: argparse.Namespace, llm: Any) -> Iterator[tuple[list[int], int]
         yield from _answers(args, llm, [[start]] * args.max_texts)
         return
     if args.data.suffix != ".jsonl":
-        yield tokenizer.encode(args.data.read_text()), 0
+        try:
+            yield tokenizer.encode(args.data.read_text(encoding="utf-8")), 0
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.data} is not a text file in UTF-8 ({error})") from None
         return
     prompts = []
-    lines = [line for line in args.data.read_text().splitlines() if line.strip()]
-    for number, line in enumerate(lines[: args.max_texts], 1):
-        entry = json.loads(line)
-        if "text" in entry:
-            yield tokenizer.encode(entry["text"]), 0
-        elif "messages" in entry:
-            text = tokenizer.apply_chat_template(
-                entry["messages"], tokenize=False, add_generation_prompt=True
-            )
-            prompts.append(tokenizer.encode(text, add_special_tokens=False))
-        elif "prompt" in entry:
-            prompts.append(tokenizer.encode(entry["prompt"]))
-        elif "prompt_token_ids" in entry:
-            prompts.append(entry["prompt_token_ids"])
+    for number, raw in itertools.islice(jsonl.read_lines(args.data), args.max_texts):
+        try:
+            token_ids, is_text = _read_row(raw, tokenizer)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{args.data} line {number}: {error}") from None
+        if is_text:
+            yield token_ids, 0
         else:
-            raise ValueError(
-                f'{args.data} line {number} must have "text" or a prompt, got {sorted(entry)}'
-            )
+            prompts.append(token_ids)
     yield from _answers(args, llm, prompts)
+
+
+def _read_row(raw: bytes, tokenizer: Any) -> tuple[list[int], bool]:
+    """Returns the token ids of a line, and whether they are a text rather than a prompt."""
+    try:
+        row = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    if "messages" in row and "text" not in row:
+        tokens = apply_chat_template(tokenizer, row["messages"], add_generation_prompt=True)
+        return tokens, False
+    for name in ("text", "prompt", "prompt_token_ids"):
+        if name in row:
+            return read_prompt(row[name], tokenizer).token_ids, name == "text"
+    raise ValueError(f'expected "text" or a prompt, got {sorted(row)}')
 
 
 def _answers(

@@ -182,9 +182,16 @@ def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
 ):
     monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda name: Chat())
     file = tmp_path / "chats.jsonl"
-    rows = [("writing", "ab" * 9), ("coding", "abc" * 9), ("qa", "dd"), ("qa", "e"), ("qa", "f")]
+    rows = [
+        ("writing", "ab" * 9),
+        ("coding", "abc" * 9),
+        ("qa", "d\x85d"),
+        ("qa", "e"),
+        ("qa", "f"),
+    ]
     rows.append(("rag", "x" * 999))  # too long
-    file.write_text("".join(json.dumps({"category": c, "turns": [t]}) + "\n" for c, t in rows))
+    lines = [json.dumps({"category": c, "turns": [t]}, ensure_ascii=False) for c, t in rows]
+    file.write_text("\n".join(lines))
     argv = ("--prompts", file, "--limit", 2, "--output-tokens", 20, "--max-model-len", 64)
     got = bench(tmp_path, "spec", *argv, "--batch-sizes", 1, "--methods", "ngram")
     assert {case for case, _ in got} == {f"ngram/{c}/b1" for c in ("mt_bench", "qa", "overall")}

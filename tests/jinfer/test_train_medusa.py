@@ -136,4 +136,28 @@ def test_texts_are_learnt_as_they_are_and_other_lines_are_refused(tmp_path, caps
     assert not config.reads_root and "u" not in heads
     data.write_text(json.dumps({"question": "why?"}) + "\n")
     assert train("--output", tmp_path / "b", "--data", data, *SMALL) == 2
-    assert "line 1 must have" in capsys.readouterr().err
+    assert "line 1: expected \"text\" or a prompt, got ['question']" in capsys.readouterr().err
+
+
+def test_a_mistake_in_data_is_named_and_leaves_no_folder_behind(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    assert train("--output", tmp_path / "a", "--data", data, *SMALL) == 1
+    assert f"{data}: No such file" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    for row, message in (
+        (b"{", "line 2: not JSON"),
+        (b"5", "line 2: expected an object, got int"),
+        (b'{"text": 5}', "line 2: a prompt must be text"),
+        (b'{"text": "caf\xff"}', "line 2: not JSON"),
+    ):
+        data.write_bytes(b'{"text": "abc"}\n' + row)
+        assert train("--output", tmp_path / "b", "--data", data, *SMALL) == 2
+        assert f"{data} {message}" in capsys.readouterr().err
+
+
+def test_separators_that_json_allows_in_a_string_do_not_cut_a_line(tmp_path):
+    data = tmp_path / "data.jsonl"
+    text = "abc\u2028defgh\x85" * 6
+    row = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+    data.write_text(row * 8)
+    assert train("--output", tmp_path / "a", "--data", data, *SMALL) == 0
