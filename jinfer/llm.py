@@ -115,7 +115,7 @@ class LLM:
         self._tokenizer = None
         if not skip_tokenizer_init:
             self._tokenizer = options.take_tokenizer(tokenizer, self._source, revision)
-        self._default_fields = options.sampling_defaults(self._source, generation_config)
+        self._default_fields = options.sampling_defaults(self._source, generation_config, revision)
         speculative_config, heads = options.take_heads(speculative_config, model.config)
         speculation, drafter = take_drafter(
             speculative_config, model, params, self._tokenizer, dtype, linear_impl

@@ -269,19 +269,30 @@ def refuse(arguments: Mapping[str, Any], *, known: Iterable[str]) -> None:
         raise TypeError(f"LLM has no argument {name}{hint}")
 
 
-def sampling_defaults(model: str | os.PathLike[str] | None, source: str) -> dict[str, Any]:
+def sampling_defaults(
+    model: str | os.PathLike[str] | None, source: str, revision: str | None = None
+) -> dict[str, Any]:
     """Returns fields of `SamplingParams` from the generation_config.json of a model's folder.
 
     Args:
       model: as given to `LLM`; None for one in memory.
       source: "auto", or "none" for no fields at all.
+      revision: branch, tag or commit of a hub name.
     """
+    from jinfer.weights.locate import fetch_from_hub, locate
+
     if source not in ("auto", "none"):
         raise ValueError(f'generation_config must be "auto" or "none", got {source!r}')
-    path = pathlib.Path(model or "") / "generation_config.json"
-    if source == "none" or model is None or not path.is_file():
+    if source == "none" or model is None:
         return {}
-    given = json.loads(path.read_text())
+    name = "generation_config.json"
+    if locate(model, revision) is None:
+        path = fetch_from_hub(os.fspath(model), revision, (name,)) / name
+    else:
+        path = pathlib.Path(model).expanduser() / name
+    if not path.is_file():
+        return {}
+    given = json.loads(path.read_text(encoding="utf-8"))
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     fields = {name: given[name] for name in names if given.get(name) is not None}
     if given.get("max_new_tokens") is not None:

@@ -1,7 +1,9 @@
 """The engine from outside: laws that hold for any mix of requests, on a tiny random model."""
 
 import dataclasses
+import json
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from tiny_models import byte_tokenizer, make_model
 
 from jinfer import LLM, BeamSearchParams, RequestOutputKind, SamplingParams
+from jinfer.llm_options import sampling_defaults
 
 VOCAB = 300
 MODEL = make_model(VOCAB, max_position_embeddings=256, eos_token_ids=(7,))
@@ -319,6 +322,22 @@ def test_max_logprobs_up_to_the_vocabulary_still_give_the_likeliest(llm, make_ll
     assert out.prompt_logprobs == expected.prompt_logprobs
     every = roomy.generate(prompt, dataclasses.replace(params, logprobs=VOCAB))[0]
     assert len(every.outputs[0].logprobs[0]) == VOCAB
+
+
+@pytest.mark.parametrize("name", ["{folder}", "~/model", "some/model"])
+def test_defaults_of_sampling_come_from_the_models_folder_however_it_is_named(
+    tmp_path, monkeypatch, name
+):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    given = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "eos_token_id": 3}
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: folder)
+    name = name.format(folder=folder)
+    expected = {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
+    assert sampling_defaults(name, "auto") == expected
+    assert sampling_defaults(name, "none") == {}
 
 
 def test_a_stop_string_ends_the_text_before_it(llm):
