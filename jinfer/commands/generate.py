@@ -107,6 +107,10 @@ def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
     settings = {"model": args.model, "sampling": sampling}
     for name in ("dtype", "quantization", "tokenizer", "revision", "max_model_len"):
         settings[name] = getattr(args, name, None)
+    if hasattr(args, "kv_cache_dtype"):
+        settings["kv_cache_dtype"] = args.kv_cache_dtype
+    if getattr(args, "speculative_config", {}).get("acceptance") == "typical":  # lossy
+        settings["speculative_config"] = args.speculative_config
     flags.make_params(sampling)  # wrong flags fail at once, not on every line
     with jsonl.Job(args.input, args.output, settings) as job:
         if job.num_done == job.num_lines:

@@ -279,12 +279,29 @@ def test_a_finished_job_loads_no_model(jinfer, llm, tmp_path):
     assert llm.last is None
 
 
-def test_other_flags_do_not_mix_into_the_same_output(jinfer, tmp_path):
+TYPICAL = '{"method": "medusa", "heads": "h", "acceptance": "typical"}'
+LOSSLESS = '{"method": "ngram", "num_speculative_tokens": 4}'
+
+
+@pytest.mark.parametrize(
+    "other",
+    [("--top-k", 5), ("--kv-cache-dtype", "int4"), ("--speculative-config", TYPICAL)],
+)
+def test_other_flags_do_not_mix_into_the_same_output(jinfer, tmp_path, other):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "one"}\n')
     jinfer("generate", "--input", source, "--output", target)
-    status, _, err = jinfer("generate", "--input", source, "--output", target, "--top-k", 5)
+    status, _, err = jinfer("generate", "--input", source, "--output", target, *other)
     assert status == 2 and "another model or settings" in err
+
+
+def test_flags_that_change_no_result_may_change_between_runs(jinfer, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "one"}\n')
+    jinfer("generate", "--input", source, "--output", target)
+    for other in (("--max-num-seqs", 3), ("--speculative-config", LOSSLESS)):
+        status, _, err = jinfer("generate", "--input", source, "--output", target, *other)
+        assert status == 0 and "all 1 lines are done" in err
 
 
 def test_bad_lines_are_reported_and_the_status_is_1(jinfer, llm, monkeypatch, tmp_path):
