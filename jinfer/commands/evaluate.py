@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.context < 2:
         raise ValueError(f"--context must be at least 2 tokens, got {args.context}")
+    if args.windows is not None and args.windows < 1:
+        raise ValueError(f"--windows must be positive, got {args.windows}")
     enable_compilation_cache()
     text = "\n\n".join(texts.read_texts(args.text))
     tokenizer = load_tokenizer(args.model)

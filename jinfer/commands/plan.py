@@ -24,13 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the weights (bfloat16)")
     parser.add_argument("--kv-dtype", help="of the KV cache, such as fp8 (as --dtype)")
     parser.add_argument("--quantization", help="of the linears, such as int4-g128")
-    parser.add_argument("--page-size", type=int, default=16, help="tokens a KV page (16)")
     parser.add_argument("--memory", type=size, metavar="SIZE", help="such as 80GiB")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="share (0.9)")
+    parser.add_argument("--page-size", type=int, help="of --memory: tokens a KV page (16)")
+    parser.add_argument("--gpu-memory-utilization", type=float, help="share of --memory (0.9)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the memory of weights, KV cache and one decode step."""
+    for name in ("page_size", "gpu_memory_utilization"):
+        if args.memory is None and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --memory")
+    page_size = 16 if args.page_size is None else args.page_size
+    share = 0.9 if args.gpu_memory_utilization is None else args.gpu_memory_utilization
+    if page_size < 1:
+        raise ValueError(f"--page-size must be positive, got {page_size}")
     config = memory.PRESETS.get(args.model) or _read_config(args.model, args.revision)
     plan = memory.plan(
         config,
@@ -41,6 +48,17 @@ def run(args: argparse.Namespace) -> int:
         quantization=args.quantization,
     )
     kv_dtype = args.kv_dtype or args.dtype
+    answer = None
+    if args.memory is not None:
+        answer = _room(
+            config,
+            plan,
+            memory_bytes=args.memory,
+            share=share,
+            page_size=page_size,
+            kv_dtype=kv_dtype,
+            context=args.context,
+        )
     rows: list[tuple[str, str, int]] = [("weights", args.dtype, plan.weight_bytes)]
     for part, num_bytes in plan.part_bytes.items():
         is_quantized = args.quantization and part in ("attention", "mlp")
@@ -59,26 +77,37 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(label) for label, _, _ in rows)
     for label, dtype, num_bytes in rows:
         print(f"{label:<{width}}  {dtype:<14}{memory.format_size(num_bytes):>12}")
-    if args.memory is not None:
-        budget = memory.kv_budget_bytes(
-            device_bytes=args.memory,
-            used_bytes=plan.weight_bytes,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            reserved_bytes=plan.temp_bytes,
-        )
-        pages = memory.num_pages(
-            config, page_size=args.page_size, dtype=kv_dtype, budget_bytes=budget
-        )
-        num_sequences = pages // -(-args.context // args.page_size)
-        print(
-            f"{memory.format_size(args.memory)} at {args.gpu_memory_utilization:g} holds the "
-            f"weights and {pages} pages of {args.page_size} tokens: {num_sequences} sequences of "
-            f"{args.context}"
-            if budget > 0
-            else f"{memory.format_size(args.memory)} at {args.gpu_memory_utilization:g} does not "
-            f"hold the weights"
-        )
+    if answer is not None:
+        print(answer)
     return 0
+
+
+def _room(
+    config: ModelConfig,
+    plan: memory.Plan,
+    *,
+    memory_bytes: int,
+    share: float,
+    page_size: int,
+    kv_dtype: str,
+    context: int,
+) -> str:
+    """Says what fits into a device's memory."""
+    budget = memory.kv_budget_bytes(
+        device_bytes=memory_bytes,
+        used_bytes=plan.weight_bytes,
+        gpu_memory_utilization=share,
+        reserved_bytes=plan.temp_bytes,
+    )
+    of = f"{memory.format_size(memory_bytes)} at {share:g}"
+    if budget <= 0:
+        return f"{of} does not hold the weights"
+    pages = memory.num_pages(config, page_size=page_size, dtype=kv_dtype, budget_bytes=budget)
+    num_sequences = pages // -(-context // page_size)
+    return (
+        f"{of} holds the weights and {pages} pages of {page_size} tokens: {num_sequences} "
+        f"sequences of {context}"
+    )
 
 
 def _read_config(model: str, revision: str | None) -> ModelConfig:
