@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         status = args.run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # stdout may be None: closed from the start
     except KeyboardInterrupt:
         say("interrupted")
         return 130

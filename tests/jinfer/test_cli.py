@@ -243,6 +243,11 @@ def test_an_interrupt_ends_cleanly_and_frees_the_request(jinfer, llm, monkeypatc
     assert closed
 
 
+def test_a_closed_stdout_is_no_error(jinfer, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it below `>&-`
+    assert jinfer("plan", "--model", "llama-2-7b")[::2] == (0, "")
+
+
 # --- JSONL ---------------------------------------------------------------------------------------
 
 
