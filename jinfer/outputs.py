@@ -130,7 +130,7 @@ class RequestOutput:
 
     Attributes:
       request_id: unique in the engine.
-      prompt: the prompt as text; None when it was given as token ids.
+      prompt: the prompt as text, of a chat in its template; None when it was given as token ids.
       prompt_token_ids: the prompt as the model saw it.
       prompt_logprobs: for each prompt token a dict from token id to `Logprob`, None for the first
         token, which nothing predicts; None unless asked for.

@@ -14,7 +14,7 @@ class Prompt(NamedTuple):
     """A prompt as the engine takes it.
 
     Attributes:
-      text: None where the user gave token ids.
+      text: a conversation's in its template; None where the user gave token ids.
       token_ids: at least what the text encodes to.
       cache_salt: cached KV is shared only among prompts with the same one.
     """
@@ -32,6 +32,8 @@ def read_prompt(prompt: Any, tokenizer: Any | None) -> Prompt:
       TypeError: the prompt is of another kind.
     """
     text = salt = None
+    if isinstance(prompt, Prompt):
+        return prompt
     if isinstance(prompt, Mapping):
         salt = prompt.get("cache_salt")
         names = set(prompt) - {"cache_salt"}
@@ -66,7 +68,12 @@ def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 
 def apply_chat_template(tokenizer: Any | None, conversation: Any, **options: Any) -> list[int]:
-    """Returns the token ids of a conversation in a chat template.
+    """Returns the token ids of a conversation in a chat template; see `read_chat`."""
+    return read_chat(tokenizer, conversation, **options).token_ids
+
+
+def read_chat(tokenizer: Any | None, conversation: Any, **options: Any) -> Prompt:
+    """Returns a conversation in a chat template.
 
     Content may be a list of parts, {"type": "text", "text": ...}. A template that does not loop
     over them gets their texts, each on lines of its own, as in vLLM.
@@ -88,7 +95,7 @@ def apply_chat_template(tokenizer: Any | None, conversation: Any, **options: Any
         text = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
     except (TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from None
-    return _encode(tokenizer, text, add_special_tokens=False)
+    return Prompt(text, _encode(tokenizer, text, add_special_tokens=False), None)
 
 
 def _read_parts(message: Any, template: str) -> Any:
@@ -113,12 +120,8 @@ def _check_list(messages: Any) -> None:
         )
 
 
-def chat_prompts(
-    tokenizer: Any | None, messages: Any, **options: Any
-) -> list[Mapping[str, list[int]]]:
+def chat_prompts(tokenizer: Any | None, messages: Any, **options: Any) -> list[Prompt]:
     """Returns a prompt for one conversation, or for each of several; raises as above."""
     _check_list(messages)
     conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-    return [
-        {"prompt_token_ids": apply_chat_template(tokenizer, c, **options)} for c in conversations
-    ]
+    return [read_chat(tokenizer, conversation, **options) for conversation in conversations]

@@ -357,7 +357,7 @@ def test_chat_applies_the_template(llm):
     messages = [{"role": "user", "content": "hi"}]
     params = SamplingParams(temperature=0, max_tokens=4)
     out = llm.chat(messages, params, use_tqdm=False)[0]
-    assert llm.get_tokenizer().decode(out.prompt_token_ids) == "user: hi\n"
+    assert out.prompt == llm.get_tokenizer().decode(out.prompt_token_ids) == "user: hi\n"
     assert tokens_of(llm.chat([messages, messages], params)) == [out.outputs[0].token_ids] * 2
 
 
