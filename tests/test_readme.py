@@ -1,6 +1,7 @@
 """The README is true: its commands, its links, its Python."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,29 @@ def test_the_benchmark_page_is_made_from_the_results():
     command = [sys.executable, "scripts/render_benchmarks.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINES = [
+    line
+    for page in PAGES
+    for block in re.findall(r"^```\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+    if line.startswith("jinfer ")
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_that_is_shown_can_be_read(line):
+    from jinfer.cli import build_parser
+
+    build_parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_every_command_is_shown():
+    from jinfer.cli import COMMANDS
+
+    assert {line.split()[1] for line in LINES} == set(COMMANDS)
 
 
 @pytest.mark.slow
