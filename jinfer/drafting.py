@@ -75,7 +75,12 @@ def _draft_model(
     config: SpeculativeConfig, target: Model, tokenizer: Any | None, dtype: str, linear_impl: str
 ) -> Drafter:
     draft, params = options.take_model(
-        config.model, config.params, dtype, None, quantization=None, linear_impl=linear_impl
+        config.model,
+        config.params,
+        "auto" if isinstance(config.model, Model) else dtype,
+        None,
+        quantization=None,
+        linear_impl=linear_impl,
     )
     name = "the draft model" if isinstance(config.model, Model) else str(config.model)
     sizes = draft.config.vocab_size, target.config.vocab_size

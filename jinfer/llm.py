@@ -112,9 +112,9 @@ class LLM:
         self.model = model
         self._prepare = functools.partial(options.prepare, how=quantization, impl=linear_impl)
         self.chat_template = chat_template
-        self._tokenizer = None
-        if not skip_tokenizer_init:
-            self._tokenizer = options.take_tokenizer(tokenizer, self._source, revision)
+        self._tokenizer = options.take_tokenizer(
+            tokenizer, self._source, revision, skips=skip_tokenizer_init
+        )
         self._default_fields = options.sampling_defaults(self._source, generation_config, revision)
         speculative_config, heads = options.take_heads(speculative_config, model.config)
         speculation, drafter = take_drafter(

@@ -200,6 +200,16 @@ def take_model(
             raise ValueError("a Model needs its weights: pass params=")
         if quantization == "gguf":
             raise ValueError("quantization 'gguf' keeps the types of a GGUF file: pass its path")
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} is for names on the hub, this one is in memory"
+            )
+        own_dtype = str(params["embed"]["w"].dtype)
+        if dtype not in ("auto", own_dtype):
+            raise ValueError(
+                f"dtype={dtype!r}: the params of a Model are served as they are, in {own_dtype}; "
+                f"cast them, or drop dtype"
+            )
         return model, prepare(params, quantization, linear_impl)
     if params is not None:
         raise ValueError("params go with a Model; a path or name brings its own")
@@ -230,9 +240,18 @@ def prepare(params: Params, how: str | None, impl: str) -> Params:
 
 
 def take_tokenizer(
-    tokenizer: Any | None, source: str | os.PathLike[str] | None, revision: str | None
+    tokenizer: Any | None,
+    source: str | os.PathLike[str] | None,
+    revision: str | None,
+    *,
+    skips: bool = False,
 ) -> Any | None:
-    """Returns the tokenizer that `LLM` was given, or loads it, by default from `source`."""
+    """Returns the tokenizer that `LLM` was given, or loads it, by default that of `source`."""
+    if skips:
+        require(tokenizer is None, "skip_tokenizer_init goes without a tokenizer: drop one of both")
+        return None
+    if tokenizer is not None:
+        revision = None  # it is the model's
     tokenizer = source if tokenizer is None else tokenizer
     if isinstance(tokenizer, (str, os.PathLike)):
         from jinfer.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer, make_model
 
-from jinfer import LLM, BeamSearchParams, RequestOutputKind, SamplingParams
-from jinfer.llm_options import sampling_defaults
+from jinfer import LLM, BeamSearchParams, RequestOutputKind, SamplingParams, tokenizer
+from jinfer.llm_options import sampling_defaults, take_tokenizer
 
 VOCAB = 300
 MODEL = make_model(VOCAB, max_position_embeddings=256, eos_token_ids=(7,))
@@ -415,12 +415,23 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(llm, prompt, fields, me
         ({"max_num_batched_tokens": 2}, ValueError, "at least max_num_seqs"),
         ({"kv_cache_dtype": "int3"}, ValueError, "kv_cache_dtype"),
         ({"tensor_parallel_size": 2}, ValueError, "one device"),
+        ({"dtype": "bfloat16"}, ValueError, "served as they are, in float32"),
+        ({"revision": "main"}, ValueError, "this one is in memory"),
+        ({"skip_tokenizer_init": True}, ValueError, "skip_tokenizer_init"),
         ({"max_num_seq": 2}, TypeError, "did you mean max_num_seqs"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused_by_name(make_llm, options, error, message):
     with pytest.raises(error, match=message):
         make_llm(**options)
+
+
+def test_a_revision_is_of_the_model_not_of_a_tokenizer_from_elsewhere(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name, revision: asked.append(revision))
+    take_tokenizer(None, "org/model", "v1")
+    take_tokenizer("org/other", "org/model", "v1")
+    assert asked == ["v1", None]
 
 
 def test_bfloat16_weights_and_kv_serve(params):
