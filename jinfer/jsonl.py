@@ -116,7 +116,7 @@ def parse_line(raw: bytes, number: int) -> Line:
         isinstance(token_ids, list) and all(type(token) is int for token in token_ids)
     ):
         raise ValueError("prompt_token_ids must be a list of integers")
-    line_id = fields.get("id", number)
+    line_id = number if fields.get("id") is None else fields["id"]
     if not isinstance(line_id, (str, int)) or isinstance(line_id, bool):
         raise ValueError(f"id must be a string or an integer, got {line_id!r}")
     params = fields.get("sampling_params") or {}

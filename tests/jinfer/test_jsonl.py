@@ -70,7 +70,7 @@ def by_line(path):
 def test_every_line_is_answered_once_with_its_id(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(
-        '{"prompt": "one"}\n'
+        '{"prompt": "one", "id": null, "messages": null, "sampling_params": null}\n'
         "\n"
         '{"id": "b", "prompt_token_ids": [116, 119, 111]}\n'
         '{"id": 7, "messages": [{"role": "user", "content": "three"}], '
