@@ -197,12 +197,11 @@ class LLM:
         Raises:
           ValueError: tree, shapes or dtypes differ from the present weights'.
         """
-        self._runner.update_weights(self._prepare(params))
-        self.reset_prefix_cache()
+        self._engine.update_weights(self._prepare(params))
 
     def reset_prefix_cache(self) -> None:
         """Forgets the KV of all past prompts and outputs; running requests keep their own."""
-        self._engine.scheduler.prefix.reset()
+        self._engine.reset_prefix_cache()
 
     # ------------------------------------------------------------------ requests
 

@@ -170,12 +170,12 @@ class BeamSearcher:
         A step that fails takes the pool along that was donated to it: a new one is made, and the
         engine's requests are computed again.
         """
-        for job in tuple(self._active):
-            self._give_back(job)
-        self._waiting.clear()
         if self._has_failed:
             self.engine.lose_steps()
         self._has_failed = False
+        for job in tuple(self._active):
+            self._give_back(job)
+        self._waiting.clear()
 
     # ------------------------------------------------------------------ pages
 
@@ -207,8 +207,10 @@ class BeamSearcher:
 
     def _give_back(self, job: _Job) -> None:
         self._active.remove(job)
-        self.engine.scheduler.lent.remove(job.request)
-        self.engine.scheduler.holdings.give_back(job.request, with_part=False)
+        scheduler = self.engine.scheduler
+        if job.request in scheduler.lent:  # or lost with a step
+            scheduler.lent.remove(job.request)
+            scheduler.holdings.give_back(job.request, with_part=False)
 
     # ------------------------------------------------------------------ the device
 

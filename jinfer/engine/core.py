@@ -7,10 +7,11 @@ drafts are to be made of these.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jinfer.config import EngineConfig, ModelConfig
@@ -25,6 +26,7 @@ from jinfer.engine.watchdog import Watchdog
 from jinfer.models.rope import needs_context_lens
 from jinfer.sampling import check_request
 from jinfer.sampling_params import SamplingParams, child_seed
+from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Engine:
         self.watchdog = Watchdog(self.scheduler)
         self.num_failed_steps = 0
         self._num_idle_steps = 0
+        self._is_torn = False  # whether the books are being changed, or a change was broken off
         self._in_flight: collections.deque[Launched] = collections.deque()
         self._arrivals = itertools.count()
         self._seeds = random.Random(config.seed)
@@ -167,7 +170,18 @@ class Engine:
 
     def abort(self, request_id: str) -> Request | None:
         """Ends a request and frees what it holds; returns it, or None if it is not live."""
-        return self.scheduler.abort(request_id)
+        with self._changing():
+            return self.scheduler.abort(request_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the KV of all past texts; running requests keep their own."""
+        with self._changing():
+            self.scheduler.prefix.reset()
+
+    def update_weights(self, params: Params) -> None:
+        """Serves `params` from the next step on; see `Runner.update_weights`."""
+        self.reset_prefix_cache()  # first: whatever may come between, no old KV meets new weights
+        self.runner.update_weights(params)
 
     def metrics(self) -> dict[str, float]:
         """Returns counts since the engine was made, and what is held now.
@@ -211,12 +225,34 @@ class Engine:
     def step(self) -> list[Progress]:
         """Dispatches what can be dispatched, then waits for the oldest step under way.
 
-        A step that fails is survived: see `recovery`.
+        A step that fails is survived: see `recovery`. So is an interrupt (or a defect of the host's
+        own work): it is raised, and all requests that are left are computed again.
 
         Returns:
           What each of that step's requests gained, and which requests ended with an error.
         """
         self.watchdog.observe()
+        with self._changing():
+            return self._step()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change of the books: if it is broken off halfway, they are made anew.
+
+        The next change sees to it, should that be interrupted as well.
+        """
+        if self._is_torn:
+            self.lose_steps()
+        self._is_torn = True
+        try:
+            yield
+        except BaseException as error:
+            logger.info("%r came in between: what was under way is computed again", error)
+            self.lose_steps()
+            raise
+        self._is_torn = False
+
+    def _step(self) -> list[Progress]:
         most = 1 if self.scheduler.is_drafting else MAX_STEPS_IN_FLIGHT
         while len(self._in_flight) < most:
             plan = self.scheduler.plan()
@@ -224,7 +260,7 @@ class Engine:
                 break
             try:
                 launched = self.runner.launch(plan)
-            except BaseException as error:
+            except Exception as error:
                 return self._finish_in_flight(plan, error)
             self._in_flight.append(launched)
             if self.tier is not None:
@@ -234,12 +270,12 @@ class Engine:
         self._num_idle_steps = 0
         return self._finish_oldest()
 
-    def _finish_in_flight(self, plan: Plan, error: BaseException) -> list[Progress]:
+    def _finish_in_flight(self, plan: Plan, error: Exception) -> list[Progress]:
         """Brings in the steps that were dispatched before `plan`, which could not be."""
         progress, num_failed = [], self.num_failed_steps
         while self._in_flight:
             progress += self._finish_oldest()
-        if self.num_failed_steps > num_failed and isinstance(error, Exception):
+        if self.num_failed_steps > num_failed:
             return progress  # an earlier step was the one that failed
         return progress + self._recover(plan, error)
 
@@ -247,7 +283,7 @@ class Engine:
         launched = self._in_flight.popleft()
         try:
             result = self.runner.fetch(launched)
-        except BaseException as error:
+        except Exception as error:
             return self._recover(launched.plan, error)
         if self.tier is not None:
             self.tier.costs.end(launched.plan)
@@ -261,15 +297,11 @@ class Engine:
             launched.plan, result.samples, result.logprobs, result.is_sound
         )
 
-    def _recover(self, plan: Plan, error: BaseException) -> list[Progress]:
-        """Makes pool and books anew after a step that failed, or was interrupted (raised again)."""
-        is_failure = isinstance(error, Exception)
+    def _recover(self, plan: Plan, error: Exception) -> list[Progress]:
+        """Makes pool and books anew after a step that failed."""
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         logger.warning("step %d failed and is repeated: %s", plan.step_id, reason, exc_info=error)
-        ended = self.lose_steps(plan if is_failure else None, reason)
-        if not is_failure:
-            raise error
-        return ended
+        return self.lose_steps(plan, reason)
 
     def lose_steps(self, failed: Plan | None = None, reason: str = "") -> list[Progress]:
         """Makes the pool and the sampler state anew, and queues again all that were being computed.
@@ -281,10 +313,12 @@ class Engine:
         Returns:
           One entry for each request that ended with an error.
         """
+        self._is_torn = True
         self._in_flight.clear()
         self.num_failed_steps += 1
         ended = recovery.lose_steps(self.scheduler, failed, reason)
         self.runner.reset()
+        self._is_torn = False
         return ended
 
     def _end_deadlock(self) -> list[Progress]:

@@ -192,6 +192,13 @@ class Holdings:
 
     # ------------------------------------------------------------------ after errors
 
+    def clear(self) -> None:
+        """Takes all pages from whoever holds them; nothing of them is known any more."""
+        self.prefix.clear()
+        self._spoilt.clear()
+        self._copies.clear()
+        self._being_filled.clear()
+
     def discard(
         self, request: Request, start: int, written: Sequence[int], running: list[Request]
     ) -> list[Request]:

@@ -183,6 +183,15 @@ class HostTier:
         for digest in tuple(self._entries):
             self._remove(digest)
 
+    def clear(self) -> None:
+        """Forgets everything, also what is still to be moved."""
+        self.num_saved_pages -= len(self._saves)
+        self._entries.clear()
+        self._free = list(range(self.num_slots - 1, -1, -1))
+        self._saves, self._loads = {}, []
+        self._pinned.clear()
+        self._forgotten.clear()
+
     def _remove(self, digest: bytes) -> None:
         slot = self._entries.pop(digest).slot
         if self._pinned[slot]:  # whoever waits for it gets what was asked for

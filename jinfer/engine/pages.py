@@ -28,9 +28,13 @@ class PagePool:
         if num_pages <= 0:
             raise ValueError(f"num_pages must be positive, got {num_pages}")
         self.num_pages = num_pages
+        self.clear()
+
+    def clear(self) -> None:
+        """Takes all pages from whoever holds them."""
         # A stack: pages freed last are handed out first, while they may still be in a cache.
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._counts = [0] * num_pages
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._counts = [0] * self.num_pages
 
     @property
     def num_free(self) -> int:

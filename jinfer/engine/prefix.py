@@ -242,10 +242,20 @@ class PrefixCache:
     def reset(self) -> None:
         """Forgets everything. Requests keep the pages they hold; nobody else finds them."""
         self.pool.free([page for page, node in enumerate(self._nodes) if node is not None])
-        self.epoch += 1
-        self.version += 1
         if self.tier is not None:
             self.tier.reset()
+        self._forget_everything()
+
+    def clear(self) -> None:
+        """Forgets everything and takes all pages from all holders, whatever the books say."""
+        self.pool.clear()
+        if self.tier is not None:
+            self.tier.clear()
+        self._forget_everything()
+
+    def _forget_everything(self) -> None:
+        self.epoch += 1
+        self.version += 1
         self._roots.clear()
         self._nodes = [None] * self.pool.num_pages
         self._num_cached = self._num_evictable = 0

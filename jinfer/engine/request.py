@@ -51,6 +51,7 @@ class Request:
       max_output_tokens: most tokens it may generate: `params.max_tokens`, what `max_model_len`
         leaves, and from `Scheduler.add` on what the whole page pool can hold.
       output_token_ids: sampled tokens that the host knows.
+      num_accepted: those of them that `accept` is done with: all, unless it was interrupted.
       num_in_flight: sampled tokens that the host does not know yet; drafts that are being
         verified count as if all of them stood.
       num_unverified: those drafts; while there are any, nothing more of it is planned.
@@ -103,6 +104,7 @@ class Request:
     row: int | None = dataclasses.field(default=None, init=False)
     has_used_row: bool = dataclasses.field(default=False, init=False)
     status: RequestStatus = dataclasses.field(default=RequestStatus.WAITING, init=False)
+    num_accepted: int = dataclasses.field(default=0, init=False)
     finish_reason: FinishReason | None = dataclasses.field(default=None, init=False)
     stop_reason: str | int | None = dataclasses.field(default=None, init=False)
     error: str | None = dataclasses.field(default=None, init=False)
@@ -125,6 +127,7 @@ class Request:
         wanted = self.params.max_tokens
         self.max_output_tokens = room if wanted is None else min(room, wanted)
         self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
+        self._tokenizer = tokenizer
         if self.params.detokenize and tokenizer is not None:
             self.detokenizer = Detokenizer(tokenizer, self.params)
         elif self.params.stop:
@@ -227,7 +230,30 @@ class Request:
             self.end("stop", matched)
         elif num_outputs >= self.max_output_tokens:
             self.end("length")
+        self.num_accepted = num_outputs
         return self.finish_reason is not None
+
+    def start_over(self) -> None:
+        """Waits with its tokens to be computed anew, whatever an exception has left of its state.
+
+        A token that was being accepted is taken back, to be sampled again.
+        """
+        self.pages, self.row = [], None
+        self.num_computed_tokens = self.num_prefill_tokens = 0
+        self.num_in_flight = self.num_unverified = 0
+        if self.status is RequestStatus.RUNNING:
+            self.status = RequestStatus.PREEMPTED
+            self.metrics.num_preemptions += 1
+        if len(self.output_token_ids) > self.num_accepted:
+            del self.output_token_ids[self.num_accepted :]
+            if self.logprobs is not None:
+                del self.logprobs[self.num_accepted :]
+            if self.detokenizer is not None:
+                self.detokenizer = Detokenizer(self._tokenizer, self.params)
+                for token_id in self.output_token_ids:
+                    self.detokenizer.push(token_id)
+                self.detokenizer.take()
+            self.finish_reason = self.stop_reason = None
 
     def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """Ends the sequence and shows the text that was held back."""

@@ -152,7 +152,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is not None:
             request.end(reason)
-            self._retire(request)
+            self.retire(request)
         return request
 
     def fail(
@@ -166,7 +166,7 @@ class Scheduler:
         self._discard(request, start, written)
         request.error = message
         request.end("error")
-        self._retire(request)
+        self.retire(request)
         self.stats.num_errors += 1
         logger.warning("%s", message)
         return Progress(request, [], request.take_text(), True)
@@ -196,21 +196,19 @@ class Scheduler:
     def forget_plans(self) -> None:
         """Gives up all plans in flight: what they sample never comes."""
         self._in_flight.clear()
-        for request in self._requests.values():
-            request.num_in_flight = request.num_unverified = 0
 
-    def _retire(self, request: Request) -> None:
+    def retire(self, request: Request) -> None:
         """Takes an ended request out of every list and frees what it holds."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._release(request)
         else:
             self.waiting.remove(request)
-        del self._requests[request.request_id]
         request.status = RequestStatus.FINISHED
         request.num_in_flight = 0
         request.metrics.finished_time = self._now()
         self.stats.num_finished += 1
+        del self._requests[request.request_id]
 
     # ------------------------------------------------------------------ planning
 
@@ -439,7 +437,7 @@ class Scheduler:
         for i, token in enumerate(tokens):
             num_new += 1
             if request.accept(token, None if logprobs is None else logprobs[i]):
-                self._retire(request)
+                self.retire(request)
                 break
         self.stats.num_output_tokens += num_new
         self.stats.num_discarded_tokens += len(tokens) - num_new

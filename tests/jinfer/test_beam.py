@@ -8,6 +8,7 @@ import pytest
 
 from jinfer import LLM, BeamSearchParams, SamplingParams, steps
 from jinfer.engine.beam import BeamSearcher
+from jinfer.engine.holdings import Holdings
 from jinfer.sampling import best_continuations, pack_bits
 
 VOCAB, PAGE = 97, 4
@@ -342,6 +343,21 @@ def test_a_failed_step_leaves_an_engine_that_works(oracle_path, alone, monkeypat
     check_idle(llm)
     outputs = llm.beam_search(PROMPTS, PARAMS)
     assert [[t.output_token_ids for t in out.sequences] for out in outputs] == alone
+
+
+def test_a_search_that_is_interrupted_while_it_takes_pages_loses_none(oracle_path, monkeypatch):
+    llm = LLM(oracle_path, dtype="float32", **LIMITS)
+    take = Holdings.take
+
+    def take_and_stop(holdings, *args, **fields):
+        take(holdings, *args, **fields)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Holdings, "take", take_and_stop)
+        llm.beam_search(PROMPTS, PARAMS)
+    check_idle(llm)
+    assert llm.beam_search(PROMPTS[:1], PARAMS)[0].sequences
 
 
 def test_a_failed_step_of_the_engine_ends_the_search(oracle_path):

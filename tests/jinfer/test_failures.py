@@ -1,14 +1,22 @@
 """What goes wrong in one request or one step does not reach the others; pages are whole again."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import make_model
+from tiny_models import byte_tokenizer, make_model
 
 from jinfer import LLM, SamplingParams
 from jinfer.engine import core, recovery, watchdog
+from jinfer.engine.detokenizer import Detokenizer
+from jinfer.engine.holdings import Holdings
+from jinfer.engine.pages import PagePool
+from jinfer.engine.prefix import PrefixCache
+from jinfer.engine.request import Request
 from jinfer.engine.runner import Runner
+from jinfer.engine.scheduler import Scheduler
 from jinfer.engine.watchdog import Watchdog
 from jinfer.spec.ngram import NgramIndex
 
@@ -312,6 +320,55 @@ def test_an_interrupt_is_raised_and_blames_nobody(make_llm, alone, monkeypatch, 
     while llm.has_unfinished_requests():
         done |= {o.request_id: o for o in llm.step() if o.finished}
     assert [done[str(i)].outputs[0].token_ids for i in range(len(PROMPTS))] == alone
+    check_whole(llm)
+
+
+def interrupt(monkeypatch, owner, name, nth):
+    """Has the n-th call of a method interrupted, at its very end, and no other."""
+    method, num_calls = getattr(owner, name), itertools.count(1)
+
+    def call(*args, **fields):
+        result = method(*args, **fields)
+        if next(num_calls) == nth:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+
+
+HOST_WORK = [
+    *((Scheduler, name) for name in ("plan", "commit", "_admit", "_schedule_chunk", "retire")),
+    *((Holdings, name) for name in ("take", "fill", "give_back", "take_moves")),
+    *((PagePool, name) for name in ("alloc", "fork", "free")),
+    (PrefixCache, "_add"),
+    (Request, "end"),
+    (Detokenizer, "push"),
+]
+
+
+@pytest.mark.parametrize("nth", [1, 3])
+@pytest.mark.parametrize(("owner", "name"), HOST_WORK, ids=[name for _, name in HOST_WORK])
+def test_an_interrupt_of_the_hosts_own_work_leaves_the_engine_whole(
+    make_llm, alone, monkeypatch, owner, name, nth
+):
+    llm = make_llm(
+        num_gpu_blocks_override=14, skip_tokenizer_init=False, tokenizer=byte_tokenizer(199 + 100)
+    )
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, owner, name, nth)
+        run(llm, PROMPTS)
+    check_whole(llm)
+    assert [output.token_ids for output in run(llm, PROMPTS)] == alone
+    check_whole(llm)
+
+
+def test_an_interrupt_while_the_engine_recovers_from_one_is_survived(make_llm, alone, monkeypatch):
+    llm = make_llm()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, Scheduler, "plan", 3)
+        interrupt(patch, PagePool, "clear", 1)
+        run(llm, PROMPTS)
+    assert [output.token_ids for output in run(llm, PROMPTS)] == alone
     check_whole(llm)
 
 
