@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import threading
+from collections.abc import Collection, Iterator
 from typing import Any
 
+from jinfer.engine.core import Engine
 from jinfer.engine.request import Request
 from jinfer.engine.results import TokenLogprobs
 from jinfer.outputs import CompletionOutput, Logprob, RequestOutput
+from jinfer.prompts import Prompt
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
 
 
@@ -132,3 +138,158 @@ class RequestGroup:
             stop_reason=request.stop_reason,
             error=request.error,
         )
+
+
+class OpenRequests:
+    """The requests under way, and the outputs that nobody has taken yet.
+
+    Whoever runs a step may bring outputs that others wait for: another iterator of `LLM.stream`,
+    another thread. They are kept here. Those of ids from `new_id` are for whoever asks for them by
+    name, all others for `LLM.step`.
+
+    Args:
+      engine: computes them.
+      format_logprobs: for the outputs.
+    """
+
+    def __init__(self, engine: Engine, format_logprobs: LogprobFormatter) -> None:
+        self._engine = engine
+        self._format_logprobs = format_logprobs
+        self._groups: dict[str, RequestGroup] = {}
+        self._group_of: dict[Request, RequestGroup] = {}
+        self._outputs: dict[str, list[RequestOutput]] = {}
+        self._num_named = itertools.count()
+        self._named: set[str] = set()
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._to_abort: list[str] = []
+        self._is_torn = False  # whether a step was broken off before all its outputs were here
+
+    def __bool__(self) -> bool:
+        with self.turn():
+            names = itertools.chain(self._outputs, self._groups)
+            return any(name not in self._named for name in names)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Around a change of the engine: a thread at a time; who is aborted meanwhile ends then."""
+        with self._lock:
+            depth = self._depth
+            try:
+                self._depth = depth + 1
+                yield
+            finally:
+                self._depth = depth
+                while self._to_abort and not depth:
+                    self._end(self._to_abort[0])
+                    del self._to_abort[0]
+
+    def new_id(self, kind: str) -> str:
+        """Returns an id that is not in use; to be given back by `abort`."""
+        names = (f"{kind}-{number}" for number in self._num_named)
+        name = next(name for name in names if name not in self._groups)
+        self._named.add(name)
+        return name
+
+    def add(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int
+    ) -> None:
+        """Queues the samples of a prompt.
+
+        Raises:
+          ValueError: the id is in use, or the engine cannot serve them; none is queued.
+        """
+        requests: list[Request] = []
+        others = params
+        if params.prompt_logprobs is not None and params.n > 1:  # one computes them for all
+            others = dataclasses.replace(params, prompt_logprobs=None)
+        with self.turn():
+            if request_id in self._groups:
+                raise ValueError(f"request id {request_id!r} is in use")
+            try:
+                for idx in range(params.n):
+                    request = self._engine.add(
+                        f"{request_id}/{idx}",
+                        prompt.token_ids,
+                        others if idx else params,
+                        sample_idx=idx,
+                        priority=priority,
+                        cache_salt=prompt.cache_salt,
+                    )
+                    requests.append(request)
+                group = RequestGroup(request_id, prompt.text, params, requests)
+                self._group_of.update(dict.fromkeys(requests, group))
+                self._groups[request_id] = group
+            except BaseException:
+                for request in requests:
+                    self._engine.abort(request.request_id)
+                raise
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; at once, or when the turn of whoever changes the engine is over.
+
+        An iterator of `LLM.stream` can be collected as garbage, and end its requests, at any moment
+        and in any thread.
+        """
+        self._to_abort.append(request_id)
+        if self._lock.acquire(blocking=False):
+            try:
+                with self.turn():
+                    pass
+            finally:
+                self._lock.release()
+
+    def _end(self, request_id: str) -> None:
+        group = self._groups.get(request_id)
+        if group is not None:
+            for request in group.requests:
+                self._engine.abort(request.request_id)
+            self._forget(group)
+        self._outputs.pop(request_id, None)
+        self._named.discard(request_id)
+
+    def _forget(self, group: RequestGroup) -> None:
+        for request in group.requests:
+            self._group_of.pop(request, None)
+        self._groups.pop(group.request_id, None)
+
+    def advance(self) -> None:
+        """Runs a step of the engine and keeps the outputs that it brings."""
+        with self.turn():
+            was_torn, self._is_torn = self._is_torn, True
+            progress = [self._group_of.get(p.request) for p in self._engine.step()]
+            touched = dict.fromkeys(group for group in progress if group is not None)
+            if was_torn:  # who ended then was not told
+                touched |= dict.fromkeys(g for g in self._groups.values() if g.is_finished)
+            for group in touched:
+                output = group.output(self._format_logprobs)
+                if output is not None:
+                    self._outputs.setdefault(group.request_id, []).append(output)
+                if group.is_finished:
+                    self._forget(group)
+            self._is_torn = False
+
+    def take(self, wanted: Collection[str] | None = None) -> list[RequestOutput]:
+        """Hands out the outputs that are here, of some requests or of all that have no owner."""
+        with self.turn():
+            names = [
+                name
+                for name in self._outputs
+                if (name not in self._named if wanted is None else name in wanted)
+            ]
+            return [output for name in names for output in self._outputs.pop(name)]
+
+    def bring(self, wanted: Collection[str]) -> list[RequestOutput]:
+        """Hands out the outputs of some requests, after a step if none is here.
+
+        Raises:
+          RuntimeError: there will never be any, for someone has aborted the requests.
+        """
+        with self.turn():
+            outputs = self.take(wanted)
+            if not outputs:
+                self.advance()
+                outputs = self.take(wanted)
+            if not outputs and not self._engine.has_work():
+                raise RuntimeError("requests were aborted while someone waited for their outputs")
+            return outputs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from jinfer.engine.compile_counter import compile_counter
 from jinfer.engine.core import Engine
 from jinfer.engine.explain import explain
 from jinfer.engine.runner import Runner
-from jinfer.groups import LogprobFormatter, RequestGroup
+from jinfer.groups import LogprobFormatter, OpenRequests
 from jinfer.models.model import Model
 from jinfer.outputs import BeamSearchOutput, RequestOutput
 from jinfer.prompts import chat_prompts, read_prompt
@@ -28,6 +27,9 @@ from pallas_kernels.dispatch import Decisions
 
 class LLM:
     """A model behind a paged, continuously batched engine.
+
+    Threads may share one, and iterators of `stream` may be read in turns: each gets what is its
+    own, whoever runs the step that brings it.
 
     Args:
       model: a Hugging Face folder or hub name, a GGUF file, "smollm2" (the embedded default), or a
@@ -144,11 +146,7 @@ class LLM:
         )
         self._runner = Runner(model, params, cache, self.config, heads, drafter)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
-        self._format_logprobs = LogprobFormatter(self._tokenizer)
-        self._groups: dict[str, RequestGroup] = {}
-        self._group_of: dict[str, RequestGroup] = {}
-        self._undelivered: list[RequestOutput] = []
-        self._ids = itertools.count()
+        self._open = OpenRequests(self._engine, LogprobFormatter(self._tokenizer))
 
     # ------------------------------------------------------------------ making
 
@@ -160,7 +158,8 @@ class LLM:
 
     def warmup(self) -> float:
         """Compiles every program that serving can need; returns seconds. Nothing compiles after."""
-        return self._runner.warmup()
+        with self._open.turn():
+            return self._runner.warmup()
 
     # ------------------------------------------------------------------ asking
 
@@ -197,11 +196,14 @@ class LLM:
         Raises:
           ValueError: tree, shapes or dtypes differ from the present weights'.
         """
-        self._engine.update_weights(self._prepare(params))
+        params = self._prepare(params)
+        with self._open.turn():
+            self._engine.update_weights(params)
 
     def reset_prefix_cache(self) -> None:
         """Forgets the KV of all past prompts and outputs; running requests keep their own."""
-        self._engine.reset_prefix_cache()
+        with self._open.turn():
+            self._engine.reset_prefix_cache()
 
     # ------------------------------------------------------------------ requests
 
@@ -226,60 +228,23 @@ class LLM:
           ValueError: the request cannot be served; nothing is queued.
           TypeError: the prompt is of another kind.
         """
-        if request_id in self._groups:
-            raise ValueError(f"request id {request_id!r} is in use")
         params = options.check_params(params, self.get_default_sampling_params)
-        text, token_ids, salt = read_prompt(prompt, self._tokenizer)
-        requests = []
-        try:
-            for idx in range(params.n):
-                child_id = f"{request_id}/{idx}"
-                request = self._engine.add(
-                    child_id, token_ids, params, sample_idx=idx, priority=priority, cache_salt=salt
-                )
-                requests.append(request)
-        except ValueError:
-            for request in requests:
-                self._engine.abort(request.request_id)
-            raise
-        group = RequestGroup(request_id, text, params, requests)
-        self._groups[request_id] = group
-        for request in requests:
-            self._group_of[request.request_id] = group
+        read = read_prompt(prompt, self._tokenizer)
+        self._open.add(request_id, read, params, priority=priority)
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds; unknown ids are ignored."""
-        group = self._groups.pop(request_id, None)
-        if group is not None:
-            for request in group.requests:
-                self._engine.abort(request.request_id)
-                self._group_of.pop(request.request_id, None)
+        self._open.abort(request_id)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has more to bring."""
-        return bool(self._groups or self._undelivered)
+        return bool(self._open)
 
     def step(self) -> list[RequestOutput]:
         """Advances the engine by one step and returns the requests that gained something."""
-        outputs, self._undelivered = self._undelivered, []
-        return outputs + self._step()
-
-    def _step(self) -> list[RequestOutput]:
-        touched: dict[str, RequestGroup] = {}
-        for progress in self._engine.step():
-            group = self._group_of.get(progress.request.request_id)
-            if group is not None:
-                touched[group.request_id] = group
-        outputs = []
-        for group in touched.values():
-            output = group.output(self._format_logprobs)
-            if output is not None:
-                outputs.append(output)
-            if group.is_finished:
-                del self._groups[group.request_id]
-                for request in group.requests:
-                    del self._group_of[request.request_id]
-        return outputs
+        with self._open.turn():
+            self._open.advance()
+            return self._open.take()
 
     # ------------------------------------------------------------------ generating
 
@@ -305,7 +270,7 @@ class LLM:
         prompts = options.as_list(prompts)
         params = options.per_prompt("sampling_params", sampling_params, len(prompts))
         priorities = options.per_prompt("priority", priority, len(prompts))
-        ids = [f"generate-{next(self._ids)}" for _ in prompts]
+        ids = [self._open.new_id("generate") for _ in prompts]
         done: dict[str, RequestOutput] = {}
         try:
             for request_id, prompt, p, order in zip(ids, prompts, params, priorities, strict=True):
@@ -317,10 +282,9 @@ class LLM:
             wanted = set(ids)
             with _progress_bar(len(ids), use_tqdm) as bar:
                 while len(done) < len(ids):
-                    for output in self._advance(wanted):
-                        if output.finished:
-                            done[output.request_id] = output
-                            bar.update()
+                    for output in self._open.bring(wanted):
+                        done[output.request_id] = output
+                        bar.update()
         finally:
             for request_id in ids:
                 self.abort(request_id)
@@ -393,10 +357,7 @@ class LLM:
             raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
         read = [read_prompt(prompt, self._tokenizer) for prompt in options.as_list(prompts)]
 
-        def step_engine() -> None:
-            self._undelivered += self._step()
-
-        with _progress_bar(len(read), use_tqdm, "beam search") as bar:
+        with self._open.turn(), _progress_bar(len(read), use_tqdm, "beam search") as bar:
             return beams.search(
                 self._engine,
                 read,
@@ -405,7 +366,7 @@ class LLM:
                 concurrency_limit=concurrency_limit,
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                 bar=bar,
-                step_engine=step_engine,
+                step_engine=self._open.advance,
             )
 
     def stream(
@@ -419,28 +380,21 @@ class LLM:
         """
         prompts = options.as_list(prompts)
         params = options.per_prompt("sampling_params", sampling_params, len(prompts))
-        ids = [f"stream-{next(self._ids)}" for _ in prompts]
-        left = set(ids)
+        ids = [self._open.new_id("stream") for _ in prompts]
+        wanted, left = set(ids), set(ids)
         try:
             for request_id, prompt, p in zip(ids, prompts, params, strict=True):
                 p = options.check_params(p, self.get_default_sampling_params)
                 p = dataclasses.replace(p, output_kind=RequestOutputKind.DELTA)
                 self.add_request(request_id, prompt, p)
             while left:
-                for output in self._advance(set(ids)):
+                for output in self._open.bring(wanted):
                     if output.finished:
                         left.discard(output.request_id)
                     yield output
         finally:
             for request_id in ids:
                 self.abort(request_id)
-
-    def _advance(self, wanted: set[str]) -> list[RequestOutput]:
-        """Runs a step; outputs of requests not in `wanted` wait for the next `step`."""
-        mine = []
-        for output in self._step():
-            (mine if output.request_id in wanted else self._undelivered).append(output)
-        return mine
 
 
 def _progress_bar(total: int, is_shown: bool, name: str = "generate") -> Any:

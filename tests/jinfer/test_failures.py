@@ -362,6 +362,28 @@ def test_an_interrupt_of_the_hosts_own_work_leaves_the_engine_whole(
     check_whole(llm)
 
 
+@pytest.mark.parametrize("nth", [1, 4])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Scheduler, "commit"), (Scheduler, "retire"), (Request, "end")]
+)
+def test_an_interrupt_loses_no_output_of_requests_that_go_on(
+    make_llm, alone, monkeypatch, owner, name, nth
+):
+    llm = make_llm()
+    done = {}
+    for i, prompt in enumerate(PROMPTS):
+        llm.add_request(str(i), prompt, GREEDY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, owner, name, nth)
+        while llm.has_unfinished_requests():
+            done |= {o.request_id: o for o in llm.step() if o.finished}
+    for _ in range(100):
+        done |= {o.request_id: o for o in llm.step() if o.finished}
+    assert not llm.has_unfinished_requests()
+    assert [done[str(i)].outputs[0].token_ids for i in range(len(PROMPTS))] == alone
+    check_whole(llm)
+
+
 def test_an_interrupt_while_the_engine_recovers_from_one_is_survived(make_llm, alone, monkeypatch):
     llm = make_llm()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
