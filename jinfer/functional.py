@@ -43,10 +43,10 @@ class Generated:
 def generate(
     model: Model,
     params: Params,
-    tokens: Int[Array, "B T"],
+    tokens: ArrayLike | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    prompt_lens: Int[Array, "B"] | None = None,
+    prompt_lens: ArrayLike | Sequence[int] | None = None,
     temperature: ArrayLike = 0.0,
     top_k: ArrayLike = 0,
     top_p: ArrayLike = 1.0,
@@ -76,8 +76,10 @@ def generate(
       `Generated`.
 
     Raises:
-      ValueError: `tokens` is not [B, T], n is not positive, or the key is missing.
+      ValueError: `tokens` is not [B, T], `prompt_lens` not [B], n is not positive, or the key is
+        missing.
     """
+    tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be [B, T] with T >= 1, got {list(tokens.shape)}")
     if max_new_tokens < 1:
@@ -88,8 +90,10 @@ def generate(
             raise ValueError("sampling needs key=jax.random.key(...); temperature=0 is greedy")
         key = jax.random.key(0)
     num_rows, prompt_width = tokens.shape
-    lens = jnp.full((num_rows,), prompt_width) if prompt_lens is None else prompt_lens
+    lens = jnp.full((num_rows,), prompt_width) if prompt_lens is None else jnp.asarray(prompt_lens)
     lens = lens.astype(jnp.int32)
+    if lens.shape != (num_rows,):
+        raise ValueError(f"prompt_lens must be [B] = [{num_rows}], got {list(lens.shape)}")
     args = _sample_args(num_rows, temperature, top_k, top_p, min_p)
     row_keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(num_rows))
 

@@ -142,6 +142,10 @@ def test_stacked_layers_give_the_same_tokens(prompts):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"tokens": jnp.zeros((2, 2), jnp.int32), "prompt_lens": jnp.ones((1,), jnp.int32)},
+            r"prompt_lens must be \[B\] = \[2\], got \[1\]",
+        ),
         ({"tokens": jnp.zeros((3,), jnp.int32)}, "tokens must be"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"temperature": 1.0}, "needs key"),
@@ -151,3 +155,11 @@ def test_wrong_arguments_are_explained(params, change, message):
     arguments = {"tokens": jnp.zeros((1, 2), jnp.int32), "max_new_tokens": 1, **change}
     with pytest.raises(ValueError, match=message):
         jinfer.generate(MODEL, params, **arguments)
+
+
+def test_prompts_may_be_lists(params, prompts):
+    tokens, lens = prompts
+    expected = jinfer.generate(MODEL, params, tokens, prompt_lens=lens, max_new_tokens=3)
+    lists = tokens.tolist(), lens.tolist()
+    found = jinfer.generate(MODEL, params, lists[0], prompt_lens=lists[1], max_new_tokens=3)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
