@@ -95,12 +95,13 @@ def resolve(
         attention_impl=attention_impl,
         linear_impl=linear_impl,
     )
+    longest = max_model_len or model.max_context_len
     num_pages = _num_pages(
         model,
         params,
         page_size=block_size,
         dtype=kv_cache_dtype,
-        max_tokens=max_num_seqs * (max_model_len or model.max_context_len),
+        max_tokens=max_num_seqs * -(-longest // block_size) * block_size,
         num_tokens=budget,
         num_seqs=max_num_seqs,
         drafter=drafter,

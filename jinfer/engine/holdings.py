@@ -74,6 +74,11 @@ class Holdings:
         num_steps = min(num_steps, request.num_unplanned_outputs)
         return max(0, self.num_pages(request.num_computed_tokens + num_steps) - len(request.pages))
 
+    def can_grow(self, request: Request) -> bool:
+        """Whether a running request has fewer pages than all its tokens but the last fill."""
+        num_places = request.num_prompt_tokens + request.max_output_tokens - 1
+        return len(request.pages) < self.num_pages(num_places)
+
     def extend(self, decodes: list[Request], num_steps: int) -> int:
         """Gives running requests the pages of several decode steps; returns of how many.
 

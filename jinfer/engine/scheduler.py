@@ -43,8 +43,8 @@ class Scheduler:
     Policy of a step, in this order, within `max_num_batched_tokens`: every running decode gets a
     token; running prefills go on; waiting requests are admitted, most urgent first (`priority`,
     then as `queue` says), none overtaking another. Admission takes the pages of all known tokens
-    at once and leaves one page for each running sequence, so that it does not cause a preemption
-    soon.
+    at once and leaves one page for each running sequence that may need more, so that it does not
+    cause a preemption soon.
     When a decode finds no page, the least urgent running request is preempted: its pages and row
     go, its tokens stay, and it is computed again from the start once its tokens in flight are in.
 
@@ -328,7 +328,8 @@ class Scheduler:
         # A preempted request's outputs are its input now: those in flight must be known first.
         if request.num_in_flight or not self.free_rows:
             return False
-        if not self.holdings.take(request, num_spare=len(self.running)):
+        num_spare = sum(map(self.holdings.can_grow, self.running))
+        if not self.holdings.take(request, num_spare=num_spare):
             return False
         self.waiting.admit(request)
         self.stats.num_admissions += 1

@@ -340,6 +340,17 @@ def test_defaults_of_sampling_come_from_the_models_folder_however_it_is_named(
     assert sampling_defaults(name, "none") == {}
 
 
+def test_by_default_the_pool_holds_as_many_of_the_longest_sequences_as_may_run(make_llm):
+    llm = make_llm(max_model_len=9, block_size=8, max_num_seqs=4, max_num_batched_tokens=64)
+    assert llm.get_metrics()["num_pages"] == 4 * 2
+    for i, prompt in enumerate(make_prompts(16, [8] * 4)):
+        llm.add_request(str(i), prompt, SamplingParams(temperature=0, ignore_eos=True))
+    llm.step()
+    assert llm.get_metrics()["num_admissions"] == 4
+    while llm.has_unfinished_requests():
+        llm.step()
+
+
 def test_a_stop_string_ends_the_text_before_it(llm):
     prompt = make_prompts(10, [5])[0]
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)

@@ -142,6 +142,19 @@ def test_admission_waits_for_rows_and_for_pages():
     assert [seq[0] for seq in shape(driver.step())] == ["a", "b"]
 
 
+def test_no_page_is_left_for_sequences_that_have_all_they_can_ever_use():
+    driver = Driver(num_pages=8, max_num_batched_tokens=64)
+    for _ in range(4):
+        driver.add(7, max_tokens=2)  # 8 places: the last token needs none
+    assert len(driver.plan().seqs) == 4
+    driver.run()
+    assert driver.scheduler.stats.num_preemptions == 0
+    driver = Driver(num_pages=8, max_num_batched_tokens=64)
+    for _ in range(4):
+        driver.add(7, max_tokens=3)
+    assert len(driver.plan().seqs) == 3  # each of which wants a page more
+
+
 def test_requests_that_cannot_be_served_are_refused_at_the_door():
     driver = Driver(num_pages=4)
     driver.add(16, name="fits")
