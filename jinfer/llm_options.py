@@ -86,15 +86,23 @@ def resolve(
     kv_cache_dtype = kv_format(kv_cache_dtype)
     if block_size is None:
         block_size = _default_block_size(kv_cache_dtype)
-    # Checks the fields before memory is counted in them; the length comes later.
+    # Checks the fields before memory is counted in them; a length that is not given comes later.
     EngineConfig(
-        max_model_len=1,
+        max_model_len=1 if max_model_len is None else max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         block_size=block_size,
         attention_impl=attention_impl,
         linear_impl=linear_impl,
     )
+    for name, value in (
+        ("num_gpu_blocks_override", num_gpu_blocks_override),
+        ("kv_cache_memory_bytes", kv_cache_memory_bytes),
+    ):
+        require(
+            value is None or (isinstance(value, int) and value > 0),
+            f"{name} must be a positive integer, got {value!r}",
+        )
     longest = max_model_len or model.max_context_len
     num_pages = _num_pages(
         model,
@@ -369,10 +377,6 @@ def _num_pages(
 ) -> int:
     """Sizes the KV pool, and with it that of a drafting model: both have as many pages."""
     if num_gpu_blocks_override is not None:
-        if num_gpu_blocks_override < 1:
-            raise ValueError(
-                f"num_gpu_blocks_override must be positive, got {num_gpu_blocks_override}"
-            )
         return num_gpu_blocks_override
     if kv_cache_memory_bytes is None:
         stats = jax.local_devices()[0].memory_stats() or {}
@@ -412,6 +416,7 @@ def _num_pages(
 
 def _num_host_pages(config: ModelConfig, page_size: int, dtype: str, gib: float) -> int:
     """Pages of `gib` GiB of host memory."""
+    require(isinstance(gib, (int, float)), f"cpu_offload_gb must be a number, got {gib!r}")
     page_bytes = memory.page_bytes(kv_cache.as_stored(config, dtype), page_size, dtype)
     num_bytes, most = int(gib * 2**30), memory.host_memory_bytes()
     if gib < 0 or num_bytes > most:
