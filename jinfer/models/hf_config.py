@@ -17,7 +17,7 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _GEMMA: dict[str, Any] = {
-    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
@@ -115,6 +115,7 @@ _REQUIRED = (
     "rms_norm_eps",
 )
 _WINDOWED_BY_FLAG = ("qwen2", "qwen3", "qwen3_moe")  # use_sliding_window gates sliding_window
+_GEMMAS = ("gemma2", "gemma3_text")
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -149,12 +150,15 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     head_dim = get["head_dim"] or get["hidden_size"] // num_heads
     layer_types, window = _layer_types(family, get)
     rope, rope_local = _ropes(family, get)
-    activation = get.get("hidden_activation") or get["hidden_act"]
+    # Some of Gemma's files state a hidden_act too, which transformers passes over.
+    activation = get["hidden_act"]
+    if family in _GEMMAS:
+        activation = get["hidden_activation"] or _GEMMA["hidden_activation"]
     require(
         activation in _ACTIVATIONS,
         f"unknown activation {activation!r}; supported: {', '.join(_ACTIVATIONS)}",
     )
-    is_gemma = family in ("gemma2", "gemma3_text")
+    is_gemma = family in _GEMMAS
     bias = bool(get.get("attention_bias", False))
     eos = get.get("eos_token_id")
     return ModelConfig(
@@ -201,9 +205,13 @@ def _reject_unsupported(family: str, get: Mapping[str, Any]) -> None:
         family != "gemma3_text" or get.get("attn_logit_softcapping") is None,
         "attn_logit_softcapping is set, but Gemma 3 has no attention soft cap",
     )
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        require(
+            family in _GEMMAS or get.get(key) is None,
+            f"{key} is set, but {family} has no such option",
+        )
     require(
-        family in ("llama", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
-        or not get.get("attention_bias"),
+        family in ("llama", "qwen3", "qwen3_moe", *_GEMMAS) or not get.get("attention_bias"),
         f"attention_bias is set, but {family} has no such option",
     )
     require(
@@ -225,6 +233,12 @@ def _layer_types(family: str, get: Mapping[str, Any]) -> tuple[tuple[LayerType, 
         for name in get["layer_types"]:
             require(name in names, f"unknown layer type {name!r}; supported: {', '.join(names)}")
         types = tuple(names[name] for name in get["layer_types"])
+        gate = " and use_sliding_window" if family in _WINDOWED_BY_FLAG else ""
+        why = "llama has none" if family == "llama" else f"set sliding_window{gate}"
+        require(
+            bool(window) or "sliding" not in types,
+            f"layer_types has sliding layers, but no window is in force: {why}",
+        )
     elif not window:
         types: tuple[LayerType, ...] = ("full",) * num_layers
     else:
@@ -265,9 +279,18 @@ def _experts(family: str, get: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+_ROPE_KEYS = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
+    *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("short_factor", "long_factor"),
+    *("finetuned", "mrope_section"),  # which change nothing for text
+)
+
+
 def _ropes(family: str, get: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
     """Returns the rope of full layers (of all layers, outside Gemma 3) and that of sliding ones."""
-    stated = dict(get.get("rope_parameters") or get.get("rope_scaling") or {})
+    stated = _stated_rope(get)
     nested = {k: stated.get(k) or {} for k in ("full_attention", "sliding_attention")}
     is_nested = any(k in stated for k in nested)
     if family == "gemma3_text":
@@ -284,10 +307,40 @@ def _ropes(family: str, get: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig 
     return _rope(family, get, stated, get["rope_theta"]), None
 
 
+def _stated_rope(get: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope's own dict, under its newer or its older name; both must say the same.
+
+    (transformers lets an older one that was added by hand take the newer one's place with all that
+    it holds, its theta included.)
+    """
+    stated, old = (dict(get.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
+    full = stated.get("full_attention") or stated
+    kinds = ("rope_type", "type")
+    is_same = _kind(old) == _kind(full) and all(
+        full.get(key) == value for key, value in old.items() if key not in kinds
+    )
+    require(
+        is_same or not stated or not old,
+        "config.json has both rope_parameters and rope_scaling, and they differ: write what is "
+        "meant into rope_parameters and take rope_scaling out",
+    )
+    return stated or old
+
+
+def _kind(stated: Mapping[str, Any]) -> Any:
+    return stated.get("rope_type") or stated.get("type") or "default"
+
+
 def _rope(
     family: str, get: Mapping[str, Any], stated: Mapping[str, Any], theta: float
 ) -> RopeConfig:
-    kind = stated.get("rope_type") or stated.get("type") or "default"
+    for key in stated:
+        require(key in _ROPE_KEYS, f"unknown rope option {key!r}; known: {', '.join(_ROPE_KEYS)}")
+    kind = _kind(stated)
+    require(
+        kind != "default" or stated.get("factor") in (None, 1) or "rope_type" in stated,
+        f"the rope scaling in config.json has a factor ({stated.get('factor')}) but no rope_type",
+    )
     if kind == "su" or (family == "phi3" and kind == "yarn"):  # early Phi-3 spellings
         kind = "longrope"
     scaling = "none" if kind == "default" else kind

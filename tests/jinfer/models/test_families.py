@@ -184,6 +184,20 @@ def test_a_missing_field_is_named():
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("mistral", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
+        ("llama", {"rope_scaling": {"factor": 4.0}}, "no rope_type"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "long_mscale": 1.2}}, "'long_mscale'"),
+        (
+            "llama",
+            {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3},
+            "no window is in force: llama has none",
+        ),
+        (
+            "qwen3",
+            {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3},
+            "no window is in force: set sliding_window and use_sliding_window",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(family, overrides, message):
@@ -216,6 +230,37 @@ def test_old_and_new_spellings_of_rope_agree():
     )
     assert old == new
     assert old.rope == RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_max_position=64)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_a_rope_stated_under_both_names_is_stated_once(family):
+    """Guides say to add rope_scaling, also to a file that already has rope_parameters."""
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 64}
+    plain = {"rope_type": "default", "rope_theta": 1e6}
+    new = {"rope_type": "yarn", "rope_theta": 1e6, **yarn}
+    if family == "gemma3_text":
+        plain, new = ({"full_attention": rope, "sliding_attention": {}} for rope in (plain, new))
+    for stated, old in (
+        (plain, {"type": "yarn", **yarn}),
+        (new, {"type": "yarn", **yarn, "factor": 2.0}),
+        (new, {"type": "linear", "factor": 4.0}),
+    ):
+        with pytest.raises(ValueError, match="both rope_parameters and rope_scaling"):
+            config_of(family, rope_parameters=stated, rope_scaling=old)
+    both = config_of(family, rope_parameters=new, rope_scaling={"type": "yarn", **yarn})
+    assert both == config_of(family, rope_parameters=new)
+    assert both.rope.factor == 4.0
+
+
+def test_gemma_has_its_own_name_for_the_activation():
+    """As in transformers: what hidden_act says is another model's business."""
+    for stated, meant in (
+        ({"hidden_act": "silu"}, "gelu_tanh"),
+        ({"hidden_activation": None}, "gelu_tanh"),
+        ({"hidden_act": "silu", "hidden_activation": "gelu"}, "gelu"),
+    ):
+        assert config_of("gemma2", **stated).activation == meant
+    assert config_of("llama", hidden_activation="gelu").activation == "silu"
 
 
 def test_old_and_new_spellings_of_gemma_3_agree():
