@@ -300,13 +300,18 @@ class HFCheckpoint:
         return False
 
     def _untangle_head(self, config: ModelConfig) -> ModelConfig:
-        """Obeys the tensors over the flag: tools write a tied matrix once or twice."""
+        """Whether a head that is said to be tied is: tools write that matrix once or twice.
+
+        One that is said to be untied must be there: files of encoders lack it.
+        """
+        if not config.tie_word_embeddings:
+            return config
         embedding = self._embedding()
         head = self._tensors.get("lm_head.weight") or self._tensors.get(
             "language_model.lm_head.weight"
         )
         is_tied = head is None and "lm_head.weight" not in self.shapes
-        if head is not None and config.tie_word_embeddings and embedding is not None:
+        if head is not None and embedding is not None:
             is_tied = head.shape == embedding.shape and np.array_equal(
                 head.read(), embedding.read()
             )

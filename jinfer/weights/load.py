@@ -14,7 +14,12 @@ from jinfer.weights.hf import HFCheckpoint, read_hf_config, safetensors_files
 from jinfer.weights.locate import fetch_from_hub, locate
 
 _CONFIG_FILES = ("config.json", "generation_config.json")
-_WEIGHT_FILES = (*_CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
+_QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")  # beside config.json
+_WEIGHT_FILES = (
+    *_CONFIG_FILES,
+    *_QUANTIZATION_FILES,
+    *("*.safetensors", "*.safetensors.index.json"),
+)
 
 
 def load(

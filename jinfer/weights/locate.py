@@ -51,7 +51,10 @@ def _local(path: pathlib.Path) -> pathlib.Path:
 
 
 def fetch_from_hub(name: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
-    """Returns the local copy of a hub repository, fetching the files that match.
+    """Returns the local copy of a hub repository, fetching its files that match.
+
+    Neither folders in it nor "consolidated" weights, Mistral's own spelling of those beside:
+    nothing reads them, and they would be as many bytes again.
 
     Raises:
       FileNotFoundError: there is no such repository, or it cannot be reached.
@@ -60,7 +63,10 @@ def fetch_from_hub(name: str, revision: str | None, patterns: Sequence[str]) -> 
 
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(patterns)
+            name,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*", "consolidated*"],
         )
     except (
         OSError,

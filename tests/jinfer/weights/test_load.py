@@ -32,17 +32,29 @@ def test_a_hub_name_is_loaded_from_its_snapshot(tiny, write_hf, tmp_path, monkey
 
     model = tiny("llama")
     folder = write_hf(tmp_path / "snapshot", model.hf, model.tensors())
-    asked = []
+    asked, fetched = [], []
+    there = [
+        *("config.json", "generation_config.json", "model-00001-of-00001.safetensors"),
+        *("model.safetensors.index.json", "quantize_config.json", "hf_quant_config.json"),
+        *("README.md", "consolidated.safetensors", "original/model.safetensors", "tf_model.h5"),
+    ]
 
-    def snapshot_download(name, *, revision, allow_patterns):
-        asked.append((name, revision, tuple(allow_patterns)))
+    def snapshot_download(name, *, revision, allow_patterns, ignore_patterns):
+        asked.append((name, revision))
+        fetched.append(
+            list(
+                huggingface_hub.utils.filter_repo_objects(
+                    there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+                )
+            )
+        )
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load("org/model", revision="v1")[0].config == model.config
     assert load_config("org/model") == model.config
-    assert [row[:2] for row in asked] == [("org/model", "v1"), ("org/model", None)]
-    assert "*.safetensors" in asked[0][2] and "*.safetensors" not in asked[1][2]
+    assert asked == [("org/model", "v1"), ("org/model", None)]
+    assert fetched == [there[:6], there[:2]]  # what says how weights are quantized too
 
 
 def test_a_revision_of_something_local_is_refused(tiny, write_hf, tmp_path, one_line):
