@@ -114,6 +114,17 @@ _REQUIRED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
+_COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "max_position_embeddings"),
+)
+_EXPERT_COUNTS = {
+    "mixtral": ("num_local_experts", "num_experts_per_tok"),
+    "qwen3_moe": ("num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
+}
+_NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar")
+_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "original_max_position_embeddings")
+_OPTIONAL_NUMBERS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 _WINDOWED_BY_FLAG = ("qwen2", "qwen3", "qwen3_moe")  # use_sliding_window gates sliding_window
 _GEMMAS = ("gemma2", "gemma3_text")
 
@@ -144,6 +155,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         require(
             get.get(key) is not None, f"config.json of this {family} model lacks the field {key!r}"
         )
+    _check_kinds(family, get)
     _reject_unsupported(family, get)
 
     num_heads = get["num_attention_heads"]
@@ -193,6 +205,27 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         pad_token_id=get.get("pad_token_id"),
         **_experts(family, get),
     )
+
+
+def _check_kinds(family: str, get: Mapping[str, Any]) -> None:
+    """Raises ValueError for a field that is no number, list or object where it must be one."""
+    counts = (*_COUNTS, *_OPTIONAL_COUNTS, *_EXPERT_COUNTS.get(family, ()))
+    for key, value in get.items():
+        if value is None and key in (*_OPTIONAL_COUNTS, *_OPTIONAL_NUMBERS):
+            continue
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_positive = isinstance(value, int | float) and value > 0
+        for keys, kind, is_right in (
+            (counts, "a positive integer", is_count),
+            (_NUMBERS, "a positive number", is_number and is_positive),
+            (_OPTIONAL_NUMBERS, "a number or null", is_number),
+            (("layer_types", "mlp_only_layers"), "a list", isinstance(value, list | None)),
+            (("rope_parameters", "rope_scaling"), "an object", isinstance(value, Mapping | None)),
+        ):
+            require(
+                key not in keys or is_right, f"config.json: {key} must be {kind}, got {value!r}"
+            )
 
 
 def _reject_unsupported(family: str, get: Mapping[str, Any]) -> None:
