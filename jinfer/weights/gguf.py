@@ -40,7 +40,14 @@ ARCHITECTURES = {
 _REFUSED = (
     *("logit_scale", "residual_scale", "embedding_scale", "expert_shared_count"),
     *("attention.clamp_kqv", "attention.max_alibi_bias", "attention.temperature_length"),
+    *("attention.output_scale", "router_logit_softcapping", "rope.scaling.yarn_log_multiplier"),
 )
+_NEUTRAL = {  # such keys that may stand there with a value that changes nothing
+    "attention.causal": (True,),
+    "expert_weights_scale": (0.0, 1.0),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+}
 # Ends of a turn that older files do not name by key.
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -133,6 +140,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     for key in _REFUSED:
         if meta.get(key):
             raise ValueError(f"{file.path} sets {meta.arch}.{key}, which is not supported")
+    for key, neutral in _NEUTRAL.items():
+        if (value := meta.get(key, neutral[0])) not in neutral:
+            raise ValueError(f"{file.path} sets {meta.arch}.{key} to {value}: not supported")
     num_heads = int(meta.require("attention.head_count"))
     hidden_size = int(meta.require("embedding_length"))
     head_dim = int(meta.get("attention.key_length", hidden_size // num_heads))

@@ -321,6 +321,10 @@ def test_every_end_of_text_and_turn_is_collected(tiny, tmp_path):
     "metadata, tensors, parts",
     [
         ({"llama.logit_scale": 0.5}, {}, ("llama.logit_scale", "not supported")),
+        ({"llama.attention.causal": False}, {}, ("llama.attention.causal to False",)),
+        ({"llama.rope.scaling.yarn_attn_factor": 0.5}, {}, ("yarn_attn_factor to 0.5",)),
+        ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, {}, ("yarn_log_multiplier",)),
+        ({"llama.expert_weights_scale": 2.5}, {}, ("expert_weights_scale to 2.5",)),
         ({"split.count": 3}, {}, ("one of 3 parts", "merge")),
         (
             {},
@@ -346,6 +350,15 @@ def test_what_is_wrong_is_named_in_one_line(metadata, tensors, parts, tiny, tmp_
     with pytest.raises(ValueError) as error:
         load(path)
     one_line(error.value, *parts)
+
+
+def test_keys_that_change_nothing_are_no_hindrance(tiny, tmp_path):
+    model = tiny("llama")
+    metadata = {"attention.causal": True, "rope.scaling.yarn_attn_factor": 1.0}
+    metadata |= {"expert_weights_scale": 0.0, "rope.scaling.yarn_ext_factor": -1.0}
+    stated = {f"llama.{key}": value for key, value in metadata.items()}
+    path = write_gguf(tmp_path / "model.gguf", model, "llama", metadata=stated)
+    assert gguf_config(GGUFFile(path)).rope == model.config.rope
 
 
 def test_an_unknown_architecture_is_named(tiny, tmp_path, one_line):
