@@ -29,6 +29,8 @@ class Model:
     `apply` wants `context_lens` [..., T], for each token max(prompt length, position + 1), which is
     what transformers comes to when it generates with a cache; in `logits` it is the length of the
     given text, as in a forward pass of transformers. Chunks and batch mates then change nothing.
+    Its Phi-3 alone begins again where a text being generated outgrows the original context, with
+    the long factors for all of it; here what is in the cache keeps the short ones.
     """
 
     config: ModelConfig

@@ -36,7 +36,7 @@ def tables(
       context_lens: length of the sequence by which "dynamic" and "longrope" choose frequencies for
         this token; the others do not read it. transformers uses, in one forward pass, the length
         of the pass for all its tokens; with a KV cache a key keeps the rotation that it was written
-        with, which is max(prompt length, position + 1).
+        with, which is max(prompt length, position + 1) (save in Phi-3, see `Model`).
 
     Raises:
       ValueError: the scaling needs `context_lens` and there are none, or its lists do not fit.
