@@ -19,6 +19,7 @@ import numpy as np
 from jinfer.config import ModelConfig, RopeConfig, require
 from jinfer.models.families import Path, expected_shapes, is_linear
 from jinfer.models.model import Model
+from jinfer.models.rope import attention_factor
 from jinfer.qformat import CHANNEL
 from jinfer.qtensor import QTensor, dequantize
 from jinfer.quant.kquants import encode_rows, fitting_type, pack_q4_0, pack_q8_0
@@ -138,7 +139,27 @@ def _add(writer: Any, key: str, value: Any) -> None:
         kinds.get(type(value), writer.add_uint32)(key, value)
 
 
+def _as_stored(config: ModelConfig) -> ModelConfig:
+    """The same config with a longrope as a file spells it: in f32, its factor on attention told."""
+    rope = config.rope
+    if rope.scaling != "longrope":
+        return config
+    short, long = (
+        tuple(np.asarray(values, np.float32).tolist())
+        for values in (rope.short_factor, rope.long_factor)
+    )
+    rope = dataclasses.replace(
+        rope,
+        short_factor=short,
+        long_factor=long,
+        attention_factor=float(str(np.float32(attention_factor(rope)))),
+        factor=config.max_position_embeddings / (rope.original_max_position or 1),  # of no account
+    )
+    return dataclasses.replace(config, rope=rope)
+
+
 def _check_config(meant: ModelConfig, found: ModelConfig) -> None:
+    meant = _as_stored(meant)
     different = [
         field.name
         for field in dataclasses.fields(ModelConfig)
@@ -212,9 +233,8 @@ def _scaling(rope: RopeConfig) -> dict[str, Any]:
         out: dict[str, Any] = {
             "type": "longrope",
             "original_context_length": rope.original_max_position,
+            "attn_factor": attention_factor(rope),  # llama.cpp derives none
         }
-        if rope.attention_factor is not None:
-            out["attn_factor"] = rope.attention_factor
         return {f"rope.scaling.{key}": value for key, value in out.items()}
     out = {"type": rope.scaling, "factor": rope.factor}
     if rope.original_max_position is not None:

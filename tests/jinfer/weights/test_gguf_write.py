@@ -10,6 +10,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from jinfer import qtensor
+from jinfer.models import rope
 from jinfer.models.families import is_linear, unflatten
 from jinfer.models.model import Model
 from jinfer.qformat import QFormat
@@ -139,3 +140,36 @@ def test_llama3_scaling_becomes_divisors(tiny, tmp_path):
     write_gguf(tmp_path / "m.gguf", Model(made.config), made.params)
     assert "rope_freqs.weight" in GGUFFile(tmp_path / "m.gguf").tensors
     assert load(tmp_path / "m.gguf")[0].config.rope == made.config.rope
+
+
+@pytest.mark.parametrize("stated", [{}, {"factor": 2.0}, {"attention_factor": 1.3}])
+def test_longrope_is_written_whole(stated, tiny, tmp_path):
+    """llama.cpp takes the factor on attention from the file alone: 1 where it says none."""
+    factors = {
+        "short_factor": [1.0, 1.05, *[1.1] * 10],
+        "long_factor": [1.08 + i for i in range(12)],
+    }
+    made = tiny(
+        "phi3",
+        original_max_position_embeddings=32,
+        partial_rotary_factor=0.75,
+        rope_scaling={"rope_type": "longrope", **factors, **stated},
+    )
+    write_gguf(tmp_path / "m.gguf", Model(made.config), made.params)
+    want = rope.attention_factor(made.config.rope)
+    assert want > 1.05
+    metadata = GGUFFile(tmp_path / "m.gguf").metadata
+    assert metadata["phi3.rope.scaling.attn_factor"] == pytest.approx(want)
+    found = load(tmp_path / "m.gguf")[0].config.rope
+    assert rope.attention_factor(found) == pytest.approx(want)
+    np.testing.assert_allclose(found.long_factor, factors["long_factor"], rtol=1e-6)
+
+
+def test_a_longrope_without_sharpening_is_written_whole(tiny, tmp_path):
+    factors = [1.0, 1.05, *[1.1] * 14]
+    scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+    made = tiny("llama", rope_scaling={**scaling, "factor": 1.0})
+    write_gguf(tmp_path / "m.gguf", Model(made.config), made.params)
+    found = load(tmp_path / "m.gguf")[0].config.rope
+    assert rope.attention_factor(found) == 1.0
+    np.testing.assert_allclose(found.short_factor, factors, rtol=1e-6)
