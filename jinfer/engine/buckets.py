@@ -34,8 +34,9 @@ class Buckets:
       decode: sequences in a pure decode step: 1, 2, 4, 8, 16, 24, 32, 48, 64, ...
       tokens: tokens in a step that prefills: 16, 64, 256, ...
       seqs: sequences in a step that prefills: one alone, or as many as there may be.
-      drafts: most drafts of a sequence in a step that verifies: 2, 4, ..., of trees one size only;
-        none: no speculation.
+      drafts: most drafts of a sequence in a step that verifies: 2, 4, ... for steps to choose from;
+        one size of trees, and where there are always as many drafts as there may be (fewer only
+        where a text ends). None: no speculation.
     """
 
     decode: tuple[int, ...]
@@ -48,7 +49,8 @@ class Buckets:
         """Returns the buckets that cover every plan under `config`."""
         speculation = config.speculation
         most = 0 if speculation is None else speculation.num_speculative_tokens
-        first = most if speculation is not None and speculation.is_tree else min(2, most)
+        has_choice = speculation and speculation.adaptive and not speculation.is_tree
+        first = min(2, most) if has_choice else most
         return cls(
             decode=_decode_sizes(config.max_num_seqs),
             tokens=ladder(min(16, config.max_num_batched_tokens), config.max_num_batched_tokens, 4),

@@ -32,11 +32,11 @@ class FedPages:
         for source, page, count in moves.copied:
             self._set(page, min(self._num_fed[source], count))
 
-    def note_plan(self, plan: Plan) -> None:
+    def note_plan(self, plan: Plan, *, is_fed: bool) -> None:
         """Takes in a plan that is being launched: all it writes, or nothing, is fed."""
         for seq in plan.seqs:
             num_tokens = max(seq.num_tokens, seq.num_samples if plan.is_decode else 0)
-            self.note(seq.request.pages, seq.start, num_tokens, is_fed=not plan.is_resting)
+            self.note(seq.request.pages, seq.start, num_tokens, is_fed=is_fed)
 
     def note(self, pages: Sequence[int], start: int, num_tokens: int, *, is_fed: bool) -> None:
         """Takes in that positions from `start` on are written anew."""

@@ -100,12 +100,12 @@ class Runner:
         for seq in plan.seqs:
             if seq.is_new_row:
                 self._reset_row(seq.request)
-        if self._own_kv:
-            self._catch_up(plan)
         is_decode = plan.is_decode and all(seq.num_samples > 0 for seq in plan.seqs)
-        if is_decode and (plan.is_resting or not (self._own_kv or self._is_tree)):
-            return self._launch_decode(plan)
-        return self._launch_ragged(plan)
+        # Trees are grown from what every step guesses; what a drafter misses it can be fed later.
+        is_decode = is_decode and (plan.is_resting or not self._is_tree)
+        if self._own_kv:
+            self._catch_up(plan, is_fed=not (is_decode or plan.is_resting))
+        return self._launch_decode(plan) if is_decode else self._launch_ragged(plan)
 
     def move_pages(self, moves: PageMoves) -> None:
         """Dispatches what is to be done with whole pages before a step."""
@@ -166,7 +166,7 @@ class Runner:
         is_prefill = any(seq.is_prefill for seq in plan.seqs)
         max_drafts = buckets.fit(self.buckets.drafts, plan.max_drafts) if plan.max_drafts else 0
         # A step that only guesses anew, with no tree to verify, runs as a short prefill.
-        if not is_prefill and (max_drafts or not self._is_tree):
+        if not is_prefill and max_drafts:
             size = buckets.fit(self.buckets.decode, len(plan.seqs))
             batch = self._verify_padding(size, max_drafts)
         else:
@@ -210,8 +210,11 @@ class Runner:
         if self.drafter is not None:
             self.drafter.feed(self.state, batch, self.config.attention_impl)
 
-    def _catch_up(self, plan: Plan) -> None:
-        """Feeds a drafter what it missed of the sequences that it is to draft for."""
+    def _catch_up(self, plan: Plan, *, is_fed: bool) -> None:
+        """Feeds a drafter what it missed of the sequences that it is to draft for.
+
+        `is_fed` says whether it will compute what the plan itself computes.
+        """
         assert self.drafter is not None and self.drafter.fed is not None
         fed = self.drafter.fed
         fed.note_moves(plan.moves)
@@ -227,7 +230,7 @@ class Runner:
                 ragged_batch.put_tokens(batch, s, begin, start, tokens, self.cache.page_size)
                 begin += count
             self.feed_drafter(batch)
-        fed.note_plan(plan)
+        fed.note_plan(plan, is_fed=is_fed)
 
     def _forward(
         self, batch: StepBatch, args: SampleArgs, sampled: Any, *, is_fed: bool = True
@@ -347,15 +350,12 @@ class Runner:
         may_rest = self.config.speculation is not None and self.config.speculation.adaptive
         for size in self.buckets.decode:
             args = sampling.pack_args([], size)
-            if may_rest or not (self._own_kv or self._is_tree):
+            if may_rest or not self._is_tree:
                 self._warm_logprobs(self._decode(self.decode_padding(size), args, 1))
             if self._is_tree:
                 max_drafts = self.buckets.drafts[-1]
                 self._warm_tree(self._verify_padding(size, max_drafts), max_drafts)
                 continue
-            if self._own_kv:
-                batch = self._verify_padding(size, 0)
-                self._warm_logprobs(self._forward(batch, args, np.zeros(size, np.bool_)))
             for max_drafts in self.buckets.drafts:
                 self._warm_verification(self._verify_padding(size, max_drafts), max_drafts)
         for num_tokens in self.buckets.tokens:

@@ -135,7 +135,10 @@ class Speculation:
     def _note_seconds(self, plan: Plan, seconds: float, length: DraftLength) -> None:
         num_seqs, depth = len(plan.seqs), max(seq.drafts.depth for seq in plan.seqs)
         depth = min(depth, self.config.max_depth)
-        if self._is_lookup or plan.is_resting:
+        # A draft model is not fed by steps without drafts, which are plain ones.
+        is_plain = plan.is_resting or (not depth and self.config.method == "draft")
+        self._has_rested |= is_plain
+        if self._is_lookup or is_plain:
             length.note_step(num_seqs, depth, seconds, plan.num_steps)
             return
         # The first step after a rest may have to make up for what was left out: the drafter's KV,

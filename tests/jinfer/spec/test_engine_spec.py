@@ -1,6 +1,7 @@
 """Speculation in the engine: whatever is drafted, the tokens are those of plain decoding."""
 
 import dataclasses
+import itertools
 import random
 
 import jax
@@ -261,6 +262,30 @@ def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method)
     if method == "draft":
         assert metrics["acceptance_rate"] == 1.0
     llm.check_integrity()
+
+
+def test_a_draft_model_is_fed_later_what_steps_without_drafts_computed(make_llm, params):
+    """Pages for drafts are there now and then; the model itself drafts: each of its drafts stands.
+
+    A verification is compiled for one number of drafts, plain steps as they are without a drafter.
+    """
+    config = {**NGRAM, "method": "draft", "model": MODEL, "params": params}
+    limits = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 32}
+    llm = make_llm(speculative_config=config, num_gpu_blocks_override=9, **limits)
+    runner, plans, verified, plain = llm._runner, [], [], []
+    launch, verify, forward = runner.launch, runner._verify, runner._forward
+    runner.launch = lambda plan: plans.append(plan) or launch(plan)
+    runner._verify = lambda *args: verified.append(args[-1]) or verify(*args)
+    runner._forward = lambda *args, **options: plain.append(plans[-1]) or forward(*args, **options)
+    greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    prompts = [prompt[:18] for prompt in make_prompts()[5:7]]
+    llm.generate(prompts, greedy, use_tqdm=False)
+    widths = [plan.max_drafts for plan in plans if not any(seq.is_prefill for seq in plan.seqs)]
+    assert any(not a and b for a, b in itertools.pairwise(widths))  # none, then some
+    assert 0 < widths[-1] < 3 or 0 in widths[-2:]  # fewer at the end of a text
+    assert llm.get_metrics()["acceptance_rate"] == 1.0
+    assert set(verified) == {3}
+    assert plain and all(any(seq.is_prefill for seq in plan.seqs) for plan in plain)
 
 
 def test_an_adaptive_number_of_drafts_changes_no_token(make_llm, plain):
