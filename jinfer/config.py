@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -252,7 +253,7 @@ class SpeculativeConfig:
     model: Any = None
     params: Any = dataclasses.field(default=None, repr=False, compare=False)
     tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False)
-    heads: str | None = None
+    heads: str | os.PathLike[str] | None = None
     tree: tuple[tuple[int, ...], ...] | None = None
     acceptance: str = "lossless"
     epsilon: float = 0.09
@@ -299,7 +300,7 @@ class SpeculativeConfig:
                 f"speculative_config: {name} must be above 0 and at most 1, got {value!r}",
             )
         require(
-            self.method != "medusa" or isinstance(self.heads, str),
+            self.method != "medusa" or isinstance(self.heads, (str, os.PathLike)),
             'speculative_config: method "medusa" needs "heads", the folder that jinfer '
             f"train-medusa wrote; got {self.heads!r}",
         )
@@ -345,7 +346,13 @@ class SpeculativeConfig:
 
         Raises:
           ValueError: an unknown method, or a key that the method does not have.
+          TypeError: it is no dict.
         """
+        if not isinstance(fields, Mapping):
+            raise TypeError(
+                'speculative_config must be a dict like {"method": "ngram"}, got '
+                f"{type(fields).__name__}"
+            )
         method = fields.get("method")
         methods = ", ".join(_SPECULATIVE_FIELDS)
         require(
@@ -360,6 +367,11 @@ class SpeculativeConfig:
                 f"{', '.join(known)}",
             )
         config = cls(**fields)
+        for name in ("epsilon", "alpha"):
+            require(
+                config.typical is not None or name not in fields,
+                f'speculative_config: {name} goes with "acceptance": "typical"',
+            )
         nodes = len(config.tree or ())
         if method == "lookahead":
             nodes = (config.window + config.num_guesses) * (config.ngram_size - 1)

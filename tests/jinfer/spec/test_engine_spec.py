@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -329,9 +330,15 @@ def test_nothing_compiles_after_warmup(make_llm, config_of, method):
         ({"method": "medusa", "heads": "/nowhere"}, "jinfer train-medusa"),
         ({"method": "medusa", "heads": "x", "acceptance": "some"}, '"lossless" or "typical"'),
         ({"method": "medusa", "heads": "x", "epsilon": 0}, "epsilon must be above 0"),
+        (
+            {"method": "medusa", "heads": "x", "alpha": 0.2},
+            'alpha goes with "acceptance": "typical"',
+        ),
         ({"method": "medusa", "heads": "x", "format": "int4"}, "has no 'format'"),
+        ({"method": "medusa", "heads": Path("/nowhere")}, "has no medusa.json"),
         ({"method": "lookahead", "adaptive": 1}, "true or false"),
         ({}, "method must be one of ngram"),
+        ("ngram", 'must be a dict like {"method": "ngram"}, got str'),
         ({"method": "ngram", "model": "x"}, "has no 'model'"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "must be a positive integer"),
         ({"method": "ngram", "num_speculative_tokens": 99}, "at most"),
@@ -343,7 +350,7 @@ def test_nothing_compiles_after_warmup(make_llm, config_of, method):
     ],
 )
 def test_what_cannot_be_met_is_refused(make_llm, config, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message) as error:
         make_llm(speculative_config=config)
     assert "\n" not in str(error.value)
 
