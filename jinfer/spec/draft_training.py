@@ -20,6 +20,8 @@ from jinfer.typing import Params
 def init(params: Params, config: ModelConfig) -> dict[str, Any]:
     """Returns what is trained: layers of the target, evenly spread, as they are, and its last norm.
 
+    In f32, whatever the target's: most steps change a weight by less than 16 bits can tell.
+
     Args:
       params: the target's; layers as a tuple.
       config: of the draft model, which has fewer layers. Embeddings and head are the target's own.
@@ -41,7 +43,7 @@ def init(params: Params, config: ModelConfig) -> dict[str, Any]:
         got == jax.tree.map(jnp.shape, shapes["layers"]),
         f"layers {picked} of the model are not of the make that its draft would have",
     )
-    return weights
+    return jax.tree.map(lambda x: x.astype(jnp.float32), weights)
 
 
 def most_places(spans: Int[np.ndarray, "N 2"]) -> int:

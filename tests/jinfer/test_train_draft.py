@@ -63,6 +63,20 @@ def test_a_draft_learns_what_its_target_says(params):
     assert all(a > b + 0.03 for a, b in zip(after, before))
 
 
+def test_a_draft_of_16_bit_weights_learns_in_small_steps(params):
+    """Of a norm's scale near 1 such a step is less than half the last of 8 bits."""
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    tokens, spans = training.windows([(list(range(20)), 0)] * 4, 20)
+    start = draft_training.init(half, DRAFT.config)
+    trained = training.train(
+        draft_training.Distillation(TARGET, DRAFT, draft_training.most_places(spans)),
+        *(half, start, (tokens, spans)),
+        training.TrainingConfig(num_steps=4, batch_size=4, learning_rate=1e-3),
+    )
+    before, after = (np.asarray(x["final_norm"]["scale"], np.float32) for x in (start, trained))
+    assert 0.0 < np.max(np.abs(after - before)) < 0.01
+
+
 def test_a_target_that_drafts_for_itself_is_always_right(params):
     tokens, spans = training.windows([(list(range(20)), 4), ([3, 4, 5], 0)], 20)
     weights = {"layers": params["layers"], "final_norm": params["final_norm"]}
