@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(
         parser, output="the draft model", batch_size=4, example="windows", learning_rate=3e-4
     )
-    parser.add_argument("--num-layers", type=int, default=4, help="of the draft (4)")
+    parser.add_argument("--num-layers", type=training.positive, default=4, help="of the draft (4)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinfer.commands import flags, training
 from jinfer.commands.terminal import timed
+from jinfer.config import MAX_TREE_NODES
 
 SUMMARY = "train Medusa heads for a model"
 TOP_KS = (1, 2, 3, 5, 10)
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(
         parser, output="the heads", batch_size=1024, example="tokens", learning_rate=1e-3
     )
-    parser.add_argument("--num-heads", type=int, default=4, help="(4)")
+    parser.add_argument("--num-heads", type=training.positive, default=4, help="(4)")
     parser.add_argument(
         "--shared-unembedding",
         action=flags.BOOL,
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--draft-vocab-size",
-        type=int,
+        type=training.positive,
         metavar="N",
         help="heads guess among the N most frequent tokens of what is learnt only: smaller and "
         "faster; default: among all",
@@ -42,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="heads that read the token sampled after the hidden state, too, for D * D more "
         "weights each: they are right more often (true)",
     )
-    parser.add_argument("--tree-nodes", type=int, default=16, help="guesses a step (16)")
+    parser.add_argument(
+        "--tree-nodes",
+        type=training.positive,
+        default=16,
+        help=f"guesses a step, at most {MAX_TREE_NODES} (16)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from jinfer.spec import medusa, medusa_training
     from jinfer.spec.medusa_tree import fit_tree, tokens_per_step
 
+    if args.tree_nodes > MAX_TREE_NODES:
+        raise ValueError(f"--tree-nodes must be 1 to {MAX_TREE_NODES}, got {args.tree_nodes}")
     model, params = training.load_model(args)
     shared = args.shared_unembedding
     if shared is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from jinfer.prompts import apply_chat_template, read_prompt
 
 # Flags of the engine that generates texts.
 _WRITING_FLAGS = ("max-model-len", "max-num-seqs", "max-num-batched-tokens")
+# What a line of --data may have, the first that it has being taken.
+_KINDS = ("text", "messages", "prompt", "prompt_token_ids")
 
 
 class Data(NamedTuple):
@@ -25,6 +28,13 @@ class Data(NamedTuple):
     spans: Any
     held_tokens: Any
     held_spans: Any
+
+
+def positive(text: str) -> int:
+    """Reads a count for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
 
 
 def add_arguments(
@@ -40,20 +50,22 @@ def add_arguments(
     parser.add_argument("--dtype", default="auto", help="of the model's weights (auto)")
     parser.add_argument("--data", type=Path, metavar="FILE", help="what to learn from; see above")
     parser.add_argument("--output", type=Path, metavar="DIR", required=True, help=output)
-    parser.add_argument("--steps", type=int, help="instead of --epochs")
-    parser.add_argument("--epochs", type=int, default=2, help="how often all is learnt (2)")
+    parser.add_argument("--steps", type=positive, help="instead of --epochs")
+    parser.add_argument("--epochs", type=positive, default=2, help="how often all is learnt (2)")
     parser.add_argument(
-        "--batch-size", type=int, default=batch_size, help=f"{example} a step ({batch_size})"
+        "--batch-size", type=positive, default=batch_size, help=f"{example} a step ({batch_size})"
     )
-    parser.add_argument("--window", type=int, default=256, help="tokens a window (256)")
+    parser.add_argument("--window", type=positive, default=256, help="tokens a window (256)")
     parser.add_argument(
         "--learning-rate", type=float, default=learning_rate, help=f"peak ({learning_rate:g})"
     )
     parser.add_argument("--weight-decay", type=float, default=0.0, help="(0)")
-    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps (100)")
+    parser.add_argument("--checkpoint-every", type=positive, default=100, help="steps (100)")
     parser.add_argument("--seed", type=int, default=0, help="of data and order (0)")
-    parser.add_argument("--max-texts", type=int, default=512, help="read or generate (512)")
-    parser.add_argument("--max-tokens", type=int, default=256, help="of a generated text (256)")
+    parser.add_argument("--max-texts", type=positive, default=512, help="read or generate (512)")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=256, help="of a generated text (256)"
+    )
     parser.add_argument("--temperature", type=float, default=0.7, help="of generated texts (0.7)")
     for name, options in flags.ENGINE_FLAGS:
         if name in _WRITING_FLAGS:
@@ -124,8 +136,13 @@ def check_same_run(args: argparse.Namespace, *own: str) -> None:
     names += ("window", "learning_rate", "weight_decay", "seed", "max_texts", "max_tokens")
     names += tuple(name.replace("-", "_") for name in _WRITING_FLAGS)
     settings = {name: str(getattr(args, name)) for name in (*names, "temperature")}
+    if args.data is not None and args.data.is_file():
+        settings["data_sha256"] = hashlib.sha256(args.data.read_bytes()).hexdigest()
     if file.is_file():
         before = json.loads(file.read_text())
+        has_texts = any((args.output / name).is_file() for name in ("answers.jsonl", "data.npz"))
+        if "data_sha256" not in before or not has_texts:  # of an earlier version; nothing was kept
+            before["data_sha256"] = settings.get("data_sha256")
         changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
             there, here = ({n: d.get(n) for n in changed} for d in (before, settings))
@@ -133,7 +150,8 @@ def check_same_run(args: argparse.Namespace, *own: str) -> None:
                 f"{file.parent} holds a run with {there}, this one has {here}: give another "
                 "--output, or the same settings"
             )
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+    file.with_suffix(".tmp").write_text(json.dumps(settings, indent=1) + "\n")
+    file.with_suffix(".tmp").replace(file)
 
 
 def read_data(args: argparse.Namespace, model: Any, params: Any) -> Data:
@@ -182,39 +200,42 @@ def _texts(args: argparse.Namespace, llm: Any) -> Iterator[tuple[list[int], int]
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.data} is not a text file in UTF-8 ({error})") from None
         return
-    prompts = []
+    prompts, numbers = [], []
     for number, raw in itertools.islice(jsonl.read_lines(args.data), args.max_texts):
         try:
-            token_ids, is_text = _read_row(raw, tokenizer)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{args.data} line {number}: {error}") from None
-        if is_text:
-            yield token_ids, 0
+            kind, tokens = _read_line(raw, tokenizer)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{args.data} line {number}: {error}") from error
+        if kind == "text":
+            yield tokens, 0
         else:
-            prompts.append(token_ids)
-    yield from _answers(args, llm, prompts)
+            prompts.append(tokens)
+            numbers.append(number)
+    yield from _answers(args, llm, prompts, numbers)
 
 
-def _read_row(raw: bytes, tokenizer: Any) -> tuple[list[int], bool]:
-    """Returns the token ids of a line, and whether they are a text rather than a prompt."""
+def _read_line(raw: bytes, tokenizer: Any) -> tuple[str, list[int]]:
+    """Returns what a line of --data has, and its token ids."""
     try:
-        row = json.loads(raw)
+        entry = json.loads(raw)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
-    if "messages" in row and "text" not in row:
-        tokens = apply_chat_template(tokenizer, row["messages"], add_generation_prompt=True)
-        return tokens, False
-    for name in ("text", "prompt", "prompt_token_ids"):
-        if name in row:
-            return read_prompt(row[name], tokenizer).token_ids, name == "text"
-    raise ValueError(f'expected "text" or a prompt, got {sorted(row)}')
+    kinds = [kind for kind in _KINDS if isinstance(entry, dict) and kind in entry]
+    if not kinds:
+        got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f'it must have "text" or a prompt, got {got}')
+    value = entry[kinds[0]]
+    if kinds[0] == "messages":
+        return kinds[0], apply_chat_template(tokenizer, value, add_generation_prompt=True)
+    if isinstance(value, str) != (kinds[0] != "prompt_token_ids"):
+        raise TypeError(f'"{kinds[0]}" cannot be {type(value).__name__}')
+    return kinds[0], read_prompt(value, tokenizer).token_ids
 
 
 def _answers(
-    args: argparse.Namespace, llm: Any, prompts: list[list[int]]
+    args: argparse.Namespace, llm: Any, prompts: list[list[int]], numbers: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], int]]:
+    """The prompts with the model's answers; `numbers` are their lines in --data."""
     from tqdm import tqdm
 
     from jinfer import SamplingParams
@@ -231,7 +252,11 @@ def _answers(
         for i, prompt in enumerate(prompts):
             if i not in answers:
                 params = SamplingParams(**fields, seed=args.seed + i)
-                llm.add_request(str(i), {"prompt_token_ids": prompt}, params)
+                try:
+                    llm.add_request(str(i), {"prompt_token_ids": prompt}, params)
+                except ValueError as error:
+                    where = f"{args.data} line {numbers[i]}: " if numbers else ""
+                    raise ValueError(f"{where}{error}") from error
         while llm.has_unfinished_requests():
             for output in filter(lambda output: output.finished, llm.step()):
                 i, token_ids = int(output.request_id), list(output.outputs[0].token_ids)

@@ -8,6 +8,7 @@ import pytest
 
 import jinfer
 from jinfer import cli, tokenizer
+from jinfer.commands import training as commands_training
 from jinfer.config import ModelConfig
 from jinfer.models.model import Model
 from jinfer.spec import medusa, medusa_training, training
@@ -136,7 +137,7 @@ def test_texts_are_learnt_as_they_are_and_other_lines_are_refused(tmp_path, caps
     assert not config.reads_root and "u" not in heads
     data.write_text(json.dumps({"question": "why?"}) + "\n")
     assert train("--output", tmp_path / "b", "--data", data, *SMALL) == 2
-    assert "line 1: expected \"text\" or a prompt, got ['question']" in capsys.readouterr().err
+    assert "line 1: it must have" in capsys.readouterr().err
 
 
 def test_a_mistake_in_data_is_named_and_leaves_no_folder_behind(tmp_path, capsys):
@@ -146,8 +147,8 @@ def test_a_mistake_in_data_is_named_and_leaves_no_folder_behind(tmp_path, capsys
     assert not (tmp_path / "a").exists()
     for row, message in (
         (b"{", "line 2: not JSON"),
-        (b"5", "line 2: expected an object, got int"),
-        (b'{"text": 5}', "line 2: a prompt must be text"),
+        (b"5", 'line 2: it must have "text" or a prompt, got int'),
+        (b'{"text": 5}', 'line 2: "text" cannot be int'),
         (b'{"text": "caf\xff"}', "line 2: not JSON"),
     ):
         data.write_bytes(b'{"text": "abc"}\n' + row)
@@ -161,3 +162,73 @@ def test_separators_that_json_allows_in_a_string_do_not_cut_a_line(tmp_path):
     row = json.dumps({"text": text}, ensure_ascii=False) + "\n"
     data.write_text(row * 8)
     assert train("--output", tmp_path / "a", "--data", data, *SMALL) == 0
+
+
+def read_texts(tmp_path, lines):
+    """The texts of a JSONL file, which no model has to answer."""
+    args = types.SimpleNamespace(data=tmp_path / "lines.jsonl", max_texts=9)
+    args.data.write_text(lines, encoding="utf-8")
+    letters = tokenizer.load_tokenizer("tiny")
+    return list(
+        commands_training._texts(args, types.SimpleNamespace(get_tokenizer=lambda: letters))
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting property name"),
+        ('["text"]', "must have .* got list"),
+        ('{"text": ["a"]}', '"text" cannot be list'),
+        ('{"prompt_token_ids": "a"}', '"prompt_token_ids" cannot be str'),
+        ('{"prompt_token_ids": [0.5]}', "text or token ids"),
+    ],
+)
+def test_a_wrong_line_is_named_by_its_number_in_the_file(tmp_path, line, message):
+    with pytest.raises(ValueError, match=f"lines.jsonl line 3: .*{message}"):
+        read_texts(tmp_path, '{"text": "abc"}\n\n' + line + "\n")
+
+
+def test_a_prompt_that_is_too_long_is_named_by_its_line(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "abc"}\n\n' + json.dumps({"prompt_token_ids": [1] * 64}) + "\n")
+    assert train("--output", tmp_path / "out", "--data", data, *SMALL) == 2
+    assert "data.jsonl line 3: the prompt has 64 tokens" in capsys.readouterr().err
+
+
+def test_answers_to_other_prompts_are_not_taken(tmp_path, capsys):
+    """The file has its old name and new lines."""
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text('{"question": 1}\n')
+    for _ in range(2):  # the second run is the same as the first
+        assert train("--output", out, "--data", data, *SMALL) == 2
+        assert "must have" in capsys.readouterr().err
+    (out / "answers.jsonl").touch()
+    data.write_text('{"question": 2}\n')
+    assert train("--output", out, "--data", data, *SMALL) == 2
+    assert "holds a run with {'data_sha256': " in capsys.readouterr().err
+    run = json.loads((out / "run.json").read_text())
+    del run["data_sha256"]  # as of a version that did not look
+    (out / "run.json").write_text(json.dumps(run))
+    assert train("--output", out, "--data", data, *SMALL) == 2
+    assert "must have" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--tree-nodes", 64, "--tree-nodes must be 1 to 63, got 64"),
+        ("--tree-nodes", 0, "--tree-nodes: expected a positive integer, got '0'"),
+        ("--steps", 0, "--steps: expected a positive integer, got '0'"),
+        ("--window", 0, "--window: expected a positive integer, got '0'"),
+    ],
+)
+def test_what_no_heads_can_be_made_with_is_refused_before_any_work(
+    tmp_path, capsys, monkeypatch, flag, value, message
+):
+    monkeypatch.setattr(jinfer, "load", None)
+    try:
+        status = train("--output", tmp_path, flag, value)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2 and message in capsys.readouterr().err
