@@ -266,26 +266,40 @@ def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method)
 
 
 def test_a_draft_model_is_fed_later_what_steps_without_drafts_computed(make_llm, params):
-    """Pages for drafts are there now and then; the model itself drafts: each of its drafts stands.
+    """Every third step there are none; the model itself drafts: it needs the same KV.
 
     A verification is compiled for one number of drafts, plain steps as they are without a drafter.
     """
     config = {**NGRAM, "method": "draft", "model": MODEL, "params": params}
     limits = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 32}
-    llm = make_llm(speculative_config=config, num_gpu_blocks_override=9, **limits)
-    runner, plans, verified, plain = llm._runner, [], [], []
+    llm = make_llm(speculative_config=config, **limits)
+    runner, plans, verified, plain, gaps = llm._runner, [], [], [], []
+    proposer = llm._engine.scheduler.speculation._proposer
+    propose = proposer.propose
+    proposer.propose = lambda *args: propose(*args) if len(plans) % 3 else ()
     launch, verify, forward = runner.launch, runner._verify, runner._forward
+
+    def check_and_verify(*args):
+        verified.append(args[-1])
+        for seq in plans[-1].seqs:
+            if seq.num_drafts:
+                pages = seq.request.pages[: -(-seq.start // LIMITS["block_size"])]
+                ours, theirs = (
+                    np.concatenate([kv.k[page] for page in pages], axis=1)[:, : seq.start]
+                    for kv in (runner.kv, runner.drafter.kv)
+                )
+                gaps.append(np.max(np.abs(theirs - ours)))
+        return verify(*args)
+
     runner.launch = lambda plan: plans.append(plan) or launch(plan)
-    runner._verify = lambda *args: verified.append(args[-1]) or verify(*args)
+    runner._verify = check_and_verify
     runner._forward = lambda *args, **options: plain.append(plans[-1]) or forward(*args, **options)
     greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     prompts = [prompt[:18] for prompt in make_prompts()[5:7]]
     llm.generate(prompts, greedy, use_tqdm=False)
     widths = [plan.max_drafts for plan in plans if not any(seq.is_prefill for seq in plan.seqs)]
     assert any(not a and b for a, b in itertools.pairwise(widths))  # none, then some
-    assert 0 < widths[-1] < 3 or 0 in widths[-2:]  # fewer at the end of a text
-    assert llm.get_metrics()["acceptance_rate"] == 1.0
-    assert set(verified) == {3}
+    assert set(verified) == {3} and max(gaps) < 1e-4
     assert plain and all(any(seq.is_prefill for seq in plan.seqs) for plan in plain)
 
 
