@@ -396,8 +396,6 @@ class Scheduler:
                 f"{[len(tokens) for tokens in samples]}"
             )
         self._in_flight.popleft()
-        if self.speculation is not None:
-            self.speculation.note(plan, samples, is_sound)
         progress = []
         for i, (seq, tokens) in enumerate(zip(plan.seqs, samples)):
             is_bad = is_sound is not None and not is_sound[i]
@@ -422,6 +420,8 @@ class Scheduler:
             if tokens:
                 objects = logprobs[i] if logprobs is not None else None
                 progress.append(self._accept(seq, tokens, objects))
+        if self.speculation is not None:
+            self.speculation.note(plan, samples, is_sound, progress)
         return progress
 
     def _accept(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from jinfer.config import EngineConfig
 from jinfer.engine.buckets import Buckets
 from jinfer.engine.holdings import Holdings
-from jinfer.engine.plan import Drafts, Plan
+from jinfer.engine.plan import Drafts, Plan, Progress
 from jinfer.engine.proposers import make_proposer
 from jinfer.engine.request import Request
 from jinfer.outputs import RequestMetrics
@@ -117,19 +117,28 @@ class Speculation:
         return self._proposer.propose(request, limit)
 
     def note(
-        self, plan: Plan, samples: Sequence[Sequence[int]], is_sound: Sequence[bool] | None
+        self,
+        plan: Plan,
+        samples: Sequence[Sequence[int]],
+        is_sound: Sequence[bool] | None,
+        progress: Sequence[Progress],
     ) -> None:
-        """Counts a step: the drafts of its sequences, and the tokens that came of them."""
+        """Counts a step: the drafts of its sequences, and the tokens that came of them.
+
+        `progress` is what the step brought to requests: no tokens beyond the end of a text.
+        """
         now = self._now()
         if self.length is not None and not any(seq.is_prefill for seq in plan.seqs):
             # A plan made while another was under way has cost what came after the other's end.
             seconds = (now - max(plan.planned_at, self._noted_at)) / plan.num_steps
             self._note_seconds(plan, seconds, self.length)
         self._noted_at = now
+        num_new = {gained.request: len(gained.new_token_ids) for gained in progress}
         for i, (seq, tokens) in enumerate(zip(plan.seqs, samples)):
             if not seq.is_prefill and (is_sound is None or is_sound[i]):
                 num_drafts = min(seq.drafts.depth, self.config.max_depth)
-                self._note_sequence(seq.request, num_drafts, len(tokens))
+                num_kept = num_new.get(seq.request, 0)
+                self._note_sequence(seq.request, num_drafts, len(tokens) - 1, num_kept)
         self._log()
 
     def _note_seconds(self, plan: Plan, seconds: float, length: DraftLength) -> None:
@@ -149,8 +158,10 @@ class Speculation:
         elif depth:
             length.note_step(num_seqs, depth, seconds)
 
-    def _note_sequence(self, request: Request, num_drafts: int, num_tokens: int) -> None:
-        num_accepted = min(num_tokens - 1, num_drafts)
+    def _note_sequence(
+        self, request: Request, num_drafts: int, num_accepted: int, num_tokens: int
+    ) -> None:
+        num_accepted = min(num_accepted, num_drafts)
         num_steps = 1 if num_drafts else num_tokens  # several may stay on the device
         if self.length is not None:
             self.length.note_drafts(num_drafts, num_accepted)

@@ -198,6 +198,41 @@ def test_steps_that_stay_on_the_device_while_resting_are_counted_one_by_one(meth
     assert engine.run(100) > 0.98 * 8
 
 
+@pytest.mark.parametrize("num_decode_steps", [1, 4])
+@pytest.mark.parametrize("adaptive", [False, True])  # steps with drafts, plain ones
+def test_tokens_beyond_the_end_of_a_text_are_no_tokens_of_its_steps(adaptive, num_decode_steps):
+    engine = Engine(
+        *("self", lambda _, n: 300.0 if n else 1.0, 1.0),
+        num_decode_steps=num_decode_steps,
+        adaptive=adaptive,
+    )
+    if adaptive:
+        engine.add(1, 200)  # finds out that drafts do not pay
+        while engine.scheduler.has_work():
+            engine.step()
+    request = Request(
+        request_id="ends",
+        prompt_token_ids=[5, 6, 7] * 5,
+        params=SamplingParams(
+            max_tokens=50, stop_token_ids=[6 if adaptive else 7]
+        ),  # not the first
+        seed=0,
+        arrival=1,
+        max_model_len=4096,
+    )
+    engine.scheduler.add(request)
+    while engine.scheduler.has_work():
+        engine.step()
+    metrics, num_tokens = request.metrics, len(request.output_token_ids)
+    assert engine.scheduler.stats.num_discarded_tokens > 0
+    assert metrics.num_decode_tokens == num_tokens - 1 > 0  # the first came with the prompt
+    assert metrics.num_decode_steps == (num_tokens - 1 if adaptive else 1)
+    assert (metrics.num_drafted_tokens > 0) == (not adaptive)
+    if not adaptive:
+        rate = engine.scheduler.speculation.metrics()["tokens_per_step"]
+        assert rate == metrics.tokens_per_step < 5.0
+
+
 def test_the_log_tells_tokens_a_step_and_acceptance_by_position(caplog):
     engine = Engine("ngram", lambda *_: 1.0, 1.0, adaptive=False, num_speculative_tokens=2)
     engine.add(1, 100)
