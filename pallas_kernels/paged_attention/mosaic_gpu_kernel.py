@@ -273,6 +273,9 @@ def _copy_role(
             for i, j in enumerate(ids)
         ]
 
+    # A copy that fills with zeros goes to multiples of 128 bytes; scales of small pages do not.
+    mode = plgpu.OOBFillMode["PROMISE_IN_BOUNDS" if page_size % 32 else "ZEROS"]
+
     def fetch(x: str, where: list[tuple[Any, Any, Any]], slot: Any) -> None:
         pages_g, scale_g = pages[x]
         full = scratch[f"{prefix}{x}_full"].at[slot]
@@ -281,9 +284,8 @@ def _copy_role(
                 pages_g.at[page, head, rows], scratch[f"{prefix}{x}_s"].at[slot, to], full
             )
             if scale_g is not None:
-                plgpu.copy_gmem_to_smem(
-                    scale_g.at[page, head, rows], scratch[f"{x}_scale_s"].at[slot, to], full
-                )
+                scales, to = scale_g.at[page, head, rows], scratch[f"{x}_scale_s"].at[slot, to]
+                plgpu.copy_gmem_to_smem(scales, to, full, oob_mode=mode)
 
     for i in range(stages):
 

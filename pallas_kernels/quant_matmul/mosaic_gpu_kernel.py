@@ -99,8 +99,9 @@ def persistent_matmul(
     }
     if zero is not None:
         stage["zero"] = (zero, plgpu.SMEM((stages, num_steps, block_n), zero.dtype))
+    scale_columns = -(-block_m // 32) * 32  # the copy engine writes to multiples of 128 bytes
     if x_scale is not None:
-        stage["x_scale"] = (x_scale, plgpu.SMEM((stages, num_steps, block_m), x_scale.dtype))
+        stage["x_scale"] = (x_scale, plgpu.SMEM((stages, num_steps, scale_columns), x_scale.dtype))
     scratch: dict[str, Any] = {
         "out": _tiled((sizes.warpgroups, block_m, rows), part_dtype, math.gcd(rows, num_outputs)),
         "full": plgpu.Barrier(num_barriers=stages, num_arrivals=len(stage)),
@@ -131,7 +132,11 @@ def persistent_matmul(
                 k = lax.rem(i, I32(k_tiles)) * block_k
                 outputs, inputs, x_rows = pl.ds(n, block_n), pl.ds(k, block_k), pl.ds(m, block_m)
                 groups = pl.ds(lax.div(k, I32(group)), num_steps)
-                boxes = {"w": (outputs, inputs), "x": (x_rows, inputs), "x_scale": (groups, x_rows)}
+                boxes = {
+                    "w": (outputs, inputs),
+                    "x": (x_rows, inputs),
+                    "x_scale": (groups, pl.ds(m, scale_columns)),
+                }
                 for name, source in gmem.items():
                     box = boxes.get(name, (groups, outputs))
                     plgpu.copy_gmem_to_smem(source.at[box], smem[name].at[slot], full.at[slot])
@@ -215,7 +220,8 @@ def persistent_matmul(
                     p = p * by_output("w_scale", slot, j, block_m, F32)
                     if x_scale is not None:
                         layout = plgpu.Layout.WGMMA.reduce(0)
-                        v = target_lib.gpu_load(smem["x_scale"].at[slot, j], layout=layout)
+                        v = smem["x_scale"].at[slot, j, pl.ds(0, block_m)]
+                        v = target_lib.gpu_load(v, layout=layout)
                         p = p * lax.broadcast_in_dim(v, (rows, block_m), [1])
                     acc = acc + p
                 release(slot)
