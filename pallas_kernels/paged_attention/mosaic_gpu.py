@@ -237,10 +237,10 @@ def candidates(q: jax.Array, kv: PagedKV, max_q_len: int) -> Iterator[MosaicGpuT
     blocks = (128, 64) if has_registers else (64, 128)
     bounds = ((4, 24),) if is_prefill else ((4, 24), (4, 12), (8, 48))
     rings = [(2, 2), (1, 2), (1, 1)]  # attending warpgroups, converted blocks
-    if is_prefill and not (kv.is_quantized and q.shape[2] > 128):
-        rings = [(2, 2), (2, 1)]
-    elif kv.is_quantized and q.shape[2] > 128:
+    if kv.is_quantized and q.shape[2] > 128:
         rings = rings[1:]  # four warpgroups leave too few registers for sums so wide
+    elif is_prefill:
+        rings = rings[:1]
     if not kv.is_quantized:
         rings = [ring for ring in rings if ring[1] == 2]
     shapes = itertools.product(blocks, bounds, rings, (6, 4, 2))

@@ -1,6 +1,7 @@
 """The benches, without a device: cases at tiny sizes, wrong results not timed, rows that add up."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -13,6 +14,7 @@ import pytest
 
 from pallas_kernels import target, tiles, timing
 from pallas_kernels.fp8_matmul import tuning as fp8_tuning
+from pallas_kernels.paged_attention import AttentionSpec, mosaic_gpu, mosaic_tpu
 from pallas_kernels.quant_matmul import tuning as quant_tuning
 from pallas_kernels.tiles import QuantMatmulGpuTiles, Tunable
 
@@ -164,6 +166,16 @@ def test_what_is_tuned_is_what_the_kernels_look_up(name, autotune, monkeypatch, 
     assert len(found) > 50
     assert {t.op.split(".")[0] for t in found} >= {"paged_attention", "quant_matmul"}
     assert all(len(t.candidates) >= 2 for t in found if t.op == "quant_matmul.mosaic_gpu")
+    for call in (t for t in found if t.op.startswith("paged_attention")):
+        kernel = (mosaic_tpu if name == "v6e" else mosaic_gpu).IMPL
+        spec = AttentionSpec(
+            sm_scale=1.0, soft_cap=None, sliding_window=None, max_q_len=1, return_lse=False,
+            config=None,
+        )  # fmt: skip
+        args = jax.eval_shape(call.inputs, 0)
+        for tiles_of_it in call.candidates:
+            config = dataclasses.replace(spec, config=tiles_of_it)
+            assert kernel.why_not(chip, *args, None, config) is None, (call.case, tiles_of_it)
     first = next(t for t in found if "quant_matmul" in t.op)
     monkeypatch.setattr(tiles, "FOLDER", tmp_path)
     tiles.read_table.cache_clear()
