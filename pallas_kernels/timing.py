@@ -30,8 +30,10 @@ def chain(f: Callable[..., Any], count: int) -> Callable[[Sequence[tuple[Any, ..
     """Returns a program that calls `f` `count` times, walking over the sets of inputs it is given.
 
     Each call waits for the one before, through an optimization barrier that also keeps XLA from
-    merging equal calls on GPUs and TPUs. On CPUs it does merge calls on the same inputs.
+    merging equal calls on GPUs and TPUs. On CPUs it does merge calls on the same inputs. `f` is
+    jitted, so that its kernels are lowered and compiled once, not `count` times.
     """
+    f = jax.jit(f)
 
     def run(sets: Sequence[tuple[Any, ...]]) -> list[Any]:
         outs: list[Any] = []
@@ -61,7 +63,7 @@ def measure(
       f: a pure function of arrays; the first argument must be one array.
       arg_sets: inputs of equal shapes, at least one; together larger than the caches.
       calls: calls in the short program, the long one has four times as many; None: as many as take
-        3 ms, 4 to 64, with results of at most 1 GB.
+        3 ms, 4 to 16, with results of at most 1 GB. More make a long program that compiles slowly.
       samples: pairs of runs.
     """
 
@@ -71,11 +73,11 @@ def measure(
         return time.perf_counter() - start
 
     if calls is None:
-        probe = chain(f, 8)
+        probe = chain(f, 1)
         clock(probe)  # compiles
-        seconds = min(clock(probe) for _ in range(5)) / 8
-        out_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(probe(arg_sets))) / 8
-        calls = max(4, min(64, int(3e-3 / seconds), int(1e9 / 4 / out_bytes)))
+        seconds = min(clock(probe) for _ in range(5))
+        out_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(probe(arg_sets)))
+        calls = max(4, min(16, int(3e-3 / seconds), int(1e9 / 4 / out_bytes)))
     few, many = chain(f, calls), chain(f, 4 * calls)
     for program in (few, many, few, many):  # compiles, then warms up
         clock(program)

@@ -51,3 +51,14 @@ def test_the_number_of_calls_follows_the_time_of_one():
 
 def test_a_cpu_is_no_accelerator():
     assert timing.describe_accelerator() is None
+
+
+def test_what_is_timed_is_traced_once_a_program_however_often_it_is_called():
+    traced = []
+
+    def f(x):
+        traced.append(x)
+        return x + 1.0
+
+    timing.measure(f, [(jnp.zeros(4),)], calls=4, samples=2)
+    assert len(traced) <= 2
