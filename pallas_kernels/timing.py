@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -90,3 +91,11 @@ def describe_accelerator() -> str | None:
     """Returns the name of the default device, or None if it is a CPU."""
     device = jax.devices()[0]
     return None if device.platform == "cpu" else device.device_kind
+
+
+def device_works() -> bool:
+    """Tells whether the default device still computes: after a kernel's fault it never does."""
+    try:
+        return bool(jax.block_until_ready(jnp.ones(()) + 1.0) == 2.0)
+    except Exception:
+        return False

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"stopped after {args.seconds:.0f} s as asked")
             break
     if num_wrong:
-        print(f"{num_wrong} candidates gave WRONG RESULTS and were left out: see above")
+        print(f"{num_wrong} candidates gave wrong results or none and were left out: see above")
     return 1 if num_wrong else 0
 
 
@@ -113,7 +113,10 @@ def tune(calls: list[tiles_lib.Tunable], num_candidates: int) -> tuple[Any, int]
 
 
 def wrong_ones(call: tiles_lib.Tunable, seconds: dict[Any, list[float]]) -> list[Any]:
-    """Times each candidate of `seconds` that gives the right result; returns the others."""
+    """Times each candidate of `seconds` that gives the right result; returns the others.
+
+    Exits if a kernel's fault has ended this process's use of the device.
+    """
     sets = [call.inputs(0)]
     size = sum(x.nbytes for x in jax.tree.leaves(sets[0]))
     sets += [call.inputs(seed) for seed in range(1, min(32, max(3, CACHE_BYTES // size + 1)))]
@@ -121,12 +124,18 @@ def wrong_ones(call: tiles_lib.Tunable, seconds: dict[Any, list[float]]) -> list
     wrong = []
     for sizes, times in seconds.items():
         f = functools.partial(call.run, sizes)
-        error = relative_error(jax.jit(f)(*sets[-1]), expected)
-        if error < MAX_RELATIVE_ERROR:
-            times.append(timing.measure(f, sets, samples=10).seconds)
-        else:  # NaN is wrong too
-            wrong.append(sizes)
-            print(f"  WRONG {call.case}: relative error {error:.2g} with {sizes}")
+        try:
+            error = relative_error(jax.jit(f)(*sets[-1]), expected)
+            if error < MAX_RELATIVE_ERROR:
+                times.append(timing.measure(f, sets, samples=10).seconds)
+                continue
+            reason = f"relative error {error:.2g}"  # NaN is wrong too
+        except Exception as e:  # does not build, say: the other candidates may
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            if not timing.device_works():
+                sys.exit(f"  {call.case}: {reason} with {sizes}; the device was lost, start again")
+        wrong.append(sizes)
+        print(f"  WRONG {call.case}: {reason} with {sizes}")
     return wrong
 
 

@@ -1,11 +1,14 @@
 """Measures the kernels on the accelerator of this machine, and torch beside them if it has CUDA.
 
     python scripts/bench_kernels.py --device [--only decode w4a16] [--quick] [--json FILE]
+                                    [--seconds 300] [--patience 120]
 
 First the ceilings (a device copy, a bf16 8192^3 product), then per case: the result is checked
 against the plain XLA form on fresh random inputs, then timed over rotated inputs. JAX and torch run
 in processes of their own, one after the other. Times are medians, limits come from the ceilings.
-Writes benchmarks/results/<device>/kernels.json. Without an accelerator it says so and exits 0.
+Writes benchmarks/results/<device>/kernels.json anew after each case: a run that is cut short loses
+the case it is at. A case that hangs or takes its process along is a failure; the rest goes on in a
+new process. Without an accelerator it says so and exits 0.
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from measure_apart import DEVICE_LOST, run_apart, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -70,6 +75,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=kinds, default=list(kinds))
     parser.add_argument("--quick", action="store_true", help="the first case of each kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="instead of benchmarks/results/")
+    parser.add_argument("--seconds", type=float, help="for JAX, and again for torch: stop then")
+    parser.add_argument("--patience", type=float, default=120, help="seconds a case may take (120)")
     parser.add_argument("--child", nargs=2, metavar=("CASES", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.device:
@@ -85,35 +92,45 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         cases = [c for i, c in enumerate(cases) if c["kind"] not in {d["kind"] for d in cases[:i]}]
     with tempfile.TemporaryDirectory() as folder:
-        listing = Path(folder) / "cases.json"
-        listing.write_text(json.dumps(cases))
         me = [sys.executable, __file__, "--device", "--child"]
-        ours = run_apart([*me, str(listing), f"{folder}/jax.json"])
-        if ours is None:
+        write = functools.partial(write_report, args, cases)
+        limits = (args.seconds, args.patience)
+        ours = run_apart(me, cases, Path(folder) / "jax.json", *limits, write)
+        if ours.get("device") is None:
+            if "device" in ours:
+                print("no accelerator here: nothing was measured, nothing was written")
+                return 0
             print("the measuring process failed: see above")
             return 1
-        if ours["device"] is None:
-            print("no accelerator here: nothing was measured, nothing was written")
-            return 0
-        script = str(ROOT / "scripts" / "bench_kernels_torch.py")
-        theirs = run_apart([sys.executable, script, str(listing), f"{folder}/torch.json"])
-    report = make_report(cases, ours, theirs or {"device": None, "peers": {}, "versions": {}})
-    print_report(report)
-    out = args.json or (ROOT / "benchmarks" / "results" / slug(report["device"]) / "kernels.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+        script = [sys.executable, str(ROOT / "scripts" / "bench_kernels_torch.py")]
+        write = functools.partial(write_report, args, cases, ours)
+        theirs = run_apart(script, cases, Path(folder) / "torch.json", *limits, write)
+    out = write(theirs)
+    print_report(json.loads(out.read_text()))
     print(f"written to {out}")
     wrong = [name for name, r in ours["results"].items() if "failure" in r]
     for name in wrong:
         print(f"FAILED {name}: {ours['results'][name]['failure']}")
+    missing = [c["name"] for c in cases if c["name"] not in ours["results"]]
+    if missing:
+        print(f"not measured for lack of time: {', '.join(missing)}")
     return 1 if wrong else 0
 
 
-def run_apart(command: list[str]) -> dict[str, Any] | None:
-    """Runs a measuring process and reads what it wrote; the GPU's memory is not preallocated."""
-    status = subprocess.run(command, env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
-    out = Path(command[-1])
-    return json.loads(out.read_text()) if status.returncode == 0 and out.exists() else None
+def write_report(
+    args: argparse.Namespace,
+    cases: list[dict[str, Any]],
+    ours: dict[str, Any],
+    theirs: dict[str, Any] | None = None,
+) -> Path | None:
+    """Writes what is known by now; returns where, or None while there are no ceilings."""
+    if not ours.get("ceilings"):
+        return None
+    report = make_report(cases, ours, theirs or {})
+    out = args.json or (ROOT / "benchmarks" / "results" / slug(report["device"]) / "kernels.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    return out
 
 
 def slug(device: str) -> str:
@@ -126,19 +143,26 @@ def slug(device: str) -> str:
 def measure_here(listing: Path, out: Path) -> int:
     from pallas_kernels import timing
 
+    work = json.loads(listing.read_text())
     device = timing.describe_accelerator()
-    found: dict[str, Any] = {"device": device, "results": {}, "ceilings": {}}
-    if device is not None:
+    found: dict[str, Any] = work["found"] or {"device": device, "results": {}, "ceilings": {}}
+    if device is None:
+        write_whole(out, found)
+        return 0
+    if not found["ceilings"]:
         found["ceilings"] = measure_ceilings()
         print(f"{device}: {found['ceilings']}", flush=True)
-        for case in json.loads(listing.read_text()):
-            try:
-                found["results"][case["name"]] = measure_case(case)
-            except Exception as e:  # one case's failure is a row of the table
-                failure = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-                found["results"][case["name"]] = {"failure": failure}
-            print(case["name"], found["results"][case["name"]], flush=True)
-    out.write_text(json.dumps(found))
+    write_whole(out, found)
+    for case in work["cases"]:
+        try:
+            found["results"][case["name"]] = measure_case(case)
+        except Exception as e:  # one case's failure is a row of the table
+            failure = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            found["results"][case["name"]] = {"failure": failure}
+        print(case["name"], found["results"][case["name"]], flush=True)
+        write_whole(out, found)
+        if "failure" in found["results"][case["name"]] and not timing.device_works():
+            return DEVICE_LOST
     return 0
 
 
@@ -173,6 +197,7 @@ def measure_case(case: dict[str, Any]) -> dict[str, Any]:
         "fp8": make_fp8,
     }[case["kind"]]
     inputs, f, reference, work = make(case)
+    inputs = jax.jit(inputs)  # one program to compile, not one for each random array
     sets = [inputs(0)]
     size = sum(x.nbytes for x in jax.tree.leaves(sets[0]))
     sets += [inputs(seed) for seed in range(1, min(24, max(3, CACHE_BYTES // size + 1)))]
@@ -316,14 +341,15 @@ def make_report(
     ]
     times = {n: r["seconds"] * 1e6 for n, r in ours["results"].items() if "seconds" in r}
     for case in cases:
-        name, result = case["name"], ours["results"][case["name"]]
+        name, result = case["name"], ours["results"].get(case["name"], {})
         if "seconds" not in result:
             continue
         micros = times[name]
         limit = 1e6 * max(result["bytes"] / copy, result["operations"] / product)
         label = f"{name} ({result['impl']})"
         quartiles = {q: result[q] * 1e6 for q in ("low", "high")}
-        peers = dict(theirs["peers"].get(name, {})) | own_peers(case, times)
+        peers = theirs.get("results", {}).get(name, {}) | own_peers(case, times)
+        peers.pop("failure", None)
         for peer, value in peers.items() or [(None, None)]:
             row = plain_row(label, "time", "us", micros) | {"limit": limit} | quartiles
             if peer is not None:
@@ -339,7 +365,7 @@ def make_report(
             rate = scale * result["operations"] / result["seconds"] / 1e12
             rows.append(plain_row(label, "rate", "TFLOP/s", rate))
     packages = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib")}
-    versions = {"python": platform.python_version(), **packages, **theirs["versions"]}
+    versions = {"python": platform.python_version(), **packages, **theirs.get("versions", {})}
     return {
         "device": ours["device"],
         "versions": versions,

@@ -1,8 +1,8 @@
 """The torch side of bench_kernels.py: the same cases through torch's own kernels; needs CUDA.
 
-Reads the list of cases, writes {"device", "versions", "peers": {case: {peer: microseconds}}}. What
-torch cannot run is left out and its reason printed. Times are medians over replays of a CUDA graph
-that holds many calls on rotated inputs.
+Started by it (measure_apart.py), writes {"device", "versions", "results": {case: {peer:
+microseconds}}}. What torch cannot run is left out and its reason printed. Times are medians over
+replays of a CUDA graph that holds many calls on rotated inputs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from measure_apart import DEVICE_LOST, write_whole
+
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3-8B
 CACHE_BYTES = 150 << 20
 CALLS, SAMPLES = 32, 20
@@ -23,7 +25,8 @@ Peer = tuple[str, Callable[[int], tuple[Any, ...]], Callable[..., Any]]
 
 def main() -> int:
     listing, out = map(Path, sys.argv[1:])
-    found: dict[str, Any] = {"device": None, "versions": {}, "peers": {}}
+    work = json.loads(listing.read_text())
+    found: dict[str, Any] = work["found"] or {"device": None, "versions": {}, "results": {}}
     try:
         import torch
 
@@ -32,21 +35,35 @@ def main() -> int:
         has_cuda = False
     if not has_cuda:
         print("no torch with CUDA here: no peers")
-        out.write_text(json.dumps(found))
+        write_whole(out, found)
         return 0
     found["device"] = torch.cuda.get_device_name()
     found["versions"] = {"torch": torch.__version__}
-    for case in json.loads(listing.read_text()):
-        times = found["peers"][case["name"]] = {}
+    write_whole(out, found)
+    for case in work["cases"]:
+        times: dict[str, float] = found["results"].setdefault(case["name"], {})
         for peer, inputs, f in peers_of(case):
             try:
                 times[peer] = measure(inputs, f) * 1e6
                 print(f"{case['name']}  {peer}: {times[peer]:.1f} us", flush=True)
             except Exception as e:  # a peer that cannot run here is no peer
                 print(f"{case['name']}  {peer}: {type(e).__name__}: {str(e)[:200]}", flush=True)
+                if not device_works():
+                    write_whole(out, found)
+                    return DEVICE_LOST
             torch.cuda.empty_cache()
-    out.write_text(json.dumps(found))
+        write_whole(out, found)
     return 0
+
+
+def device_works() -> bool:
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def measure(inputs: Callable[[int], tuple[Any, ...]], f: Callable[..., Any]) -> float:

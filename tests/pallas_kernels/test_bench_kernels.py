@@ -94,7 +94,7 @@ def test_rows_hold_times_limits_peers_and_goals(bench):
         },
     }
     name = next(c["name"] for c in cases if c["kind"] == "w4a16" and c["m"] == 16)
-    theirs = {"peers": {name: {"torch mm bf16": 30.0, "other": 20.0}}, "versions": {"torch": "2"}}
+    theirs = {"results": {name: {"torch mm bf16": 30.0, "other": 20.0}}, "versions": {"torch": "2"}}
     report = bench.make_report(cases, ours, theirs)
     form = {"case", "metric", "unit", "value", "peer", "peer_value", "ratio", "limit"}
     assert all(form <= set(row) for row in report["rows"])
@@ -105,6 +105,74 @@ def test_rows_hold_times_limits_peers_and_goals(bench):
     peers = {r["peer"] for r in report["rows"]}
     assert {"own bf16 KV", "own decode step"} <= peers
     json.dumps(report)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_after_a_failed_case_it_goes_on_unless_the_device_is_lost(
+    bench, monkeypatch, tmp_path, quick_timing, works
+):
+    monkeypatch.setattr(timing, "describe_accelerator", lambda: "NVIDIA H200")
+    monkeypatch.setattr(timing, "device_works", lambda: works)
+    monkeypatch.setattr(bench, "measure_ceilings", lambda: {"bytes": 4e12, "operations": 8e14})
+    fine = {**TINY[0], "name": "fine"}
+    cases = [{**fine, "batch": "two", "name": "fails"}, fine]
+    listing, out = tmp_path / "cases.json", tmp_path / "out.json"
+    listing.write_text(json.dumps({"cases": cases, "found": {}}))
+    assert bench.measure_here(listing, out) == (0 if works else bench.DEVICE_LOST)
+    found = json.loads(out.read_text())
+    assert found["device"] == "NVIDIA H200" and "TypeError" in found["results"]["fails"]["failure"]
+    assert ("seconds" in found["results"].get("fine", {})) == works
+    args = bench.parse(["--device", "--json", str(tmp_path / "report.json")])
+    report = json.loads(bench.write_report(args, cases, found).read_text())
+    assert len([r for r in report["rows"] if r["case"].startswith("fine")]) == (2 if works else 0)
+
+
+CHILD = """
+import json, os, pathlib, sys, time
+listing, out = map(pathlib.Path, sys.argv[1:])
+work = json.loads(listing.read_text())
+found = work["found"] or {"device": "X", "results": {}}
+for case in work["cases"]:
+    name = case["name"]
+    if name == "hangs":
+        time.sleep(600)
+    if name == "dies":
+        os._exit(9)
+    found["results"][name] = {"failure": "a fault"} if name == "faults" else {"seconds": 1.0}
+    out.with_suffix(".mine").write_text(json.dumps(found))
+    out.with_suffix(".mine").replace(out)
+    if name == "faults":
+        sys.exit(3)
+"""
+
+
+def run_fake(bench, tmp_path, names, seconds=None, patience=60.0):
+    script, out = tmp_path / "child.py", tmp_path / "out.json"
+    script.write_text(CHILD)
+    reports = []
+    command = [sys.executable, str(script)]
+    cases = [{"name": name} for name in names]
+    found = bench.run_apart(
+        command, cases, out, seconds, patience, lambda found: reports.append(len(found["results"]))
+    )
+    return {name: r.get("failure", "fine") for name, r in found["results"].items()}, reports
+
+
+def test_a_case_that_kills_its_process_or_the_device_costs_only_itself(bench, tmp_path):
+    found, reports = run_fake(bench, tmp_path, ["a", "dies", "b", "faults", "c"])
+    dead = "its process ended with status 9"
+    assert found == {"a": "fine", "dies": dead, "b": "fine", "faults": "a fault", "c": "fine"}
+    assert max(reports) == 5  # what is known is passed on as it comes
+
+
+def test_a_case_that_hangs_costs_only_itself(bench, tmp_path):
+    found, _ = run_fake(bench, tmp_path, ["a", "hangs", "b"], patience=3.0)
+    assert found == {"a": "fine", "hangs": "it hung", "b": "fine"}
+
+
+def test_what_was_measured_when_the_time_is_up_is_kept(bench, tmp_path):
+    found, _ = run_fake(bench, tmp_path, ["a", "hangs", "b"], seconds=3.0)
+    assert found == {"a": "fine"}
 
 
 @pytest.mark.parametrize(
@@ -146,6 +214,25 @@ def test_autotune_leaves_out_wrong_candidates_and_takes_the_fastest(autotune, mo
     best, num_wrong = autotune.tune([call], 12)
     assert best == fast and num_wrong == 1
     assert "WRONG case" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_autotune_survives_a_candidate_that_fails_but_not_a_lost_device(
+    autotune, monkeypatch, quick_timing, capsys, works
+):
+    def run(tiles, x):
+        if tiles.block_m == 8:
+            raise RuntimeError("a fault")
+        return x * 2.0
+
+    monkeypatch.setattr(timing, "device_works", lambda: works)
+    fails, fine = (QuantMatmulGpuTiles(block_m=m) for m in (8, 16))
+    if works:
+        assert autotune.tune([tunable((fails, fine), run)], 12) == (fine, 1)
+        assert "RuntimeError: a fault" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="the device was lost"):
+            autotune.tune([tunable((fails, fine), run)], 12)
 
 
 def test_calls_that_share_a_key_are_weighed_together(autotune, monkeypatch):
