@@ -3,16 +3,20 @@
 import gc
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two thirds of a test's time went to compiling what then runs for milliseconds: less optimized
-# programs are compiled in under half of it. XLA_FLAGS of your own (also empty) take their place.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_parallel_codegen_split_count=1"
-    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-)
+# programs are compiled in under half of it. Other devices get real code, but XLA times none of its
+# own choices there. XLA_FLAGS of your own (also empty) take their place.
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_parallel_codegen_split_count=1"
+        " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    )
+else:
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share the device
 
 import hypothesis
 import jax
