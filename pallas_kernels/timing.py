@@ -87,6 +87,12 @@ def measure(
     return Timing(middle, low, high, samples)
 
 
+def jit_untuned(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Jits what is computed once, as a reference: on GPUs XLA else times many forms of products."""
+    is_gpu = jax.devices()[0].platform in ("gpu", "cuda")
+    return jax.jit(f, compiler_options={"xla_gpu_autotune_level": 0} if is_gpu else None)
+
+
 def describe_accelerator() -> str | None:
     """Returns the name of the default device, or None if it is a CPU."""
     device = jax.devices()[0]

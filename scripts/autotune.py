@@ -120,7 +120,7 @@ def wrong_ones(call: tiles_lib.Tunable, seconds: dict[Any, list[float]]) -> list
     sets = [call.inputs(0)]
     size = sum(x.nbytes for x in jax.tree.leaves(sets[0]))
     sets += [call.inputs(seed) for seed in range(1, min(32, max(3, CACHE_BYTES // size + 1)))]
-    expected = jax.jit(call.reference)(*sets[-1])
+    expected = timing.jit_untuned(call.reference)(*sets[-1])
     wrong = []
     for sizes, times in seconds.items():
         f = functools.partial(call.run, sizes)
