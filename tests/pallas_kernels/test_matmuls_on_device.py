@@ -1,6 +1,6 @@
 """The matmul kernels on the accelerator of this machine, with fresh random inputs: -m device.
 
-JAX_PLATFORMS=cuda pytest -m device tests/pallas_kernels -n 8
+JAX_PLATFORMS=cuda python -m pytest -m device tests/pallas_kernels -n 8
 """
 
 import functools
