@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.target import Target
@@ -77,9 +78,11 @@ def sum_parts(
 ) -> jax.Array:
     """Sums partial products [P, M, N]; parts that no block wrote hold anything."""
     num_parts, num_rows, num_outputs = parts.shape
-    tile_m = lax.iota(jnp.int32, num_rows) // block[0]
-    tile_n = lax.iota(jnp.int32, num_outputs) // block[1]
-    last = schedule.last_part(tile_n[None, :] * m_tiles + tile_m[:, None])  # [M, N]
+    tile_m = np.arange(m_tiles)[:, None]
+    tile_n = np.arange(num_outputs)[None, :] // block[1]
+    # A constant, [m_tiles, N]: computed on the device it would be a kernel of its own, every call.
+    last = jnp.asarray(schedule.last_part(tile_n * m_tiles + tile_m), jnp.int32)
+    last = jnp.repeat(last, block[0], axis=0)[:num_rows]  # [M, N]
     part = lax.iota(jnp.int32, num_parts)[:, None, None]
     return jnp.where(part <= last[None], parts, jnp.float32(0)).sum(axis=0)
 

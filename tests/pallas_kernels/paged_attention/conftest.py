@@ -229,8 +229,8 @@ def attend_both():
     """A function that runs a backend and the jnp one on the same inputs and compares them.
 
     Both see the same 16-bit inputs; they differ in the rounding of the probabilities (8 bits of
-    mantissa in bf16) and of the result. The jnp one gets the queries as f32: products of 16-bit ones
-    times sm_scale are shortened on accelerators (TF32), too much for a sharp softmax.
+    mantissa in bf16) and of the result. The jnp one gets the queries as f32: those of 16 bits are
+    shortened on accelerators (TF32) after sm_scale, too much for a sharp softmax.
     """
 
     def check(inputs: Inputs, impl: str, config=None) -> None:

@@ -1,6 +1,8 @@
 """The Hopper kernel, simulated on the CPU (jax 0.11 and up), against float64; and its schedule."""
 
 import dataclasses
+import functools
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,20 @@ def test_parts_that_no_block_wrote_do_not_count():
         expected[m : m + 8, n : n + 16] += 10 * s.last_part(tile)
     assert s.max_parts == 2
     np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16])
+def test_a_call_launches_the_kernel_and_the_sum_of_its_parts_and_nothing_else(num_rows):
+    if reason := target.why_not_compile("h100"):
+        pytest.skip(reason)
+    case = cases.Case(model="", linear="", num_rows=num_rows, num_inputs=4096, num_outputs=4096)
+    with target.compile_target("h100") as compiler:
+        program = compiler.compile(
+            functools.partial(quant_matmul, group=128, layout="nk"), *case.abstract_args("nk")
+        )
+    text = program.executable.as_text()
+    launches = re.findall(r" (fusion|custom-call|copy|call|while)\(", text[text.index("ENTRY") :])
+    assert launches == ["custom-call", "fusion"]
 
 
 def test_every_real_shape_gets_tiles_that_fit():
