@@ -204,7 +204,8 @@ def distances(model: Model, new: Params, old: Params) -> Iterator[tuple[str, flo
         reference = before[block][part]["w"]
         if part not in ("o", "down"):
             norms = [p[f"{block}_norm"]["scale"] + plus_one for p in (before, here)]
-            reference = reference * (norms[0] / norms[1])[:, None]
+            s = jnp.where(norms[0] == norms[1], 1.0, norms[0] / norms[1])  # 0 / 0: not folded
+            reference = reference * s[:, None]
         axis = {"o": -1, "down": -1, "v": -2, "up": -2}.get(str(part))
         if axis is not None:
             dot = jnp.sum(w * reference, axis=axis, keepdims=True)

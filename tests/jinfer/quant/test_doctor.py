@@ -89,6 +89,17 @@ def test_a_norm_that_does_not_fit_its_weights_is_seen_beside_the_float_model(mak
     assert modules == ["layers.0.attn.k", "layers.0.attn.q"]
 
 
+def test_a_feature_that_the_norm_takes_out_is_no_problem(make_folder, tmp_path):
+    folder = make_folder()
+
+    def take_out(tensors):
+        tensors["model.layers.0.input_layernorm.weight"][3] = 0
+
+    rewrite(tmp_path / "float", take_out)
+    rewrite(folder, take_out)
+    assert examine(folder).problems == []
+
+
 def test_a_truncated_folder_and_a_float_one_are_refused(make_folder, tmp_path):
     folder = make_folder()
     with pytest.raises(ValueError, match="is no quantized folder"):
