@@ -49,9 +49,9 @@ class Unfinished:
         the bits of both.
         """
         folder = output.with_name(output.name + ".unfinished")
-        files = (
-            [checkpoint.path] if checkpoint.path.is_file() else sorted(checkpoint.path.iterdir())
-        )
+        path = checkpoint.path
+        # Files alone: the output may be a folder among them.
+        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
         key = {
             "model": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
             "recipe": repr(recipe),

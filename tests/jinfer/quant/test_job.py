@@ -105,6 +105,20 @@ def test_a_killed_job_goes_on_from_disk_to_the_same_files(make_model, source, tm
         run_job(todo, source, model, params)
 
 
+def test_a_killed_job_that_writes_into_the_models_folder_goes_on_too(make_model, source):
+    model, params = make_model("llama")
+    todo = job(source.path)
+
+    def kill(i, rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(todo, source, model, params, on_layer=kill)
+    seen = []
+    run_job(todo, source, model, params, on_layer=lambda i, rows: seen.append(i))
+    assert seen == [1]
+
+
 def test_layers_that_other_software_made_are_not_gone_on_from(make_model, source, tmp_path):
     model, params = make_model("llama")
     todo = job(tmp_path, versions={"jax": "1"})
