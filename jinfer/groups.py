@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from jinfer.engine.core import Engine
@@ -150,6 +149,9 @@ class OpenRequests:
     Args:
       engine: computes them.
       format_logprobs: for the outputs.
+
+    Attributes:
+      lock: to be held by whoever changes the engine.
     """
 
     def __init__(self, engine: Engine, format_logprobs: LogprobFormatter) -> None:
@@ -160,29 +162,14 @@ class OpenRequests:
         self._outputs: dict[str, list[RequestOutput]] = {}
         self._num_named = itertools.count()
         self._named: set[str] = set()
-        self._lock = threading.RLock()
-        self._depth = 0
+        self.lock = threading.RLock()
         self._to_abort: list[str] = []
         self._is_torn = False  # whether a step was broken off before all its outputs were here
 
     def __bool__(self) -> bool:
-        with self.turn():
+        with self.lock:
             names = itertools.chain(self._outputs, self._groups)
             return any(name not in self._named for name in names)
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Around a change of the engine: a thread at a time; who is aborted meanwhile ends then."""
-        with self._lock:
-            depth = self._depth
-            try:
-                self._depth = depth + 1
-                yield
-            finally:
-                self._depth = depth
-                while self._to_abort and not depth:
-                    self._end(self._to_abort[0])
-                    del self._to_abort[0]
 
     def new_id(self, kind: str) -> str:
         """Returns an id that is not in use; to be given back by `abort`."""
@@ -203,7 +190,7 @@ class OpenRequests:
         others = params
         if params.prompt_logprobs is not None and params.n > 1:  # one computes them for all
             others = dataclasses.replace(params, prompt_logprobs=None)
-        with self.turn():
+        with self.lock:
             if request_id in self._groups:
                 raise ValueError(f"request id {request_id!r} is in use")
             try:
@@ -226,18 +213,18 @@ class OpenRequests:
                 raise
 
     def abort(self, request_id: str) -> None:
-        """Ends a request; at once, or when the turn of whoever changes the engine is over.
+        """Ends a request: at once, or after a change of the engine in the middle of which it comes.
 
-        An iterator of `LLM.stream` can be collected as garbage, and end its requests, at any moment
-        and in any thread.
+        Python may collect an iterator of `LLM.stream`, and so end its requests, at any moment.
         """
         self._to_abort.append(request_id)
-        if self._lock.acquire(blocking=False):
-            try:
-                with self.turn():
-                    pass
-            finally:
-                self._lock.release()
+        self._end_aborted()
+
+    def _end_aborted(self) -> None:
+        with self.lock:
+            while self._to_abort and not self._engine.is_changing:
+                self._end(self._to_abort[0])
+                del self._to_abort[0]
 
     def _end(self, request_id: str) -> None:
         group = self._groups.get(request_id)
@@ -255,10 +242,12 @@ class OpenRequests:
 
     def advance(self) -> None:
         """Runs a step of the engine and keeps the outputs that it brings."""
-        with self.turn():
+        with self.lock:
             was_torn, self._is_torn = self._is_torn, True
-            progress = [self._group_of.get(p.request) for p in self._engine.step()]
-            touched = dict.fromkeys(group for group in progress if group is not None)
+            progress = self._engine.step()
+            self._end_aborted()
+            touched = [self._group_of.get(p.request) for p in progress]
+            touched = dict.fromkeys(group for group in touched if group is not None)
             if was_torn:  # who ended then was not told
                 touched |= dict.fromkeys(g for g in self._groups.values() if g.is_finished)
             for group in touched:
@@ -271,7 +260,7 @@ class OpenRequests:
 
     def take(self, wanted: Collection[str] | None = None) -> list[RequestOutput]:
         """Hands out the outputs that are here, of some requests or of all that have no owner."""
-        with self.turn():
+        with self.lock:
             names = [
                 name
                 for name in self._outputs
@@ -285,7 +274,7 @@ class OpenRequests:
         Raises:
           RuntimeError: there will never be any, for someone has aborted the requests.
         """
-        with self.turn():
+        with self.lock:
             outputs = self.take(wanted)
             if not outputs:
                 self.advance()

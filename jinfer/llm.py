@@ -158,7 +158,7 @@ class LLM:
 
     def warmup(self) -> float:
         """Compiles every program that serving can need; returns seconds. Nothing compiles after."""
-        with self._open.turn():
+        with self._open.lock:
             return self._runner.warmup()
 
     # ------------------------------------------------------------------ asking
@@ -197,12 +197,12 @@ class LLM:
           ValueError: tree, shapes or dtypes differ from the present weights'.
         """
         params = self._prepare(params)
-        with self._open.turn():
+        with self._open.lock:
             self._engine.update_weights(params)
 
     def reset_prefix_cache(self) -> None:
         """Forgets the KV of all past prompts and outputs; running requests keep their own."""
-        with self._open.turn():
+        with self._open.lock:
             self._engine.reset_prefix_cache()
 
     # ------------------------------------------------------------------ requests
@@ -242,7 +242,7 @@ class LLM:
 
     def step(self) -> list[RequestOutput]:
         """Advances the engine by one step and returns the requests that gained something."""
-        with self._open.turn():
+        with self._open.lock:
             self._open.advance()
             return self._open.take()
 
@@ -357,7 +357,7 @@ class LLM:
             raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
         read = [read_prompt(prompt, self._tokenizer) for prompt in options.as_list(prompts)]
 
-        with self._open.turn(), _progress_bar(len(read), use_tqdm, "beam search") as bar:
+        with self._open.lock, _progress_bar(len(read), use_tqdm, "beam search") as bar:
             return beams.search(
                 self._engine,
                 read,

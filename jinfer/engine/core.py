@@ -7,12 +7,11 @@ drafts are to be made of these.
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import logging
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from jinfer.config import EngineConfig, ModelConfig
 from jinfer.engine import recovery
@@ -29,6 +28,8 @@ from jinfer.sampling_params import SamplingParams, child_seed
 from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_STEPS_IN_FLIGHT = 2
 MAX_IDLE_STEPS = 100  # in a row, with requests that wait
@@ -170,13 +171,11 @@ class Engine:
 
     def abort(self, request_id: str) -> Request | None:
         """Ends a request and frees what it holds; returns it, or None if it is not live."""
-        with self._changing():
-            return self.scheduler.abort(request_id)
+        return self._change(lambda: self.scheduler.abort(request_id))
 
     def reset_prefix_cache(self) -> None:
         """Forgets the KV of all past texts; running requests keep their own."""
-        with self._changing():
-            self.scheduler.prefix.reset()
+        self._change(self.scheduler.prefix.reset)
 
     def update_weights(self, params: Params) -> None:
         """Serves `params` from the next step on; see `Runner.update_weights`."""
@@ -232,25 +231,30 @@ class Engine:
           What each of that step's requests gained, and which requests ended with an error.
         """
         self.watchdog.observe()
-        with self._changing():
-            return self._step()
+        return self._change(self._step)
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Around a change of the books: if it is broken off halfway, they are made anew.
+    @property
+    def is_changing(self) -> bool:
+        """Whether the books are being changed just now, so that nobody may read or change them."""
+        return self._is_torn
 
-        The next change sees to it, should that be interrupted as well.
+    def _change(self, change: Callable[[], T]) -> T:
+        """Makes a change of the books; if it is broken off halfway, they are made anew.
+
+        The next change sees to it, should that be interrupted as well. (No context manager: one
+        interrupted while it is left would be left by the garbage collector, at any time.)
         """
         if self._is_torn:
             self.lose_steps()
         self._is_torn = True
         try:
-            yield
+            result = change()
         except BaseException as error:
             logger.info("%r came in between: what was under way is computed again", error)
             self.lose_steps()
             raise
         self._is_torn = False
+        return result
 
     def _step(self) -> list[Progress]:
         most = 1 if self.scheduler.is_drafting else MAX_STEPS_IN_FLIGHT
