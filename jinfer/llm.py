@@ -157,7 +157,10 @@ class LLM:
         return ids
 
     def warmup(self) -> float:
-        """Compiles every program that serving can need; returns seconds. Nothing compiles after."""
+        """Compiles every program that requests can need; returns seconds.
+
+        Nothing compiles after, save for `beam_search`, whose programs go by the number of beams.
+        """
         with self._open.lock:
             return self._runner.warmup()
 

@@ -10,6 +10,7 @@ from jinfer.commands import quantize
 from jinfer.commands.terminal import say
 
 SUMMARY = "write weights in another format, without loss or as a GGUF type"
+_CALIBRATION = {"num_sequences": 32, "length": 512, "seed": 0}
 TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K")
 
 
@@ -31,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text or JSONL, plain or .gz, or self: text that the model generates; says which "
         "inputs matter when rounding (all alike)",
     )
-    gguf.add_argument("--num-sequences", type=int, default=32, help="(32)")
-    gguf.add_argument("--length", type=int, default=512, help="tokens a sequence (512)")
-    gguf.add_argument("--seed", type=int, default=0, help="(0)")
+    gguf.add_argument("--num-sequences", type=int, help="of calibration (32)")
+    gguf.add_argument("--length", type=int, help="tokens a sequence (512)")
+    gguf.add_argument("--seed", type=int, help="of the choice of sequences (0)")
     parser.set_defaults(held_out=0)
 
 
@@ -50,6 +51,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from jinfer.weights.load import open_checkpoint
 
+    for name, value in _CALIBRATION.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+        elif args.calibration is None:
+            raise ValueError(f"--{name.replace('_', '-')} is for --calibration, which is not given")
     if args.export == "gguf":
         return _to_gguf(args, open_checkpoint)
     for flag in ("type", "calibration"):

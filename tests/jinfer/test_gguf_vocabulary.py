@@ -187,6 +187,8 @@ def test_quantize_exports_gguf_without_rounding_twice(folder, tmp_path):
     ("argv", "words"),
     [
         (("--export", "gptq", "--type", "Q4_0"), "--type is for --export gguf"),
+        (("--export", "gguf", "--type", "Q4_0", "--seed", "0"), "--seed is for --calibration"),
+        (("--export", "gptq", "--num-sequences", "4"), "--num-sequences is for --calibration"),
         (("--export", "gguf", "--calibration", "self"), "give a --type too"),
     ],
 )
