@@ -150,7 +150,7 @@ def _query_tiles(
     """
     num_rows = min(tiles.q_block, spec.max_q_len)
     num_tiles = jnp.where(is_taken, -(-q_lens // num_rows), 0)
-    ends = jnp.cumsum(num_tiles)
+    ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
     # Room for a last tile that hangs over the end.
     q = jnp.pad(q, ((0, num_rows), (0, 0), (0, 0)))
     if tree_mask is not None:
@@ -181,7 +181,7 @@ def _query_tiles(
             lax.dynamic_update_slice_in_dim(lse, new_lse, start, 0),
         )
 
-    out, lse = lax.fori_loop(0, ends[-1], step, (out, lse))
+    out, lse = _loop(jnp.int32(0), ends[-1], step, (out, lse))
     return out[:-num_rows], lse[:-num_rows]
 
 
@@ -240,7 +240,7 @@ def _attend(
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         acc, top, total = carry
-        ids = lax.dynamic_slice(page_table, (0, i * pages), (num_seqs, pages))
+        ids = lax.dynamic_slice_in_dim(page_table, i * pages, pages, axis=1)
         keys = i * block + jnp.arange(block).reshape(pages, page)  # [p, B]
         k = _take(kv.k_pages, ids)  # [S, p, K, B, H]
         v = _take(kv.v_pages, ids)
@@ -272,7 +272,7 @@ def _attend(
         jnp.zeros(shape, jnp.float32),
     )
     first, last = _key_range(rows, spec.sliding_window)
-    acc, top, total = lax.fori_loop(first // block, -(-last // block), step, carry)
+    acc, top, total = _loop(first // block, -(-last // block), step, carry)
     out = acc / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
     split = (num_seqs, num_kv_heads, num_rows, group)
@@ -362,10 +362,15 @@ def _attend_pages(
         jnp.full(shape, _LOWEST, jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
-    acc, top, total = lax.fori_loop(0, -(-ends[-1] // size), step, carry)
+    acc, top, total = _loop(jnp.int32(0), -(-ends[-1] // size), step, carry)
     out = acc / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
     return out.reshape(num_seqs, 1, num_heads, head_dim), lse.reshape(num_seqs, 1, num_heads)
+
+
+def _loop(start: jax.Array, end: jax.Array, step: Any, carry: Any) -> Any:
+    """`lax.fori_loop` in int32, also where jax_enable_x64 makes some of the arithmetic int64."""
+    return lax.fori_loop(start.astype(jnp.int32), end.astype(jnp.int32), step, carry)
 
 
 def _take(pages: jax.Array, ids: jax.Array) -> jax.Array:

@@ -69,6 +69,16 @@ def test_bits_past_a_trees_last_node_mean_nothing(make_case, reference):
     check(dataclasses.replace(inputs, tree_mask=tree_mask), expected)
 
 
+@pytest.mark.parametrize("seqs", [((1, 20), (1, 9)), ((1, 20), (40, 60)), ((3, 20), (2, 9))])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 6, "has_tree": True}])
+def test_64_bit_jax_changes_nothing(make_case, reference, seqs, options):
+    inputs = make_case(name="", seqs=seqs, **options).build()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        check(inputs, reference(inputs))
+        out = ragged_paged_attention(*inputs.args, **inputs.kwargs)  # its loop knows its bounds
+    np.testing.assert_allclose(np.asarray(out), reference(inputs)[0], **F32_TOLERANCE)
+
+
 def test_one_program_serves_every_length(make_case, reference):
     traces = []
     inputs = make_case(name="", seqs=((1, 300), (1, 300))).build()
