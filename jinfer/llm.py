@@ -14,7 +14,7 @@ from jinfer.beam_params import BeamSearchParams
 from jinfer.drafting import take_drafter
 from jinfer.engine.compile_counter import compile_counter
 from jinfer.engine.core import Engine
-from jinfer.engine.explain import explain
+from jinfer.engine.explain import check_named, explain
 from jinfer.engine.runner import Runner
 from jinfer.groups import LogprobFormatter, OpenRequests
 from jinfer.models.model import Model
@@ -145,6 +145,7 @@ class LLM:
             cpu_offload_gb=cpu_offload_gb,
         )
         self._runner = Runner(model, params, cache, self.config, heads, drafter)
+        check_named(self._runner)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
         self._open = OpenRequests(self._engine, LogprobFormatter(self._tokenizer))
 

@@ -37,3 +37,16 @@ def explain(runner: Runner) -> dispatch.Decisions:
         impl=config.attention_impl,
     )
     return dispatch.Decisions(dict.fromkeys((*decode, *ragged)))
+
+
+def check_named(runner: Runner) -> None:
+    """Raises ValueError, with the backend's own reason, if a named one cannot run the steps."""
+    if {runner.config.attention_impl, runner.config.linear_impl} <= {"auto", "xla"}:
+        return
+    for decision in explain(runner):
+        if decision.chosen is None:
+            reason = dict(decision.reasons)[decision.choice]
+            raise ValueError(
+                f"{decision.op}: impl {decision.choice!r} cannot run here: {reason}; "
+                '"auto" takes what can'
+            )

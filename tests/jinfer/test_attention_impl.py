@@ -64,6 +64,9 @@ def test_the_engine_gives_the_same_tokens_on_every_backend(params, impl, kind):
 def test_a_backend_that_cannot_run_here_gives_its_reason(params):
     with pytest.raises(ValueError, match="attention_impl must be one of auto, xla, mosaic_gpu"):
         serve(params, "triton")
+    for impl, need in (("mosaic_gpu", "needs a Hopper GPU"), ("mosaic_tpu", "needs a TPU")):
+        with pytest.raises(ValueError, match=f"impl '{impl}' cannot run here: {need}"):
+            LLM(MODEL, params=params, attention_impl=impl, **LIMITS)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

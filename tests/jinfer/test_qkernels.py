@@ -236,6 +236,8 @@ def test_the_engine_gives_the_same_tokens_through_the_hopper_kernels(dense, text
 def test_the_engine_refuses_an_unknown_backend_and_explains_a_cpu(dense):
     with pytest.raises(ValueError, match="linear_impl must be one of auto, xla, mosaic_gpu"):
         serve(dense, linear_impl="triton")
+    with pytest.raises(ValueError, match="impl 'mosaic_tpu' cannot run here: needs a TPU"):
+        LLM(Model(CONFIG), params=quantized(dense, "int4-g64"), linear_impl="mosaic_tpu", **LIMITS)
     llm = LLM(Model(CONFIG), params=quantized(dense, "int3-g64"), linear_impl="xla", **LIMITS)
     text = str(llm.explain_kernels())
     assert "a bit stream, which no kernel reads" in text and "paged_attention(" in text
