@@ -186,7 +186,10 @@ def _query_tiles(
 
 
 def _precision(q: jax.Array) -> lax.Precision:
-    """Accelerators may shorten f32 operands when these hold 16-bit numbers, else not."""
+    """Accelerators may shorten f32 operands when these hold 16-bit numbers, else not.
+
+    Queries do, as long as the scale waits until after the product.
+    """
     return lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
@@ -230,9 +233,7 @@ def _attend(
     # [S, p, K, R * G, H] . [S, p, K, B, H].
     q = rows.q.reshape(num_seqs, num_rows, num_kv_heads, group, head_dim)
     q = jnp.moveaxis(q, 1, 2).reshape(num_seqs, 1, num_kv_heads, num_rows * group, head_dim)
-    q = jnp.broadcast_to(
-        q * spec.sm_scale, (num_seqs, pages, num_kv_heads, num_rows * group, head_dim)
-    )
+    q = jnp.broadcast_to(q, (num_seqs, pages, num_kv_heads, num_rows * group, head_dim))
     dot = functools.partial(
         lax.dot_general, preferred_element_type=jnp.float32, precision=precision
     )
@@ -247,7 +248,7 @@ def _attend(
         # Places past the end may hold anything, a NaN of an earlier request too.
         is_key = keys[None] < rows.lens[:, None, None]  # [S, p, B]
         v = jnp.where(is_key[:, :, None, :, None], v, 0.0)
-        s = dot(q, k, (((4,), (4,)), batch))  # [S, p, K, R * G, B]
+        s = dot(q, k, (((4,), (4,)), batch)) * spec.sm_scale  # [S, p, K, R * G, B]
         if kv.k_scale is not None:
             s = s * kv.k_scale[ids][:, :, :, None, :]
         if spec.soft_cap is not None:
@@ -309,7 +310,7 @@ def _attend_pages(
     num_pages = jnp.maximum(-(-ends_at // page) - first_page, 0)
     ends = jnp.cumsum(num_pages)
     size = num_seqs * max(1, tiles.kv_block // page)  # items a step
-    q = rows.q.reshape(num_seqs, num_kv_heads, group, head_dim) * spec.sm_scale
+    q = rows.q.reshape(num_seqs, num_kv_heads, group, head_dim)
     dot = functools.partial(
         lax.dot_general, preferred_element_type=jnp.float32, precision=precision
     )
@@ -330,7 +331,7 @@ def _attend_pages(
         # Places past the end may hold anything, a NaN of an earlier request too.
         v = _take(kv.v_pages, ids)
         v = jnp.where(visible[:, None, :, None], v, 0.0)
-        s = dot(q[seq], k, (((3,), (3,)), ((0, 1), (0, 1))))  # [C, K, G, B]
+        s = dot(q[seq], k, (((3,), (3,)), ((0, 1), (0, 1)))) * spec.sm_scale  # [C, K, G, B]
         if kv.k_scale is not None:
             s = s * kv.k_scale[ids][:, :, None, :]
         if spec.soft_cap is not None:
