@@ -34,7 +34,8 @@ def render(reports: dict[str, dict[str, Any]]) -> str:
         table = [row_text(COLUMNS), row_text(["---"] * len(COLUMNS))]
         table += [row_text(cells(row)) for row in report["rows"]]
         where = f"{report['date']}, {report['device']}; {versions}."
-        parts.append("\n\n".join([f"## {name}", f"`{report['command']}`", where, "\n".join(table)]))
+        head = [f"## {name}", f"`{report['command']}`", where, *filter(None, [report.get("note")])]
+        parts.append("\n\n".join([*head, "\n".join(table)]))
     if not reports:
         parts.append("No results yet.")
     return "\n\n".join(part.strip() for part in parts) + "\n"
