@@ -381,9 +381,11 @@ def _num_pages(
     if kv_cache_memory_bytes is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         used_bytes = sum(array_bytes(leaf) for leaf in jax.tree.leaves(params))
-        used_bytes += qkernels.added_bytes(params, impl=linear_impl)
         if drafter is not None:
             used_bytes += drafter.num_weight_bytes(params)
+        # Others may live there, too: a trainer with its optimizer, another engine.
+        used_bytes = max(used_bytes, stats.get("bytes_in_use", 0))
+        used_bytes += qkernels.added_bytes(params, impl=linear_impl)
         kv_cache_memory_bytes = memory.kv_budget_bytes(
             device_bytes=stats.get("bytes_limit"),
             used_bytes=used_bytes,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import huggingface_hub
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer, make_model
 
-from jinfer import LLM, BeamSearchParams, RequestOutputKind, SamplingParams, tokenizer
+from jinfer import LLM, BeamSearchParams, RequestOutputKind, SamplingParams, memory, tokenizer
 from jinfer.llm_options import sampling_defaults, take_tokenizer
 
 VOCAB = 300
@@ -338,6 +339,22 @@ def test_defaults_of_sampling_come_from_the_models_folder_however_it_is_named(
     expected = {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
     assert sampling_defaults(name, "auto") == expected
     assert sampling_defaults(name, "none") == {}
+
+
+@pytest.mark.parametrize("others", [0, 2**20])
+def test_the_pool_leaves_room_for_what_others_hold_on_the_device(monkeypatch, params, others):
+    """What is in use counts the weights, too; a runtime that does not tell counts nothing."""
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    stats = {"bytes_limit": 2**24, "bytes_in_use": weights + others if others else 0}
+    real = jax.local_devices()[0]
+    device = types.SimpleNamespace(platform=real.platform, device_kind=real.device_kind)
+    device.memory_stats = lambda: stats
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    found = {}
+    monkeypatch.setattr(memory, "kv_budget_bytes", lambda **known: found.update(known) or 0)
+    with pytest.raises(ValueError, match="no room for a KV cache"):
+        LLM(MODEL, params=params, skip_tokenizer_init=True, **LIMITS)
+    assert (found["device_bytes"], found["used_bytes"]) == (2**24, weights + others)
 
 
 def test_by_default_the_pool_holds_as_many_of_the_longest_sequences_as_may_run(make_llm):
