@@ -66,7 +66,7 @@ class MosaicGpuTiles:
 
 
 def _why_not(target: Target, *args: Any) -> str | None:
-    q, kv, _, page_table, _, _, spec = args
+    q, kv, *_, spec = args
     if target_lib.is_interpreting():
         if reason := target_lib.why_not_interpret("gpu"):
             return reason
@@ -88,8 +88,6 @@ def _why_not(target: Target, *args: Any) -> str | None:
         return f"at most {ROWS} query heads a KV head, got {q.shape[1] // kv.num_kv_heads}"
     if spec.sm_scale <= 0:
         return f"sm_scale must be positive, got {spec.sm_scale}"
-    if page_table.shape[1] == 0 or kv.k_pages.shape[0] == 0:
-        return "there are no pages"
     if spec.config is None:
         if not all(any(candidates(q, kv, n)) for n in (1, spec.max_q_len)):
             return f"no tiles fit into shared memory at head_dim {q.shape[2]}"
