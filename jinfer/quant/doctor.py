@@ -22,7 +22,8 @@ from jinfer.models.model import Model
 from jinfer.qtensor import DoubleScale, QTensor, dequantize
 from jinfer.typing import Params
 from jinfer.weights.fill import Checkpoint, fill
-from jinfer.weights.hf import HFCheckpoint, read_json
+from jinfer.weights.hf import HFCheckpoint
+from jinfer.weights.hf_files import read_json
 from jinfer.weights.interop import Dense, Weight
 from jinfer.weights.load import open_checkpoint
 

@@ -29,7 +29,7 @@ from jinfer.quant.solve import Row, stand_in
 from jinfer.quant.unfinished import Unfinished
 from jinfer.typing import Params
 from jinfer.weights.fill import Checkpoint
-from jinfer.weights.hf import read_safetensors_header
+from jinfer.weights.hf_files import read_safetensors_header
 from jinfer.weights.save import check_export, check_free, save_folder
 
 REPORT_NAMES = ("quantization.json", "quantization.md", "quantization.svg")

@@ -24,7 +24,7 @@ from jinfer.qtensor import DoubleScale, QTensor
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.solve import Row
 from jinfer.weights.fill import Checkpoint
-from jinfer.weights.hf import read_json, read_safetensors_header
+from jinfer.weights.hf_files import read_json, read_safetensors_header
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ import numpy as np
 from jinfer.config import require
 from jinfer.qformat import CHANNEL
 from jinfer.qtensor import QTensor
-from jinfer.weights.hf import INDEX, QUANTIZATION_KEYS, HFCheckpoint
+from jinfer.weights.hf import QUANTIZATION_KEYS, HFCheckpoint
+from jinfer.weights.hf_files import INDEX
 from jinfer.weights.interop import Dense
 from jinfer.weights.save import (
     EXPORTS,

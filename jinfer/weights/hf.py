@@ -3,156 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jinfer.config import ModelConfig
 from jinfer.models.families import Path, config_from_hf, names_of, placements
 from jinfer.weights.fill import DTYPES
+from jinfer.weights.hf_files import (
+    INDEX,
+    STORED_DTYPES,
+    StoredTensor,
+    read_json,
+    read_safetensors_header,
+    safetensors_files,
+)
 from jinfer.weights.interop import Weight
 from jinfer.weights.quantized import QuantizedModules, first_marked, kv_scale_of
 
-INDEX = "model.safetensors.index.json"
 # Where config.json says how weights are quantized; the second is compressed-tensors' of old.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-# The types of plain weights; any other comes with a quantization that says what it means.
-_STORED_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-# Those of codes and scales, which a reader of `quantized` understands.
-_CODE_DTYPES: dict[str, np.dtype[Any]] = {
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "I16": np.dtype("<i2"),
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
-_DTYPES = _STORED_DTYPES | _CODE_DTYPES
 _EMBEDDING_NAMES = (
     *("model.embed_tokens.weight", "embed_tokens.weight"),
     *("language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: `path` from byte `offset`, C order."""
-
-    path: pathlib.Path
-    dtype_name: str
-    shape: tuple[int, ...]
-    offset: int
-
-    def read(self) -> np.ndarray:
-        """Returns the tensor as a read-only view of the file, unmapped when it is dropped.
-
-        Raises:
-          ValueError: of a type that is not supported.
-        """
-        dtype = _DTYPES.get(self.dtype_name)
-        if dtype is None:
-            raise ValueError(
-                f"{self.path} holds a tensor as {self.dtype_name}; supported: {', '.join(_DTYPES)}"
-            )
-        if 0 in self.shape:
-            return np.empty(self.shape, dtype)
-        return np.memmap(self.path, dtype, "r", self.offset, self.shape)
-
-
-def read_safetensors_header(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of one .safetensors file.
-
-    Raises:
-      ValueError: the file is cut short, or its header is not one.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if size < 8 or start > size:
-            raise ValueError(
-                f"{path} is truncated or no safetensors file: {size} bytes, its header should end "
-                f"at byte {start}; download it again"
-            )
-        try:
-            header = json.loads(file.read(start - 8))
-            rows = {name: _row(r) for name, r in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} has a damaged safetensors header ({error})") from error
-    tensors = {}
-    for name, (dtype_name, shape, begin, end) in rows.items():
-        if start + end > size:
-            raise ValueError(
-                f"{path} is truncated: tensor {name} needs bytes up to {start + end}, the file has "
-                f"{size}; download it again"
-            )
-        dtype = _DTYPES.get(dtype_name)
-        if dtype is not None and end - begin != dtype.itemsize * int(np.prod(shape, dtype=int)):
-            raise ValueError(
-                f"{path} is damaged: {name} is {dtype_name}{list(shape)} in {end - begin} bytes"
-            )
-        tensors[name] = StoredTensor(path, dtype_name, shape, start + begin)
-    return tensors
-
-
-def _row(row: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    """Type, shape, begin and end of a tensor; raises what it may if a header has no such row."""
-    shape, (begin, end) = tuple(row["shape"]), row["data_offsets"]
-    numbers = (*shape, begin, end)
-    if not isinstance(row["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"no tensor is {row}")
-    return row["dtype"], shape, begin, end
-
-
-def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the weight files of a folder: those of its index, else the single one, else all.
-
-    Raises:
-      FileNotFoundError: the index names a file that is not there.
-    """
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, Mapping) or not weight_map:
-            raise ValueError(f"{index} has no 'weight_map'")
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index} has a 'weight_map' that names other things than files")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{index} names {file.name}, which is not in the folder")
-        return files
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    # "consolidated" is Mistral's own spelling of weights that the folder also holds.
-    return sorted(
-        file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated")
-    )
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Raises:
-      ValueError: it is not one.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
-    return value
 
 
 def read_hf_config(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -249,10 +126,10 @@ class HFCheckpoint:
                 self._apart[name] = self._tensors.pop(name)
             elif self._is_empty_bias(config, name):
                 self._apart[name] = self._tensors.pop(name)
-            elif tensor.dtype_name not in _STORED_DTYPES and placements(config, name):
+            elif tensor.dtype_name not in STORED_DTYPES and placements(config, name):
                 raise ValueError(
                     f"{name} in {tensor.path} is stored as {tensor.dtype_name}; "
-                    f"supported: {', '.join(_STORED_DTYPES)}"
+                    f"supported: {', '.join(STORED_DTYPES)}"
                 )
         shapes = {n: tensor.shape for n, tensor in self._tensors.items() if n not in taken}
         quantized = self._quantized.shapes if self._quantized is not None else {}
@@ -328,7 +205,7 @@ class HFCheckpoint:
                 return stated
         embedding = self._embedding()
         if embedding is not None and embedding.dtype_name in ("BF16", "F16"):
-            return _STORED_DTYPES[embedding.dtype_name].name
+            return STORED_DTYPES[embedding.dtype_name].name
         return "float32"
 
     def read_quantized(self, name: str) -> Weight | None:

@@ -10,7 +10,8 @@ from jinfer.models.model import Model
 from jinfer.quant import on_load
 from jinfer.weights.fill import Checkpoint, fill, resolve_dtype
 from jinfer.weights.gguf import GGUFCheckpoint
-from jinfer.weights.hf import HFCheckpoint, read_hf_config, safetensors_files
+from jinfer.weights.hf import HFCheckpoint, read_hf_config
+from jinfer.weights.hf_files import safetensors_files
 from jinfer.weights.locate import fetch_from_hub, locate
 
 _CONFIG_FILES = ("config.json", "generation_config.json")

@@ -27,7 +27,8 @@ from jinfer.weights.ct_format import ct_config, write_ct
 from jinfer.weights.fp8_format import fp8_config, write_fp8
 from jinfer.weights.gguf_write import check_gguf, write_gguf
 from jinfer.weights.gptq_format import gptq_config, write_gptq
-from jinfer.weights.hf import INDEX, QUANTIZATION_KEYS
+from jinfer.weights.hf import QUANTIZATION_KEYS
+from jinfer.weights.hf_files import INDEX
 from jinfer.weights.native_format import native_config, write_native
 
 EXPORTS: Mapping[

@@ -13,7 +13,7 @@ from jinfer.qformat import QFormat
 from jinfer.weights import save
 from jinfer.weights.ct_format import ct_config, write_ct
 from jinfer.weights.gptq_format import gptq_config, write_gptq
-from jinfer.weights.hf import read_safetensors_header, safetensors_files
+from jinfer.weights.hf_files import read_safetensors_header, safetensors_files
 from jinfer.weights.load import open_checkpoint
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))

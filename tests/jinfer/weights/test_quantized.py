@@ -17,7 +17,7 @@ from jinfer.weights.bnb_format import bnb_config, write_bnb
 from jinfer.weights.ct_format import ct_config, write_ct
 from jinfer.weights.fp8_format import fp8_config, write_fp8
 from jinfer.weights.gptq_format import gptq_config, write_gptq
-from jinfer.weights.hf import read_safetensors_header
+from jinfer.weights.hf_files import read_safetensors_header
 from jinfer.weights.load import open_checkpoint
 from jinfer.weights.native_format import native_config, write_native
 from jinfer.weights.save import save_folder, write_tensors
