@@ -1,8 +1,9 @@
 """Examines a quantized folder, whoever wrote it: what loads without an error may still be wrong.
 
-Signs that need no other model: values that are not finite, scales that are zero, negative or
-inverted, zero points of the other GPTQ version. With the float model that it came from: that each
-weight is its float times the scale that was folded into its norm, up to rounding.
+Signs that need no other model: values that are not finite, scales that the reader refuses (see
+`interop.check_scales`) or that are zero over codes that are not, inverted scales, zero points of
+the other GPTQ version. With the float model that it came from: that each weight is its float times
+the scale that was folded into its norm, up to rounding.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,7 +76,13 @@ def examine(
     num_quantized = num_dense = num_floats = 0
     formats: dict[str, int] = {}
     for name in checkpoint.shapes:
-        weight = checkpoint.read_quantized(name)
+        try:
+            weight = checkpoint.read_quantized(name)
+        except ValueError as error:
+            module = name.removesuffix(".weight")
+            text = str(error).removeprefix(f"{checkpoint.path}: ").removeprefix(f"{module}: ")
+            problems.append((module, text))
+            continue
         if weight is None:
             num_floats += 1
             tensor = np.asarray(checkpoint.read(name, np.dtype(np.float32)), np.float32)
@@ -115,9 +123,9 @@ def signs(weight: Weight) -> list[str]:
             if bad:
                 found.append(f"{bad} of {array.size} {what} are NaN or infinite")
         scale = weight.scales()
-        bad = int(jnp.sum(scale <= 0))
+        bad = _num_lost(weight, scale)
         if bad:
-            found.append(f"{bad} of {scale.size} scales are zero or negative")
+            found.append(f"{bad} of {weight.size} codes are not zero, but their scales are")
         w = dequantize(weight)
     else:
         w = jnp.asarray(weight.w)
@@ -139,6 +147,15 @@ def signs(weight: Weight) -> list[str]:
                 f"GPTQ version (v1 stores one less)"
             )
     return found
+
+
+def _num_lost(weight: QTensor, scale: jax.Array) -> int:
+    """Weights that a scale of zero makes zero, though their codes are not."""
+    if bool(jnp.all(scale != 0)):
+        return 0
+    fmt = dataclasses.replace(weight.fmt, double_quant=False)
+    ones = (scale == 0).astype(jnp.float32)
+    return int(jnp.sum(dequantize(dataclasses.replace(weight, scale=ones, fmt=fmt)) != 0))
 
 
 def _examine_report(

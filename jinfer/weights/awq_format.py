@@ -18,6 +18,7 @@ from jinfer.qformat import QFormat
 from jinfer.qtensor import QTensor
 from jinfer.weights.bitpack import pack_words, unpack_words
 from jinfer.weights.interop import (
+    Sign,
     Tensors,
     Weight,
     check_writable,
@@ -37,6 +38,7 @@ class AWQReader:
 
     group: int
     leaves: tuple[str, ...] = ("qweight", "qzeros", "scales")
+    scales: tuple[tuple[str, Sign], ...] = (("scales", "any"),)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> AWQReader:

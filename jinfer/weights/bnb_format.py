@@ -23,7 +23,7 @@ from jinfer.config import require
 from jinfer.qformat import CHANNEL, CODEBOOKS, QFormat
 from jinfer.qlinear import OUTLIER_THRESHOLD
 from jinfer.qtensor import DYNAMIC_MAP, DoubleScale, QTensor, from_codes
-from jinfer.weights.interop import Dense, Tensors, Weight
+from jinfer.weights.interop import Dense, Sign, Tensors, Weight, check_scales
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _MAP_ERROR = 1e-6
@@ -37,6 +37,10 @@ class BNBReader:
     leaves: tuple[str, ...] = (
         *("weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map"),
         *("weight.nested_absmax", "weight.nested_quant_map", _STATE + "nf4", _STATE + "fp4"),
+    )
+    scales: tuple[tuple[str, Sign], ...] = (
+        *(("SCB", "not negative"), ("weight.absmax", "not negative"), ("weight.quant_map", "any")),
+        *(("weight.nested_absmax", "not negative"), ("weight.nested_quant_map", "any")),
     )
 
     @classmethod
@@ -122,7 +126,7 @@ def _read_4bit(module: str, tensors: Tensors) -> Weight:
 
     double = None
     if "weight.nested_absmax" in tensors:
-        absmax, double = _nested_scales(absmax, tensors, state)
+        absmax, double = _nested_scales(module, absmax, tensors, state)
 
     book = np.asarray(tensors["weight.quant_map"], np.float32)
     reason = None
@@ -146,12 +150,13 @@ def _read_4bit(module: str, tensors: Tensors) -> Weight:
 
 
 def _nested_scales(
-    codes: np.ndarray, tensors: Tensors, state: Mapping[str, Any]
+    module: str, codes: np.ndarray, tensors: Tensors, state: Mapping[str, Any]
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
     """Flat f32 scales, and (codes, absmax, offset) if DoubleScale has the same map and blocks."""
     table = np.asarray(tensors["weight.nested_quant_map"], np.float32)
     absmax = np.asarray(tensors["weight.nested_absmax"], np.float32)
     inner, offset = int(state["nested_blocksize"]), np.float32(state["nested_offset"])
+    check_scales(module, {"nested_offset": np.asarray(offset)}, [("nested_offset", "any")])
     scale = table[codes] * np.repeat(absmax, inner)[: codes.size] + offset
     is_ours = inner == 256 and np.abs(table - DYNAMIC_MAP).max() <= _MAP_ERROR
     return scale, (codes, absmax, np.asarray(offset)) if is_ours else None

@@ -21,13 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jinfer.config import require
-from jinfer.qformat import CHANNEL, TENSOR, QFormat
+from jinfer.qformat import CHANNEL, TENSOR, QFormat, expand_groups
 from jinfer.qtensor import QTensor, dequantize, from_codes
 from jinfer.weights.bitpack import pack_words, unpack_padded_words, unpack_words
 from jinfer.weights.interop import (
     Dense,
+    Sign,
     Tensors,
     Weight,
+    check_scales,
     check_writable,
     make_qtensor,
     matches,
@@ -60,6 +62,7 @@ class CTReader:
         *("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point"),
         *("weight_g_idx", "input_scale", "input_zero_point"),
     )
+    scales: tuple[tuple[str, Sign], ...] = (("weight_scale", "any"),)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> CTReader:
@@ -147,7 +150,7 @@ class CTReader:
             offset = 2 ** (bits - 1) if zero is None else zero[g_idx].astype(np.float32)
             return Dense((unsigned - offset) * scale[g_idx].astype(np.float32), reason)
         unsigned = unsigned if perm is None else unsigned[perm]
-        return _make(unsigned, scale, zero, fmt, tensors, perm=perm)
+        return _make(module, unsigned, scale, zero, fmt, tensors, perm=perm)
 
 
 def _by_group(scale: np.ndarray) -> np.ndarray:
@@ -211,10 +214,11 @@ def _read_int(module: str, tensors: Tensors, scheme: Scheme) -> Weight:
     zero = tensors.get("weight_zero_point")
     if zero is not None:
         zero = _by_group(zero).astype(np.int16) - least
-    return _make(unsigned, scale, zero, fmt, tensors)
+    return _make(module, unsigned, scale, zero, fmt, tensors)
 
 
 def _make(
+    module: str,
     unsigned: np.ndarray,
     scale: np.ndarray,
     zero: np.ndarray | None,
@@ -224,7 +228,7 @@ def _make(
     perm: np.ndarray | None = None,
 ) -> Weight:
     """A QTensor; with zero points and quantized inputs, which no QTensor has, their floats."""
-    act_scale = _static(tensors, fmt)
+    act_scale = _static(module, tensors, fmt)
     if zero is None or fmt.act is None or np.all(zero == 2 ** (fmt.bits - 1)):
         return make_qtensor(unsigned, scale, zero, fmt, act_scale=act_scale, perm=perm)
     plain = dataclasses.replace(fmt, act=None)
@@ -232,12 +236,17 @@ def _make(
     return Dense(values, "asymmetric weights with quantized inputs run in float")
 
 
-def _static(tensors: Tensors, fmt: QFormat) -> np.ndarray | None:
+def _static(module: str, tensors: Tensors, fmt: QFormat) -> np.ndarray | None:
     if fmt.act != "static":
         return None
     scale = tensors.get("input_scale")
-    require(scale is not None and scale.size == 1, "static inputs need one input_scale")
+    require(
+        scale is not None and scale.size == 1,
+        f"{module}: its config says that the scale of its inputs is static: it needs an "
+        f"input_scale of one number, got {'none' if scale is None else list(scale.shape)}",
+    )
     assert scale is not None
+    check_scales(module, tensors, [("input_scale", "positive")])
     return scale.astype(np.float32)
 
 
@@ -248,6 +257,7 @@ def _read_float(module: str, tensors: Tensors, scheme: Scheme) -> Weight:
         q.dtype == jnp.float8_e4m3fn,
         f"{module}: float weights must be F8_E4M3, got {q.dtype}",
     )
+    check_scales(module, tensors, [("weight_scale", "not negative")])
     return read_fp8(module, q, scale, act=_act(module, scheme), tensors=tensors)
 
 
@@ -271,13 +281,26 @@ def read_fp8(
             f"{module}: scales of fp8 [{num_outputs}, {num_inputs}] must be one, one an output or "
             f"{list(blocks)} for blocks of 128, got {list(scale.shape)}"
         )
-    act_scale = _static(tensors, fmt)
+    _check_fp8_scales(module, q, scale, fmt)
+    act_scale = _static(module, tensors, fmt)
     return from_codes(
         jnp.asarray(np.ascontiguousarray(q.T)),
         jnp.asarray(np.ascontiguousarray(scale)),
         None,
         fmt,
         act_scale=None if act_scale is None else jnp.asarray(act_scale).reshape(()),
+    )
+
+
+def _check_fp8_scales(module: str, q: np.ndarray, scale: np.ndarray, fmt: QFormat) -> None:
+    """A scale of zero stands for nothing but zeros."""
+    if np.all(scale > 0):
+        return
+    is_zero = (q.T.view(np.uint8) & 0x7F) == 0  # +0 and -0, [I, O]
+    rows = np.asarray(expand_groups(jnp.asarray(scale, jnp.float32), fmt, *is_zero.shape))
+    require(
+        bool(np.all(is_zero | (rows > 0))),
+        f"{module}: a scale of fp8 is 0, but its codes are not: the file is damaged, make it again",
     )
 
 

@@ -20,7 +20,7 @@ from jinfer.config import require
 from jinfer.qformat import TENSOR
 from jinfer.qtensor import QTensor
 from jinfer.weights.ct_format import read_fp8
-from jinfer.weights.interop import Tensors, Weight
+from jinfer.weights.interop import Sign, Tensors, Weight, check_scales
 
 LARGEST_WEIGHT = 100.0  # beyond it a scale has surely been read upside down
 
@@ -38,6 +38,9 @@ class FP8Reader:
     is_inverse: bool
     leaves: tuple[str, ...] = (
         *("weight", "weight_scale", "weight_scale_inv", "input_scale", "activation_scale"),
+    )
+    scales: tuple[tuple[str, Sign], ...] = (
+        *(("weight_scale", "not negative"), ("weight_scale_inv", "not negative")),
     )
 
     @classmethod
@@ -75,12 +78,9 @@ class FP8Reader:
         names = [n for n in ("weight_scale", "weight_scale_inv") if n in tensors]
         require(len(names) == 1, f"{module} must have weight_scale or weight_scale_inv")
         scale = tensors[names[0]].astype(np.float32)
-        require(
-            bool(np.all(np.isfinite(scale) & (scale > 0))),
-            f"{module}: {names[0]} must be positive and finite",
-        )
         other = " / " if self.is_inverse else " * "
         if self.is_inverse:
+            check_scales(module, {names[0]: scale}, [(names[0], "positive")])
             scale = np.float32(1) / scale
         inputs = dict(tensors)
         if "activation_scale" in inputs:

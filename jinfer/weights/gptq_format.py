@@ -26,6 +26,7 @@ from jinfer.qtensor import QTensor, dequantize
 from jinfer.weights.bitpack import pack_words, unpack_words
 from jinfer.weights.interop import (
     Dense,
+    Sign,
     Tensors,
     Weight,
     check_writable,
@@ -60,6 +61,7 @@ class GPTQReader:
     version: int
     dynamic: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     leaves: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
+    scales: tuple[tuple[str, Sign], ...] = (("scales", "any"),)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> GPTQReader:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +29,8 @@ class Dense:
 
 Weight: TypeAlias = QTensor | Dense
 Tensors: TypeAlias = Mapping[str, np.ndarray]
+Sign: TypeAlias = Literal["any", "not negative", "positive"]
+"""What the numbers of a scale may be, besides finite."""
 
 
 class Reader(Protocol):
@@ -39,6 +41,16 @@ class Reader(Protocol):
         """Names that a module's tensors have in this format, such as "qweight"."""
         ...
 
+    @property
+    def scales(self) -> tuple[tuple[str, Sign], ...]:
+        """Those leaves that scale codes, whether they are used or not.
+
+        "any" sign where files have negative scales: AutoRound gives a group's scale the sign of its
+        largest weight, in GPTQ, AWQ and compressed-tensors files. Zero is the scale of a group of
+        zeros, or of one whose scale f16 cannot hold.
+        """
+        ...
+
     def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
         """Returns [O, I] of a module; reads little more than the tensors' shapes."""
         ...
@@ -46,6 +58,24 @@ class Reader(Protocol):
     def read(self, module: str, tensors: Tensors) -> Weight:
         """Returns a module's weight; raises ValueError, naming the module, if they do not fit."""
         ...
+
+
+def check_scales(module: str, tensors: Tensors, leaves: Iterable[tuple[str, Sign]]) -> None:
+    """Raises ValueError, naming module and leaf, unless all scales that there are can be ones."""
+    for leaf, sign in leaves:
+        if leaf not in tensors or not jnp.issubdtype(tensors[leaf].dtype, jnp.floating):
+            continue  # not there, or codes of double scales
+        with np.errstate(over="ignore", invalid="ignore"):  # f64 that f32 cannot hold is infinite
+            values = np.asarray(tensors[leaf]).astype(np.float32)
+        is_bad = ~np.isfinite(values)
+        if sign != "any":
+            is_bad |= values < 0 if sign == "not negative" else values <= 0
+        if np.any(is_bad):
+            must = "finite" if sign == "any" else f"{sign} and finite"
+            raise ValueError(
+                f"{module}: {leaf} must be {must}, got {values[is_bad].flat[0]:.3g} "
+                f"({int(is_bad.sum())} of {values.size}): the file is damaged, make it again"
+            )
 
 
 def make_qtensor(

@@ -21,7 +21,7 @@ import numpy as np
 from jinfer.config import require
 from jinfer.qformat import CODEBOOKS, FP8_DTYPES, QFormat
 from jinfer.qtensor import DoubleScale, QTensor, from_codes, pack_bits, unpack_bits
-from jinfer.weights.interop import Tensors, Weight
+from jinfer.weights.interop import Sign, Tensors, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,10 @@ class NativeReader:
     leaves: tuple[str, ...] = (
         *("qcodes", "qshape", "qscale", "qzero", "act_scale", "perm"),
         *("qscale_absmax", "qscale_offset"),
+    )
+    scales: tuple[tuple[str, Sign], ...] = (
+        *(("qscale", "any"), ("qzero", "any"), ("act_scale", "positive")),
+        *(("qscale_absmax", "not negative"), ("qscale_offset", "any")),
     )
 
     @classmethod

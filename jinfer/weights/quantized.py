@@ -19,7 +19,7 @@ from jinfer.weights.bnb_format import BNBReader
 from jinfer.weights.ct_format import CTReader
 from jinfer.weights.fp8_format import FP8Reader
 from jinfer.weights.gptq_format import GPTQReader
-from jinfer.weights.interop import Dense, Reader, Weight
+from jinfer.weights.interop import Dense, Reader, Weight, check_scales
 from jinfer.weights.native_format import NativeReader
 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
@@ -74,6 +74,17 @@ def _located(where: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+@contextlib.contextmanager
+def _named(module: str) -> Iterator[None]:
+    """Puts a module's name before what is wrong with it, where the message lacks it."""
+    try:
+        yield
+    except ValueError as error:
+        if module in str(error):
+            raise
+        raise ValueError(f"{module}: {error}") from error
 
 
 class _Leaves(dict[str, np.ndarray]):
@@ -147,8 +158,10 @@ class QuantizedModules:
           ValueError: its tensors do not fit each other.
         """
         module = name.removesuffix(".weight")
-        with _located(self._where):
-            weight = self.reader.read(module, self._tensors(module))
+        with _located(self._where), _named(module):
+            tensors = self._tensors(module)
+            check_scales(module, tensors, self.reader.scales)
+            weight = self.reader.read(module, tensors)
         if isinstance(weight, Dense):
             if weight.reason not in self.dense_reasons.values():
                 _log.warning("%s: %s held dense: %s", self._where, module, weight.reason)

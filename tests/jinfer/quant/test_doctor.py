@@ -59,7 +59,7 @@ def test_values_that_are_not_finite_are_named(make_folder):
 
     rewrite(folder, spoil)
     problems = dict(examine(folder).problems)
-    assert "1 of 192 scales are NaN" in problems[name]
+    assert "qscale must be finite, got nan (1 of 192)" in problems[name]
     assert "1 of 64 values are NaN" in problems["model.norm.weight"]
 
 
