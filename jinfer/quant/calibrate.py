@@ -23,6 +23,7 @@ from jinfer import ops
 from jinfer.config import require
 from jinfer.models import block
 from jinfer.models.model import Model
+from jinfer.qtensor import check_finite
 from jinfer.quant.factor import dot_transposed, gram
 from jinfer.typing import Params
 
@@ -102,6 +103,32 @@ def chunks_of(tokens: Array) -> Array:
     most = max(1, min(num_sequences, CHUNK_TOKENS // length))
     size = next(s for s in range(most, 0, -1) if num_sequences % s == 0)
     return tokens.reshape(num_sequences // size, size, length)
+
+
+_LEAVES = {"w": "weight", "b": "bias"}
+
+
+def check_layers(params: Params) -> None:
+    """Raises ValueError, naming the first, if a parameter of a block is not finite.
+
+    Before anything runs: behind a NaN in a weight all activations are NaN, and seem to be at fault.
+    """
+    for path, leaf in jax.tree.leaves_with_path(params["layers"]):
+        name, _, kind = jax.tree_util.keystr(path, simple=True, separator=".").rpartition(".")
+        check_finite(jnp.asarray(leaf), f"layers.{name}: {_LEAVES.get(kind, kind)}")
+
+
+def first_inputs(model: Model, params: Params, tokens: Array) -> Array:
+    """The first block's inputs f32 [C, S, T, D] of calibration tokens [n, T].
+
+    Raises:
+      ValueError: a parameter that calibration meets is not finite; the message names it.
+    """
+    check_layers(params)
+    x = embed(model, params, chunks_of(tokens)).astype(jnp.float32)
+    if not bool(jnp.all(jnp.isfinite(x))):
+        check_finite(jnp.asarray(params["embed"]["w"]), "embed: weight")
+    return x
 
 
 @functools.partial(jax.jit, static_argnums=0)

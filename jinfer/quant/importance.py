@@ -41,10 +41,9 @@ def measure_importance(
       on_layer: called after each layer with its index.
 
     Raises:
-      ValueError: activations are not finite, with the place.
+      ValueError: parameters or activations are not finite, with the place.
     """
-    chunks = calibrate.chunks_of(jnp.asarray(tokens, jnp.int32))
-    x = calibrate.embed(model, params, chunks).astype(jnp.float32)
+    x = calibrate.first_inputs(model, params, jnp.asarray(tokens, jnp.int32))
     out: dict[Path, np.ndarray] = {}
 
     def keep(layer: int, block: str, parts: tuple[str, ...], inputs: Array) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jinfer.config import require
@@ -68,7 +67,7 @@ def quantize_model(
     )
     x = None
     if tokens is not None and recipe.needs_calibration:
-        x = calibrate.embed(model, params, calibrate.chunks_of(tokens)).astype(jnp.float32)
+        x = calibrate.first_inputs(model, params, tokens)
     # What the float model has at the same place: where quantized blocks have led it astray, the
     # methods that correct pull it back.
     corrects = any(method is not None and method.correct for _, method in recipe.rules)
@@ -103,7 +102,7 @@ def fold_model(model: Model, params: Params, recipe: Recipe, tokens: Array) -> d
 
     Logits are those of `params`, up to rounding: how folding is checked without quantization.
     """
-    x = calibrate.embed(model, params, calibrate.chunks_of(tokens)).astype(jnp.float32)
+    x = calibrate.first_inputs(model, params, tokens)
     layers = []
     for i, layer in enumerate(params["layers"]):
         folded, x = LayerQuantizer(model, i, recipe).fold(layer, x)

@@ -97,8 +97,12 @@ def measure(
       method: of an integer format, whose bits are replaced.
       windows: i32 [n, T] tokens to measure on; a forward pass from its layer on for each group.
       on_unit: called with the number of units done.
+
+    Raises:
+      ValueError: a parameter of a block is not finite.
     """
     formats = [dataclasses.replace(method.format, bits=bits) for bits in WIDTHS]
+    calibrate.check_layers(params)
     xs = [embed(model, params, jnp.asarray(w, jnp.int32)) for w in windows]
     references = [logits_from(model, params, 0, x) for x in xs]
     units = []

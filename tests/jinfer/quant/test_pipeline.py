@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jinfer.qtensor import QTensor
-from jinfer.quant import calibrate
+from jinfer.quant import calibrate, sensitivity
+from jinfer.quant.importance import measure_importance
 from jinfer.quant.layer import LayerQuantizer
 from jinfer.quant.pipeline import fold_model, linear_names, quantize_model
 from jinfer.quant.recipe import Recipe, make_method
@@ -222,9 +223,40 @@ def test_what_cannot_be_quantized_is_named(make_model):
     with pytest.raises(ValueError, match="quantized already"):
         run(quantized, gptq, TOKENS)
     spoilt = {**params, "embed": {"w": params["embed"]["w"].at[5].set(jnp.nan)}}
-    with pytest.raises(ValueError, match=r"inputs of layers.0.attn.q hold NaN"):
+    with pytest.raises(ValueError, match=r"^embed: weight holds 64 NaN"):
         run(spoilt, gptq, TOKENS)
     layers = jax.tree.map(lambda a: a, params["layers"])
     layers[1]["mlp"]["up"]["w"] = layers[1]["mlp"]["up"]["w"].at[0, 0].set(jnp.inf)
     with pytest.raises(ValueError, match=r"layers.1.mlp.up: weight holds 1 NaN"):
         run({**params, "layers": layers}, uniform("rtn", "int4-g32"))
+
+
+CALIBRATED = {
+    "gptq": uniform("gptq", "int4-g32"),
+    "awq": uniform("awq", "int4-g32-asym"),
+    "smoothquant": uniform("smoothquant"),
+    "static": uniform("fp8", "fp8-e4m3-tensor:static"),
+    "correct": uniform("gptq", "int4-g32", correct=0.5),
+}
+
+
+@pytest.mark.parametrize(
+    "path", [("attn", "q", "w"), ("attn_norm", "scale"), ("mlp", "down", "w"), ("attn", "k", "b")]
+)
+def test_what_calibrates_names_the_parameter_that_is_not_finite(path, make_model):
+    model, params = make_model("qwen2")
+    layers = jax.tree.map(lambda a: a, params["layers"])
+    node = functools.reduce(lambda tree, key: tree[key], path[:-1], layers[0])
+    node[path[-1]] = node[path[-1]].at[..., 0].set(jnp.nan)
+    spoilt = {**params, "layers": layers}
+    what = {"w": "weight", "b": "bias"}.get(path[-1], path[-1])
+    match = f"^layers.0.{'.'.join(path[:-1])}: {what} holds [0-9]+ NaN"
+    for name, recipe in CALIBRATED.items():
+        with pytest.raises(ValueError, match=match):
+            quantize_model(model, spoilt, recipe, TOKENS, is_sequential=name == "correct")
+    with pytest.raises(ValueError, match=match):
+        fold_model(model, spoilt, CALIBRATED["awq"], TOKENS)
+    with pytest.raises(ValueError, match=match):
+        measure_importance(model, spoilt, TOKENS)
+    with pytest.raises(ValueError, match=match):
+        sensitivity.measure(model, spoilt, make_method("rtn", "int4-g32"), np.asarray(TOKENS))
