@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jinfer.weights.gguf import END_OF_TURN
+from jinfer.weights.gguf_ends import END_OF_TURN
 from jinfer.weights.gguf_file import GGUFFile
 from jinfer.weights.locate import locate
 

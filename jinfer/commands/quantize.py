@@ -119,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     from jinfer.quant.recipe import Recipe, make_method
     from jinfer.tokenizer import tokenizer_files
     from jinfer.weights.fill import fill, resolve_dtype
+    from jinfer.weights.hf import generation_files
     from jinfer.weights.load import open_checkpoint
     from jinfer.weights.save import check_free
 
@@ -168,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
         held_out=held_out,
         held_out_source=f"{args.calibration}, not used for calibration",
         is_sequential=sequential,
-        files=tokenizer_files(args.model, args.revision),
+        files=tokenizer_files(args.model, args.revision) | generation_files(checkpoint.path),
         vocabulary=vocabulary(args, model) if args.export == "gguf" else None,
         choices=choices,
         versions={"jinfer": jinfer.__version__, "jax": jax.__version__},

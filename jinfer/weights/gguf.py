@@ -23,6 +23,7 @@ from jinfer.config import ModelConfig
 from jinfer.models.families import Path, config_from_hf, is_linear, placements
 from jinfer.qtensor import QTensor
 from jinfer.weights.gguf_blocks import FORMATS, qtensor_of, read_blocks
+from jinfer.weights.gguf_ends import eos_token_ids
 from jinfer.weights.gguf_file import GGUFFile
 
 ARCHITECTURES = {
@@ -48,9 +49,6 @@ _NEUTRAL = {  # such keys that may stand there with a value that changes nothing
     "rope.scaling.yarn_attn_factor": (1.0,),
     "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
 }
-# Ends of a turn that older files do not name by key.
-END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
-_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -102,16 +100,6 @@ class _Metadata:
 
     def tokenizer(self, key: str) -> Any:
         return self.file.metadata.get(f"tokenizer.ggml.{key}")
-
-
-def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Returns the tokens that end a text or a turn, the file's eos token first."""
-    metadata = _Metadata(file)
-    ids = [metadata.tokenizer(key) for key in _END_KEYS]
-    tokens = metadata.tokenizer("tokens")
-    if isinstance(tokens, list) and metadata.tokenizer("eot_token_id") is None:
-        ids += [tokens.index(token) for token in END_OF_TURN if token in tokens]
-    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:

@@ -221,7 +221,12 @@ def metadata_of(
     require(len(ends) <= 3, f"a GGUF file names three tokens that end a text, these are {ends}")
     ids = dict(zip(("eos", "eot", "eom"), ends, strict=False))
     ids |= {"bos": config.bos_token_id, "padding": config.pad_token_id}
-    named = {f"tokenizer.ggml.{key}_token_id": i for key, i in ids.items() if i is not None}
+    named: dict[str, Any] = {
+        f"tokenizer.ggml.{key}_token_id": i for key, i in ids.items() if i is not None
+    }
+    if ends:  # else our reader would add the end tokens that it finds in the vocabulary
+        stated = [i for i in ends if i in config.eos_token_ids]
+        named["tokenizer.ggml.eos_token_ids"] = stated or ends
     return out | named | vocabulary
 
 

@@ -24,6 +24,7 @@ from jinfer.weights.hf_files import (
 from jinfer.weights.interop import Weight
 from jinfer.weights.quantized import QuantizedModules, first_marked, kv_scale_of
 
+GENERATION = "generation_config.json"
 # Where config.json says how weights are quantized; the second is compressed-tensors' of old.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _EMBEDDING_NAMES = (
@@ -44,13 +45,26 @@ def read_hf_config(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise FileNotFoundError(f"no config.json in {folder}: not a Hugging Face model folder")
     hf = read_json(path)
     config = config_from_hf(hf)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        eos = read_json(generation).get("eos_token_id")  # what transformers' generate stops at
-        if eos is not None:
-            ids = tuple(eos) if isinstance(eos, list) else (eos,)
-            config = dataclasses.replace(config, eos_token_ids=ids)
-    return config, hf
+    return with_generation_ends(config, folder), hf
+
+
+def generation_files(path: pathlib.Path) -> dict[str, bytes]:
+    """Returns the generation_config.json of a model's folder by name, for a copy of the model."""
+    file = path / GENERATION
+    return {GENERATION: file.read_bytes()} if file.is_file() else {}
+
+
+def with_generation_ends(config: ModelConfig, folder: pathlib.Path) -> ModelConfig:
+    """Returns the config with the ends that a folder's generation_config.json states, if it does.
+
+    They go before all others: transformers' `generate` stops there.
+    """
+    generation = folder / GENERATION
+    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    if eos is None:
+        return config
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    return dataclasses.replace(config, eos_token_ids=ids)
 
 
 def quantization_config(folder: pathlib.Path, hf: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from typing import Any
 
 from jinfer.config import ModelConfig
@@ -10,7 +11,7 @@ from jinfer.models.model import Model
 from jinfer.quant import on_load
 from jinfer.weights.fill import Checkpoint, fill, resolve_dtype
 from jinfer.weights.gguf import GGUFCheckpoint
-from jinfer.weights.hf import HFCheckpoint, read_hf_config
+from jinfer.weights.hf import HFCheckpoint, read_hf_config, with_generation_ends
 from jinfer.weights.hf_files import safetensors_files
 from jinfer.weights.locate import fetch_from_hub, locate
 
@@ -65,7 +66,19 @@ def _open_as_it_is(path_or_name: str | os.PathLike[str], revision: str | None) -
             f"quantization 'gguf' keeps the types of a GGUF file, {path_or_name} is none; "
             f"quantized folders are always loaded as they are"
         )
-    return GGUFCheckpoint(path, keeps_quantized=True)
+    return _open_gguf(path_or_name, path, keeps_quantized=True)
+
+
+def _open_gguf(
+    given: str | os.PathLike[str], path: pathlib.Path, *, keeps_quantized: bool = False
+) -> GGUFCheckpoint:
+    """Opens a GGUF file; if its folder was given, with the ends that it states beside."""
+    checkpoint = GGUFCheckpoint(path, keeps_quantized=keeps_quantized)
+    folder = pathlib.Path(given).expanduser()
+    if folder.is_dir():
+        checkpoint.config = with_generation_ends(checkpoint.config, folder)
+        checkpoint.hf["eos_token_id"] = list(checkpoint.config.eos_token_ids)
+    return checkpoint
 
 
 def open_checkpoint(
@@ -75,7 +88,7 @@ def open_checkpoint(
     path = locate(path_or_name, revision)
     if path is None:
         path = fetch_from_hub(os.fspath(path_or_name), revision, _WEIGHT_FILES)
-    return GGUFCheckpoint(path) if path.is_file() else HFCheckpoint(path)
+    return _open_gguf(path_or_name, path) if path.is_file() else HFCheckpoint(path)
 
 
 def load_config(

@@ -1,6 +1,7 @@
 """Tokenizers through GGUF metadata and back, and models through `jinfer convert --export gguf`."""
 
 import json
+import shutil
 
 import gguf
 import numpy as np
@@ -20,9 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from jinfer.cli import main
 from jinfer.gguf_vocabulary import SAMPLES, tokenizer_metadata
+from jinfer.llm_options import sampling_defaults
 from jinfer.models.families import assemble, config_from_hf, expected_shapes, tensor_names
 from jinfer.tokenizer import BYTE_LEVEL_SPLITS, load_tokenizer
 from jinfer.weights.gguf_file import GGUFFile
+from jinfer.weights.load import load_config
 
 TEXTS = [*SAMPLES, "the quick brown fox jumps over the lazy dog, then the other foxes"] * 2
 
@@ -181,6 +184,17 @@ def test_quantize_exports_gguf_without_rounding_twice(folder, tmp_path):
     assert (out / "quantization.md").is_file()
     with pytest.raises(ValueError, match="no zero points"):
         run(*argv[:-3], tmp_path / "r", "--format", "int4-g32-asym", "--export", "gguf")
+
+
+@pytest.mark.parametrize("export", ["native", "gguf"])
+def test_quantize_keeps_what_a_folder_states_of_generation(export, folder, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "q"
+    shutil.copytree(folder, model)
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 7], "top_k": 3}')
+    argv = ("quantize", "--model", model, "--method", "rtn", "--output", out, "--held-out", 0)
+    run(*argv, "--format", "int8-g32", "--export", export)
+    assert load_config(model).eos_token_ids == load_config(out).eos_token_ids == (1, 7)
+    assert sampling_defaults(out, "auto") == {"top_k": 3}
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,16 @@ def gguf_tensors(model, arch: str) -> dict[str, np.ndarray]:
 
 
 def write_gguf(
-    path, model, arch, *, kind="F32", metadata=None, tensors=None, extra=None, tokens=None
+    path,
+    model,
+    arch,
+    *,
+    kind="F32",
+    metadata=None,
+    tensors=None,
+    extra=None,
+    tokens=None,
+    types=None,
 ):
     """Writes a model as llama.cpp's converter would; matrices in `kind`, vectors in F32."""
     c = model.config
@@ -96,6 +105,8 @@ def write_gguf(
     writer.add_pad_token_id(0)
     if tokens is not None:
         writer.add_token_list(tokens)
+    if types is not None:
+        writer.add_token_types(types)
     if c.num_experts:
         writer.add_expert_count(c.num_experts)
         writer.add_expert_used_count(c.num_experts_per_token)
@@ -108,6 +119,7 @@ def write_gguf(
         writer.add_final_logit_softcapping(c.final_soft_cap)
     for key, value in (metadata or {}).items():
         add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool}
+        add[list] = writer.add_array
         add.get(type(value), writer.add_uint32)(key, value)
     tensors = gguf_tensors(model, arch) if tensors is None else tensors
     for name, tensor in {**tensors, **(extra or {})}.items():
@@ -307,14 +319,78 @@ def test_the_27b_gemmas_scale_by_width_a_head(family, depth, tiny, tmp_path):
     assert gguf_config(GGUFFile(path)).attention_scale == 0.25  # (64 / 4 heads) ** -0.5
 
 
-def test_every_end_of_text_and_turn_is_collected(tiny, tmp_path):
+def test_every_end_of_turn_is_collected_beside_those_of_the_keys(tiny, tmp_path):
     model = tiny("llama")
     tokens = [f"t{i}" for i in range(90)] + ["<|eot_id|>", "<|eom_id|>", *"abcd"]
     path = write_gguf(tmp_path / "by-text.gguf", model, "llama", tokens=tokens)
     assert gguf_config(GGUFFile(path)).eos_token_ids == (2, 90, 91)
     metadata = {"tokenizer.ggml.eot_token_id": 5}
     path = write_gguf(tmp_path / "by-key.gguf", model, "llama", tokens=tokens, metadata=metadata)
-    assert gguf_config(GGUFFile(path)).eos_token_ids == (2, 5)
+    assert gguf_config(GGUFFile(path)).eos_token_ids == (2, 5, 90, 91)
+
+
+NORMAL, CONTROL = 1, 3
+TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+TEXT = (
+    *("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|return|>", "<|call|>", "<turn|>"),
+    *("<｜end▁of▁sentence｜>", "<EOT>", "[EOS]", "<end_of_utterance>"),
+)
+
+
+@pytest.fixture
+def ends_of(tiny, tmp_path):
+    """Ends of a file whose vocabulary is padded in front with 90 plain tokens."""
+
+    def read(special, kind=CONTROL, **metadata):
+        tokens = [f"t{i}" for i in range(90)] + list(special)
+        tokens += [f"u{i}" for i in range(96 - len(tokens))]
+        types = [NORMAL] * 90 + [kind] * len(special) + [NORMAL] * (6 - len(special))
+        keys = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+        args = (tmp_path / "m.gguf", tiny("llama"), "llama")
+        path = write_gguf(*args, tokens=tokens, types=types, metadata=keys)
+        return gguf_config(GGUFFile(path)).eos_token_ids
+
+    return read
+
+
+@pytest.mark.parametrize("token", [*TURN, *TEXT])
+def test_a_control_token_that_ends_texts_ends_them(token, ends_of):
+    assert ends_of([token]) == (2, 90)
+    assert ends_of([token], eot_token_id=5) == (2, 5, 90)
+    assert ends_of([token], kind=NORMAL) == ((2, 90) if token in TURN else (2,))
+    assert ends_of([token], eos_token_ids=[7, 3]) == (7, 3)  # a stated list is all of them
+    assert ends_of(["<|fim_pad|>", "<tool_call>", "<|im_start|>"]) == (2,)
+
+
+@pytest.mark.parametrize("marks", [("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>")])
+def test_where_a_text_goes_on_after_a_message_its_end_is_none(marks, ends_of):
+    assert ends_of(["<|end|>", *marks]) == (2, 91, 92)
+    assert ends_of(["<|end|>", *marks], eot_token_id=90) == (2, 91, 92)
+    assert ends_of(["<|end|>", marks[0]]) == (2, 90, 91)
+    assert ends_of(["<|end|>", *marks], eos_token_ids=[90]) == (90,)
+
+
+@pytest.mark.parametrize("wrong", [[2, 96], [-1], ["</s>"], [1.5], "2", True])
+def test_a_list_of_ends_that_is_none_is_refused(wrong, ends_of):
+    with pytest.raises(ValueError, match=r"eos_token_ids of .*m\.gguf must be token ids below 96"):
+        ends_of([], eos_token_ids=wrong)
+
+
+def test_a_file_and_a_folder_of_a_qwen2_instruct_end_alike(tiny, write_hf, tmp_path):
+    model = tiny("qwen2")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [f"t{i}" for i in range(92)] + ["</s>", *special]
+    types = [NORMAL] * 93 + [CONTROL] * 3
+    ids = {"eos": 95, "padding": 93, "bos": 93}
+    keys = {f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items()}
+    args = (tmp_path / "m.gguf", model, "qwen2")
+    path = write_gguf(*args, tokens=tokens, types=types, metadata=keys)
+    folder = write_hf(tmp_path / "folder", model.hf, model.tensors())
+    (folder / "generation_config.json").write_text('{"eos_token_id": [95, 93]}')
+    assert load(path)[0].config.eos_token_ids == load(folder)[0].config.eos_token_ids == (95, 93)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 95}')  # the folder's word
+    assert load(tmp_path)[0].config.eos_token_ids == (95,)
+    assert load(path)[0].config.eos_token_ids == (95, 93)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +481,7 @@ def test_logits_equal_those_of_transformers_on_the_same_file(family, tiny, tmp_p
 def test_the_default_model_loads_with_its_own_end(smollm2_path):
     model, params = load("smollm2", dtype="bfloat16")
     assert model.config.num_layers == 30 and model.config.tie_word_embeddings
-    assert model.config.eos_token_ids == (2,)
+    assert model.config.eos_token_ids == (2, 0)  # <|im_end|>, <|endoftext|>
     assert params["embed"]["w"].shape == (49152, 576)
     assert params["embed"]["w"].dtype == jnp.bfloat16
 

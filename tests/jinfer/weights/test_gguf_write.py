@@ -134,6 +134,15 @@ def test_every_end_of_text_is_kept_the_tokenizers_first(tiny, tmp_path):
         write_gguf(tmp_path / "n.gguf", Model(many.config), many.params, tokenizer=own)
 
 
+def test_a_written_file_ends_where_its_model_does_whatever_its_vocabulary_holds(tiny, tmp_path):
+    made = tiny("qwen2", eos_token_id=95)
+    tokens = [f"t{i}" for i in range(93)] + ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    own = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": 93}
+    own["tokenizer.ggml.token_type"] = np.array([1] * 93 + [3] * 3, np.int32)
+    write_gguf(tmp_path / "m.gguf", Model(made.config), made.params, tokenizer=own)
+    assert load(tmp_path / "m.gguf")[0].config.eos_token_ids == (95,)
+
+
 def test_llama3_scaling_becomes_divisors(tiny, tmp_path):
     scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
     made = tiny("llama", rope_scaling={**scaling, "low_freq_factor": 1.0, "high_freq_factor": 4.0})

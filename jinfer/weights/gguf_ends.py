@@ -1,0 +1,66 @@
+"""The tokens that end a text, by a GGUF file's metadata; knows nothing of models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jinfer.weights.gguf_file import GGUFFile
+
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+"""Ends of a turn that are control tokens whatever type a file gives them."""
+# What ends a text where the file calls it a control token: no key names all of them.
+_END_OF_TEXT = (
+    *("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|return|>", "<|call|>", "<|calls|>"),
+    *("<|flush|>", "<turn|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "[e~["),
+    "<｜end▁of▁sentence｜>",
+)
+_KNOWN_ENDS = (*END_OF_TURN, *_END_OF_TEXT)
+# Vocabularies in which <|end|> closes a message and the text goes on: harmony, Solar Open.
+_MESSAGE_MARKS = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"))
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_CONTROL = 3  # tokenizer.ggml.token_type
+
+
+def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
+    """Returns the tokens that end a text or a turn, the file's eos token first.
+
+    A list `tokenizer.ggml.eos_token_ids` is all of them. Else they are those of the keys of one
+    token (eos, eot, eom) and every control token that is known to end a text.
+
+    Raises:
+      ValueError: the list holds something else than tokens of the vocabulary.
+    """
+    get = file.metadata.get
+    tokens = get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    stated = get("tokenizer.ggml.eos_token_ids")
+    if stated is not None:
+        return _stated_ends(file, stated, len(tokens) or 1 << 31)
+    known = _known_ends(tokens, get("tokenizer.ggml.token_type"))
+    ids = [get(f"tokenizer.ggml.{key}") for key in _END_KEYS]
+    ids += [known[token] for token in _KNOWN_ENDS if token in known]
+    closes_message = any(known.keys() >= {*marks} for marks in _MESSAGE_MARKS)
+    no_end = known.get("<|end|>") if closes_message else None
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None and i != no_end))
+
+
+def _stated_ends(file: GGUFFile, stated: Any, vocab_size: int) -> tuple[int, ...]:
+    ids = stated.tolist() if isinstance(stated, np.ndarray) else stated
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise ValueError(
+            f"tokenizer.ggml.eos_token_ids of {file.path} must be token ids below {vocab_size}, "
+            f"got {str(ids)[:80]}"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def _known_ends(tokens: list[str], types: Any) -> dict[str, int]:
+    """Known ends in a vocabulary -> id: those of a turn, and others that are control tokens."""
+    is_control = np.zeros(len(tokens), bool)
+    if isinstance(types, np.ndarray) and types.shape == is_control.shape:
+        is_control = types == _CONTROL
+    ids = {token: i for i, token in enumerate(tokens) if token in _KNOWN_ENDS}
+    return {token: i for token, i in ids.items() if is_control[i] or token in END_OF_TURN}
