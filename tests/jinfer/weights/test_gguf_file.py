@@ -17,9 +17,16 @@ def random_blocks(type_name: str, rows: int, columns: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (rows, columns // block_size, block_bytes), np.uint8)
     scales = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+    scales |= {"TQ1_0": (52,), "TQ2_0": (64,), "IQ1_M": (), "MXFP4": (), "NVFP4": ()}
     for start in scales.get(type_name, (0, 2) if type_name.endswith("_1") else (0,)):
         values = rng.normal(size=blocks.shape[:2]).astype(np.float16)
         blocks[..., start : start + 2] = values[..., None].view(np.uint8)
+    if type_name == "IQ1_M":  # the nibble of the scale's exponent
+        blocks[..., 55] = blocks[..., 55] & 15 | 0x30
+    if type_name == "MXFP4":  # 2 ** (e - 127)
+        blocks[..., 0] = blocks[..., 0] % 20 + 117
+    if type_name == "NVFP4":  # four scales in fp8, 127 is NaN
+        blocks[..., :4] %= 127
     return blocks.reshape(rows, -1)
 
 
@@ -82,6 +89,46 @@ def test_tensors_read_as_the_gguf_package_reads_them(chunk, every_type, monkeypa
         np.testing.assert_array_equal(bf16, expected.astype(ml_dtypes.bfloat16))
 
 
+def half(value):
+    return np.frombuffer(np.float16(value).tobytes(), np.uint8)
+
+
+def test_types_without_an_encoder_of_ours_have_the_values_of_their_definition(tmp_path):
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, 16, 256).astype(np.uint8)
+    levels = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    packed = codes.reshape(8, 2, 16)  # of 32 codes, the first half in the low nibbles
+    packed = packed[:, 0] | packed[:, 1] << 4
+    ternary = rng.integers(-1, 2, (1, 256)).astype(np.float32) * 0.25
+    ternary[0, 0] = 0.25
+    scale_bits = np.uint8([*b"\xaa\xaa", *b"\x11\x11\x11\x11"])  # 33 each: 33 - 32 times d
+    scale = np.tile(half(0.5), (8, 1))
+    made = {
+        "IQ4_NL": (np.concatenate([scale, packed], 1), 0.5 * np.array(levels)[codes]),
+        "IQ4_XS": (
+            np.concatenate([half(0.5), scale_bits, packed.reshape(-1)]),
+            0.5 * np.array(levels)[codes],
+        ),
+        "MXFP4": (
+            np.concatenate([np.full((8, 1), 129, np.uint8), packed], 1),
+            4.0 * codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32),
+        ),
+        "TQ1_0": (gguf.quantize(ternary, GGMLQuantizationType.TQ1_0), ternary),
+        "TQ2_0": (gguf.quantize(ternary, GGMLQuantizationType.TQ2_0), ternary),
+    }
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, (stored, _) in made.items():
+        kind = GGMLQuantizationType[name]
+        writer.add_tensor(name, stored.reshape(1, -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "m.gguf")
+    for name, (_, values) in made.items():
+        np.testing.assert_array_equal(file.read(name)[0], values.reshape(-1), err_msg=name)
+
+
 def test_the_default_models_metadata_reads_as_the_gguf_package_reads_it(smollm2_path):
     file, reference = GGUFFile(smollm2_path), gguf.GGUFReader(smollm2_path)
     for key, field in reference.fields.items():
@@ -139,11 +186,11 @@ def test_an_absent_file_is_not_found(tmp_path):
 
 def test_an_unsupported_type_is_named_with_its_tensor(tmp_path, one_line):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.add_tensor("w", np.zeros((2, 18), np.uint8), raw_dtype=GGMLQuantizationType.IQ4_NL)
+    writer.add_tensor("w", np.zeros((2, 40), np.uint8), raw_dtype=GGMLQuantizationType.Q8_1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(ValueError) as error:
         GGUFFile(tmp_path / "model.gguf")
-    one_line(error.value, "'w'", "IQ4_NL", "Q4_K")
+    one_line(error.value, "'w'", "Q8_1", "Q4_K", "MXFP4")
