@@ -136,7 +136,7 @@ _OWNERS = {
 _KINDS = {"fp8": ("fp8-e4m3", "fp8-e5m2"), "nf4": ("nf4",), "int8": ("int",)}
 
 
-def make_method(name: str, fmt: str | QFormat | None = None, **options: Any) -> Method:
+def make_method(name: str, fmt: str | QFormat | None = None, /, **options: Any) -> Method:
     """Returns a preset with another format or options.
 
     Args:
@@ -229,17 +229,22 @@ class Recipe:
         Raises:
           ValueError: the file is not such an object, or a rule is refused, with its place.
         """
+        expected = f'recipe {path} must be a JSON object {{"rules": [...]}}'
         try:
             data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            rows = list(data["rules"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'recipe {path} must be a JSON object {{"rules": [...]}} ({error})'
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{expected}: {error}") from error
+        require(isinstance(data, dict), f"{expected}, got {type(data).__name__}")
+        require(set(data) == {"rules"}, f"{expected}, got the fields {sorted(data)}")
+        rows = data["rules"]
+        require(isinstance(rows, list), f"{expected}, got rules of {type(rows).__name__}")
         rules: list[tuple[str, Method | None]] = []
         for i, row in enumerate(rows):
             try:
+                require(isinstance(row, Mapping), f"a rule must be an object, got {row!r}")
                 options = dict(row)
+                for key in ("match", "method"):
+                    require(key in options, f"a rule needs {key!r}, got {sorted(row)}")
                 pattern, name = options.pop("match"), options.pop("method")
                 require(isinstance(pattern, str), f"match must be a pattern, got {pattern!r}")
                 if name is None:
@@ -248,7 +253,7 @@ class Recipe:
                     continue
                 fmt = options.pop("format", None)
                 rules.append((pattern, make_method(name, fmt, **options)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"recipe {path}, rule {i + 1}: {error}") from error
         return cls((*rules, *((("layers.*", default),) if default is not None else ())))
 

@@ -189,11 +189,20 @@ def test_recipes_are_read_with_the_place_of_a_fault(tmp_path):
             "rule 1: method null takes nothing else",
         ),
         ({"match": "*", "method": "gptq", "damp": "x"}, "rule 1: damp must be a number"),
+        (
+            {"match": "*", "metod": "rtn"},
+            r"^recipe .*, rule 1: a rule needs 'method', got \['match', 'metod'\]$",
+        ),
+        ({"method": "rtn"}, r"rule 1: a rule needs 'match', got \['method'\]$"),
+        ({"match": "*", "method": "rtn", "fmt": "int8-g64"}, "method rtn has no options"),
+        ("rtn", "rule 1: a rule must be an object, got 'rtn'"),
+        ([["match", "*"], ["method", "rtn"]], "rule 1: a rule must be an object"),
     ):
         path.write_text(json.dumps({"rules": [row]}))
         with pytest.raises(ValueError, match=message):
             Recipe.read(path)
-    for text in ("[]", '{"rules": 5}'):
+    deep = "[" * 100_000
+    for text in ("[]", '{"rules": 5}', '{"rules": {}}', '{"rule": []}', "{", deep, "{} " + deep):
         path.write_text(text)
         with pytest.raises(ValueError, match="must be a JSON object"):
             Recipe.read(path)
