@@ -6,6 +6,7 @@ are put together here as llama.cpp reads them.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import pathlib
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jinfer.config import require
 from jinfer.weights.gguf_ends import END_OF_TURN
 from jinfer.weights.gguf_file import GGUFFile
 from jinfer.weights.locate import locate
@@ -105,11 +107,32 @@ def tokenizer_files(
 
 def _from_hf(name: str | os.PathLike[str], revision: str | None) -> PreTrainedTokenizerBase:
     transformers = _import_transformers()
+    _check_sentencepiece(pathlib.Path(name))
     try:
         return transformers.AutoTokenizer.from_pretrained(os.fspath(name), revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises bare Exceptions, damaged files raise any kind
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"cannot load a tokenizer from {os.fspath(name)!r}: {reason}") from error
+
+
+def _check_sentencepiece(folder: pathlib.Path) -> None:
+    """Raises ValueError if a folder has sentencepiece's file alone and that library is missing.
+
+    transformers would ask for tiktoken, which cannot read it either.
+    """
+    file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return
+    if importlib.util.find_spec("sentencepiece") is None:
+        with file.open("rb") as opened:
+            is_sentencepiece = opened.read(1) == b"\n"  # the tag of its first field, a piece
+        require(
+            not is_sentencepiece,
+            f"{file} is a sentencepiece model, and without tokenizer.json beside it the package "
+            "sentencepiece is needed: pip install sentencepiece",
+        )
 
 
 def _import_transformers() -> Any:

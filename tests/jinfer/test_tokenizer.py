@@ -1,5 +1,6 @@
 """Tokenizers from GGUF metadata: against transformers, against sentencepiece, and round trips."""
 
+import importlib.util
 import itertools
 import json
 import random
@@ -443,6 +444,26 @@ def test_places_without_a_tokenizer_are_named_in_one_line(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"^no model at .*$"):
         load_tokenizer(tmp_path / "nowhere.gguf")
+
+
+def test_a_sentencepiece_file_alone_asks_for_sentencepiece(tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    missing = lambda name, *more: None if name == "sentencepiece" else real(name, *more)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", missing)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(ValueError, match=r"^.*tokenizer\.model is .*pip install sentencepiece$"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tekken.json", "vocab.json"])
+@pytest.mark.parametrize("text", ["{}", "[]", '{"model": 3}', '{"config": []}', "null"])
+def test_damaged_tokenizer_files_are_a_line_that_names_their_folder(tmp_path, name, text):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"^cannot load a tokenizer from .*$") as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch):
