@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from jinfer.commands import quantize
-from jinfer.commands.terminal import say
+from jinfer.commands.terminal import progress, say
 
 SUMMARY = "write weights in another format, without loss or as a GGUF type"
 _CALIBRATION = {"num_sequences": 32, "length": 512, "seed": 0}
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             f"folders of quantized safetensors"
         )
     total = len(checkpoint.quantized_names)
-    with quantize.progress_bar(total, "converting", "module") as bar:
+    with progress(total, "converting", "module") as bar:
         done = convert_folder(
             checkpoint, args.output, args.export, on_module=lambda _: bar.update()
         )
@@ -99,13 +99,15 @@ def _to_gguf(args: argparse.Namespace, open_checkpoint: Any) -> int:
         raise FileExistsError(f"{args.output} exists: choose another output file")
     checkpoint = open_checkpoint(args.model, revision=args.revision)
     model = Model(checkpoint.config)
+    if args.calibration is not None:
+        quantize.check_sequences(args, model.config)
     params = fill(checkpoint, np.dtype(np.float32))
     importance = None
     if args.calibration is not None:
         from jinfer.quant.importance import measure_importance
 
         tokens, _ = quantize.sequences(args, model, params, True)
-        with quantize.progress_bar(model.config.num_layers, "calibrating", "layer") as bar:
+        with progress(model.config.num_layers, "calibrating", "layer", seconds=0) as bar:
             importance = measure_importance(model, params, tokens, on_layer=lambda _: bar.update())
     counts = write_gguf(
         args.output,

@@ -10,8 +10,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from jinfer.commands.flags import DEFAULT_MODEL
-from jinfer.commands.terminal import say
+from jinfer.commands.flags import DEFAULT_MODEL, check_positions
+from jinfer.commands.terminal import progress, say
 
 SUMMARY = "score a model on a text"
 
@@ -36,8 +36,6 @@ def run(args: argparse.Namespace) -> int:
     reference's next-token distributions to the model's, and how often both put the same token
     first.
     """
-    from tqdm import tqdm
-
     from jinfer import load
     from jinfer.llm_options import enable_compilation_cache
     from jinfer.quant import texts
@@ -60,13 +58,16 @@ def run(args: argparse.Namespace) -> int:
     if args.against is not None:
         _check_tokenizers(args.model, tokenizer, args.against, load_tokenizer(args.against), text)
     model, params = load(args.model, dtype=args.dtype)
+    check_positions(model.config, args.context, "context")
     reference = None if args.against is None else load(args.against, dtype=args.dtype)
+    if reference is not None:
+        check_positions(reference[0].config, args.context, "context")
     if reference is not None and reference[0].config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{args.model} scores {model.config.vocab_size} tokens and --against {args.against} "
             f"{reference[0].config.vocab_size}: their distributions cannot be compared"
         )
-    with tqdm(total=len(windows), desc="eval", unit="window") as bar:
+    with progress(len(windows), "eval", "window") as bar:
 
         def on_window(_: int) -> None:
             bar.update()

@@ -43,6 +43,15 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def check_positions(config: Any, num_tokens: int, flag: str) -> None:
+    """Raises ValueError, naming the flag, for sequences longer than a model was made for."""
+    if num_tokens > config.max_context_len:
+        raise ValueError(
+            f"--{flag} {num_tokens} is beyond the {config.max_context_len} positions the model was "
+            "made for"
+        )
+
+
 # Flags that are fields of SamplingParams or arguments of LLM; only those given are passed on.
 SAMPLING_FLAGS: Flags = (
     ("max-tokens", {"type": _int_or_none, "help": "most new tokens; none: to the context's end"}),

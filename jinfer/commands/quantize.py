@@ -7,8 +7,8 @@ import pathlib
 import time
 from typing import Any
 
-from jinfer.commands.flags import DEFAULT_MODEL
-from jinfer.commands.terminal import say
+from jinfer.commands.flags import DEFAULT_MODEL, check_positions
+from jinfer.commands.terminal import progress, say
 
 SUMMARY = "quantize a model and report what it cost"
 METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
@@ -134,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
         recipe, label = Recipe.read(args.recipe, method), f"recipe {args.recipe.name}, else {label}"
     checkpoint = open_checkpoint(args.model, revision=args.revision)
     model = Model(checkpoint.config)
+    check_sequences(args, model.config)
     if args.target_bits is not None:
         sensitivity.check(model, method, args.target_bits)
         recipe = sensitivity.mixed(method)
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     tokens, held_out = sequences(args, model, params, needs_text)
     choices = []
     if args.target_bits is not None:
-        with progress_bar(4 * model.config.num_layers, "measuring", "group") as bar:
+        with progress(4 * model.config.num_layers, "measuring", "group") as bar:
             recipe, choices = sensitivity.choose(
                 model,
                 params,
@@ -174,8 +175,18 @@ def run(args: argparse.Namespace) -> int:
         choices=choices,
         versions={"jinfer": jinfer.__version__, "jax": jax.__version__},
     )
-    with progress_bar(model.config.num_layers, "quantizing", "layer") as bar:
-        report = run_job(job, checkpoint, model, params, on_layer=lambda i, rows: bar.update())
+    with progress(model.config.num_layers, "quantizing", "layer", seconds=0) as bar:
+
+        def resume(num_layers: int, folder: pathlib.Path) -> None:
+            total = model.config.num_layers
+            say(f"{num_layers} of {total} layers are done: an earlier run left them in {folder}")
+            bar.update(num_layers)
+
+        report = run_job(
+            *(job, checkpoint, model, params),
+            on_layer=lambda i, rows: bar.update(),
+            on_resume=resume,
+        )
     for line in report.summary():
         say(line)
     say(f"wrote {args.output}")
@@ -197,17 +208,33 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
-def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: bool) -> Any:
-    """Calibration and held-out sequences, i32 [n, T] and [m, T] or None."""
-    wanted = args.num_sequences if calibrates else 0
-    total = wanted + args.held_out
+def check_sequences(args: argparse.Namespace, config: Any) -> None:
+    """Raises ValueError for sequences that cannot be had; before any time is spent."""
     if args.num_sequences < 1 or args.held_out < 0 or args.length < 2:
         raise ValueError("--num-sequences must be positive, --held-out not negative, --length >= 2")
+    check_positions(config, args.length, "length")
+
+
+def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: bool) -> Any:
+    """Calibration and held-out sequences, i32 [n, T] and [m, T] or None.
+
+    The held-out ones depend on the text, --held-out, --length and --seed alone, so that methods
+    which calibrate and methods which do not are judged on the same tokens.
+    """
+    wanted = args.num_sequences if calibrates else 0
+    total = wanted + args.held_out
     if total == 0:
         return None, None
     if args.calibration == "self":
+        import numpy as np
+
         start = time.perf_counter()
-        tokens = _own_text(model, params, total, args.length, args.seed)
+        parts = [
+            _own_text(model, params, num, args.length, (args.seed, i))
+            for i, num in enumerate((args.held_out, wanted))
+            if num
+        ]
+        tokens = np.concatenate(parts)
         say(f"the model wrote {tokens.size} tokens in {time.perf_counter() - start:.0f} s")
     else:
         from jinfer.quant.texts import pack, read_texts
@@ -221,11 +248,15 @@ def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: boo
             length=args.length,
             seed=args.seed,
         )
-    return tokens[:wanted] if wanted else None, tokens[wanted:] if args.held_out else None
+    held_out, calibration = tokens[: args.held_out], tokens[args.held_out :]
+    return calibration if wanted else None, held_out if args.held_out else None
 
 
-def _own_text(model: Any, params: Any, num: int, length: int, seed: int) -> Any:
-    """Samples sequences from the model itself, from its first token on; [num, length]."""
+def _own_text(model: Any, params: Any, num: int, length: int, seed: tuple[int, int]) -> Any:
+    """Samples sequences from the model itself, from its first token on; [num, length].
+
+    `seed` is the run's, and a number that tells its uses apart.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -237,9 +268,10 @@ def _own_text(model: Any, params: Any, num: int, length: int, seed: int) -> Any:
     first = config.bos_token_id if config.bos_token_id is not None else (*ends, 0)[0]
     batch = min(num, 32)
     start = jnp.full((batch, 1), first, jnp.int32)
-    keys = jax.random.split(jax.random.key(seed), -(-num // batch))
+    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+    keys = jax.random.split(key, -(-num // batch))
     texts = []
-    with progress_bar(num, "the model writes", "text") as bar:
+    with progress(num, "the model writes", "text") as bar:
         for i, key in enumerate(keys):
             texts.append(np.asarray(sample_texts(model, params, start, key, length)))
             bar.update(min(batch, num - i * batch))
@@ -255,9 +287,3 @@ def vocabulary(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.model, revision=args.revision)
     architecture = architecture_of(model.config)
     return tokenizer_metadata(tokenizer, model.config.vocab_size, architecture=architecture)
-
-
-def progress_bar(total: int, what: str, unit: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=what, unit=unit, disable=None)

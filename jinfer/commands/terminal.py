@@ -26,6 +26,54 @@ def timed(what: str) -> Iterator[None]:
     say(f"{what}: {seconds:.1f} s, {cpu_seconds:.1f} s of CPU time")
 
 
+@contextlib.contextmanager
+def progress(
+    total: int, what: str, unit: str, *, initial: int = 0, seconds: float = 10.0
+) -> Iterator[Any]:
+    """A tqdm bar on a terminal; elsewhere, such as in a log file, lines as the work advances.
+
+    Args:
+      total: number of units.
+      what: is done, such as "quantizing".
+      unit: of the work, such as "layer".
+      initial: number of units that an earlier run has done.
+      seconds: least time between two lines of a log; 0: a line for each update.
+    """
+    from tqdm import tqdm
+
+    if sys.stderr is not None and sys.stderr.isatty():
+        with tqdm(total=total, initial=initial, desc=what, unit=unit) as bar:
+            yield bar
+    else:
+        yield _Log(total, what, unit, initial, seconds)
+
+
+class _Log:
+    """What tqdm's bar is on a terminal, for a log file."""
+
+    def __init__(self, total: int, what: str, unit: str, n: int, seconds: float) -> None:
+        self.total, self.what, self.unit, self.n, self.seconds = total, what, unit, n, seconds
+        self.begin = self.last = time.perf_counter()
+        self.postfix = ""
+
+    def set_postfix_str(self, text: str, refresh: bool = False) -> None:
+        """Sets what the next lines end with; `refresh` prints one now."""
+        self.postfix = f", {text}"
+        if refresh:
+            self._print()
+
+    def update(self, n: int = 1) -> None:
+        """Counts `n` more units; prints a line at the end, and if the last one is old enough."""
+        self.n += n
+        if self.n >= self.total or time.perf_counter() - self.last >= self.seconds:
+            self._print()
+
+    def _print(self) -> None:
+        self.last = time.perf_counter()
+        elapsed = f"{self.last - self.begin:.0f} s"
+        say(f"{self.what}: {self.unit} {self.n} of {self.total}, {elapsed}{self.postfix}")
+
+
 def one_line(error: Exception) -> str:
     """Says what an error means to a user, in one line; names its type when it is unexpected."""
     if isinstance(error, OSError) and error.strerror:

@@ -7,8 +7,9 @@ import shutil
 from typing import Any
 
 from jinfer.commands import flags, training
-from jinfer.commands.terminal import timed
+from jinfer.commands.terminal import progress, timed
 from jinfer.config import MAX_TREE_NODES
+from jinfer.weights.files import writing
 
 SUMMARY = "train Medusa heads for a model"
 TOP_KS = (1, 2, 3, 5, 10)
@@ -122,7 +123,6 @@ def run(args: argparse.Namespace) -> int:
 def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, Any]:
     """Returns what to learn and what is kept apart, from --output if a run before left it there."""
     import numpy as np
-    from tqdm import tqdm
 
     from jinfer.spec.medusa_training import Examples, examples
 
@@ -136,8 +136,11 @@ def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, A
         }
         found = []
         for name, (tokens, spans) in windows.items():
-            bar = tqdm(total=len(tokens), desc="hidden states", unit="window", disable=None)
-            with timed(f"hidden states of {len(tokens)} windows"), bar:
+            with (
+                timed(f"hidden states of {len(tokens)} windows"),
+                progress(len(tokens), "hidden states", "window") as bar,
+                writing(parts, left="the windows before are kept; the same command goes on"),
+            ):
                 found += examples(
                     *(model, params, tokens, spans),
                     num_heads=args.num_heads,
@@ -145,8 +148,7 @@ def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, A
                     on_batch=lambda done, bar=bar: bar.update(done - bar.n),
                     folder=parts / name,
                 )
-        np.savez(file.with_suffix(".tmp.npz"), *found)
-        file.with_suffix(".tmp.npz").replace(file)
+        training.save_arrays(file, *found)
         shutil.rmtree(parts)
     with np.load(file) as arrays:
         found = [arrays[f"arr_{i}"] for i in range(2 * len(Examples._fields))]

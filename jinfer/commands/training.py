@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from jinfer import jsonl
 from jinfer.commands import flags
-from jinfer.commands.terminal import say, timed
+from jinfer.commands.terminal import progress, say, timed
 from jinfer.prompts import apply_chat_template, read_prompt
+from jinfer.weights.files import writing
 
 # Flags of the engine that generates texts.
 _WRITING_FLAGS = ("max-model-len", "max-num-seqs", "max-num-batched-tokens")
@@ -76,7 +77,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """Returns the model and its weights."""
     from jinfer import load
 
-    return load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
+    model, params = load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
+    flags.check_positions(model.config, args.window, "window")
+    return model, params
 
 
 def train(
@@ -87,7 +90,6 @@ def train(
     `data` are arrays of which each example has a row.
     """
     import numpy as np
-    from tqdm import tqdm
 
     from jinfer.spec import training
 
@@ -101,14 +103,18 @@ def train(
         checkpoint_every=args.checkpoint_every,
     )
     checkpoints = training.Checkpoints(args.output / "checkpoints")
-    bar = tqdm(total=num_steps, desc="train", unit="step", disable=None)
-
-    def advance(step: int, losses: np.ndarray) -> None:
-        bar.set_postfix_str("loss " + " ".join(f"{x:.2f}" for x in losses), refresh=False)
-        bar.update(step - bar.n)
-
+    left = "the newest checkpoint is kept: run the same command again to go on from there"
     try:
-        with timed("training"), bar:
+        with (
+            timed("training"),
+            progress(num_steps, "train", "step") as bar,
+            writing(args.output / "checkpoints", left=left),
+        ):
+
+            def advance(step: int, losses: np.ndarray) -> None:
+                bar.set_postfix_str("loss " + " ".join(f"{x:.2f}" for x in losses), refresh=False)
+                bar.update(step - bar.n)
+
             return training.train(
                 objective,
                 params,
@@ -173,9 +179,22 @@ def read_data(args: argparse.Namespace, model: Any, params: Any) -> Data:
         tokens, spans = windows(list(_texts(args, llm)), args.window)
     order = np.random.default_rng(args.seed).permutation(len(tokens))
     tokens, spans = tokens[order], spans[order]
-    np.savez(file.with_suffix(".tmp.npz"), tokens=tokens, spans=spans)
-    file.with_suffix(".tmp.npz").replace(file)
+    save_arrays(file, tokens=tokens, spans=spans)
     return _split(args, tokens, spans)
+
+
+def save_arrays(file: Path, *arrays: Any, **named: Any) -> None:
+    """Writes an .npz file, whole or not at all."""
+    import numpy as np
+
+    partial = file.with_suffix(".tmp.npz")
+    left = "the texts written before are kept: run the same command again to go on from there"
+    try:
+        with writing(file, left=left):
+            np.savez(partial, *arrays, **named)
+            partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _split(args: argparse.Namespace, tokens: Any, spans: Any) -> Data:
@@ -236,8 +255,6 @@ def _answers(
     args: argparse.Namespace, llm: Any, prompts: list[list[int]], numbers: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], int]]:
     """The prompts with the model's answers; `numbers` are their lines in --data."""
-    from tqdm import tqdm
-
     from jinfer import SamplingParams
 
     if not prompts:
@@ -246,8 +263,12 @@ def _answers(
     fields = {"temperature": args.temperature, "max_tokens": args.max_tokens, "detokenize": False}
     file = args.output / "answers.jsonl"
     answers = _read_answers(file)
-    bar = tqdm(total=len(prompts), initial=len(answers), desc="texts", unit="text", disable=None)
-    with file.open("a") as lines, bar:
+    left = "the texts before are kept: run the same command again to go on from there"
+    with (
+        progress(len(prompts), "texts", "text", initial=len(answers)) as bar,
+        writing(file, left=left),
+        file.open("a") as lines,
+    ):
         lines.write("\n")  # ends what a cut may have left unfinished
         for i, prompt in enumerate(prompts):
             if i not in answers:

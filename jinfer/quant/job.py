@@ -76,14 +76,25 @@ def run_job(
     params: Params,
     *,
     on_layer: Callable[[int, list[Row]], None] | None = None,
+    on_resume: Callable[[int, pathlib.Path], None] | None = None,
 ) -> Report:
     """Quantizes, evaluates, writes the folder and its report.
 
     Finished layers are kept in `<output>.unfinished` until the end; a second run with the same
     model, recipe, tokens and versions goes on from there.
 
+    Args:
+      job: what to do.
+      checkpoint: of the float model.
+      model: the model.
+      params: its parameters.
+      on_layer: called with the index and rows of each layer that is finished.
+      on_resume: called first, with the number of layers of an earlier run and their folder, if
+        there are any.
+
     Raises:
       FileExistsError: the output is there already.
+      OSError: the disk is full or fails; the message says what is left.
       ValueError: see `check_job`, `quantize_model` and `save_folder`.
     """
     check_job(job, model)
@@ -93,6 +104,8 @@ def run_job(
         job.output, checkpoint, job.recipe, job.tokens, job.is_sequential, job.versions
     )
     done, old_rows = unfinished.load()
+    if done and on_resume is not None:
+        on_resume(len(done), unfinished.folder)
 
     def keep(index: int, layer: dict[str, Any], rows: list[Row]) -> None:
         unfinished.add(index, layer, rows)

@@ -23,6 +23,7 @@ from jinfer.qformat import QFormat
 from jinfer.qtensor import DoubleScale, QTensor
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.solve import Row
+from jinfer.weights.files import writing
 from jinfer.weights.fill import Checkpoint
 from jinfer.weights.hf_files import read_json, read_safetensors_header
 
@@ -61,8 +62,13 @@ class Unfinished:
         }
         if not (folder / "key.json").is_file() or read_json(folder / "key.json") != key:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            (folder / "key.json").write_text(json.dumps(key))
+            with writing(folder / "key.json", left="nothing is left"):
+                folder.mkdir(parents=True)
+                try:
+                    (folder / "key.json").write_text(json.dumps(key))
+                except OSError:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
         return cls(folder)
 
     def add(self, index: int, layer: Mapping[str, Any], rows: list[Row]) -> None:
@@ -78,11 +84,13 @@ class Unfinished:
             else:
                 tensors[path] = np.asarray(leaf)
         stem = self.folder / f"layer-{index:04}"
-        save_file(tensors, stem.with_suffix(".safetensors"))
         data = {"formats": formats, "rows": [dataclasses.asdict(row) for row in rows]}
         partial = stem.with_suffix(".writing")
-        partial.write_text(json.dumps(data))
-        os.replace(partial, stem.with_suffix(".json"))
+        left = f"{index} finished layers are kept there: run the same command again to go on"
+        with writing(self.folder, left=left):
+            save_file(tensors, stem.with_suffix(".safetensors"))
+            partial.write_text(json.dumps(data))
+            os.replace(partial, stem.with_suffix(".json"))
 
     def load(self) -> tuple[dict[int, dict[str, Any]], list[Row]]:
         """Returns the finished layers by index, and their rows."""

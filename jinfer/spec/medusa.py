@@ -24,6 +24,7 @@ from jinfer.models.model import Model
 from jinfer.qtensor import QTensor
 from jinfer.spec.medusa_tree import Tree, check_tree
 from jinfer.typing import Params
+from jinfer.weights.files import writing
 
 _CONFIG_FILE, _WEIGHTS_FILE = "medusa.json", "heads.safetensors"
 _ROOT_EPS = 1e-6  # of the norm of a root's embedding
@@ -207,13 +208,16 @@ def save(
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.asarray(leaf) for name, leaf in heads.items()}, folder / _WEIGHTS_FILE)
+    arrays = {name: np.asarray(leaf) for name, leaf in heads.items()}
+    with writing(folder / _WEIGHTS_FILE, left="no whole file is left"):
+        save_file(arrays, folder / _WEIGHTS_FILE)
     described = {
         **dataclasses.asdict(config),
         "rank_accuracies": [[float(x) for x in row] for row in rank_accuracies],
         "tree": [list(node) for node in tree],
     }
-    (folder / _CONFIG_FILE).write_text(json.dumps(described, indent=1) + "\n")
+    with writing(folder / _CONFIG_FILE, left="no whole file is left"):
+        (folder / _CONFIG_FILE).write_text(json.dumps(described, indent=1) + "\n")
 
 
 def load(

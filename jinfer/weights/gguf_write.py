@@ -6,6 +6,7 @@ Does what `gguf` undoes: rows of q and k of "llama" files interleaved, Gemma's g
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -24,6 +25,7 @@ from jinfer.qformat import CHANNEL
 from jinfer.qtensor import QTensor, dequantize
 from jinfer.quant.kquants import encode_rows, fitting_type, pack_q4_0, pack_q8_0
 from jinfer.typing import Params
+from jinfer.weights.files import writing
 from jinfer.weights.gguf import gguf_config
 from jinfer.weights.gguf_file import GGUFFile
 
@@ -96,23 +98,25 @@ def write_gguf(
     counts: dict[str, int] = {}
     writer = GGUFWriter(partial, architecture, use_temp_file=True)
     try:
-        for key, value in metadata_of(config, name, tokenizer).items():
-            _add(writer, key, value)
-        for tensor_name, data, type_name in _tensors(config, params, kind, importance or {}):
-            dtype = GGMLQuantizationType[type_name]
-            writer.add_tensor(tensor_name, data, raw_dtype=dtype)
-            counts[type_name] = counts.get(type_name, 0) + 1
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()  # flushes
-        _check_config(config, gguf_config(GGUFFile(partial)))
-        partial.rename(path)
+        with writing(path, left="nothing of it is left"):
+            for key, value in metadata_of(config, name, tokenizer).items():
+                _add(writer, key, value)
+            for tensor_name, data, type_name in _tensors(config, params, kind, importance or {}):
+                dtype = GGMLQuantizationType[type_name]
+                writer.add_tensor(tensor_name, data, raw_dtype=dtype)
+                counts[type_name] = counts.get(type_name, 0) + 1
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()  # flushes
+            _check_config(config, gguf_config(GGUFFile(partial)))
+            partial.rename(path)
     finally:
-        if writer.temp_file is not None:
-            writer.temp_file.close()
-        writer.close()
         partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what they could not write is given up
+            if writer.temp_file is not None:
+                writer.temp_file.close()
+            writer.close()
     return counts
 
 

@@ -24,6 +24,7 @@ from jinfer.typing import Params
 from jinfer.weights.awq_format import awq_config, write_awq
 from jinfer.weights.bnb_format import bnb_config, write_bnb
 from jinfer.weights.ct_format import ct_config, write_ct
+from jinfer.weights.files import writing
 from jinfer.weights.fp8_format import fp8_config, write_fp8
 from jinfer.weights.gguf_write import check_gguf, write_gguf
 from jinfer.weights.gptq_format import gptq_config, write_gptq
@@ -350,9 +351,10 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        with writing(folder, left="nothing of it is left"):
+            yield partial
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,13 +1,20 @@
 """`jinfer quantize` on a tiny folder: what it prints, and bad input: one line, nothing written."""
 
+import argparse
+import contextlib
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_models import hf_llama, make_model
 
 from jinfer import cli
+from jinfer.commands.quantize import sequences
+from jinfer.weights.files import writing
+from jinfer.weights.gguf_write import write_gguf
 from jinfer.weights.save import save_folder
 
 MODEL = make_model(
@@ -108,6 +115,11 @@ REFUSED = {
         ("--target-bits", "5", "--recipe", "r.json"),
         ("--target-bits makes a recipe",),
     ),
+    "too long": (("--length", "65"), ("--length 65 is beyond the 64 positions",)),
+    "self, too long": (
+        ("--calibration", "self", "--length", "20000"),
+        ("--length 20000 is beyond the 64 positions",),
+    ),
 }
 
 
@@ -151,3 +163,99 @@ def test_a_truncated_and_a_mislabelled_checkpoint_are_refused(params, quantize, 
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     is_refused(quantize(params), tmp_path, "truncated")
+
+
+@pytest.mark.parametrize("calibration", ["self", "numbers.txt"])
+def test_methods_are_judged_on_the_same_held_out_texts(params, quantize, tmp_path, calibration):
+    (tmp_path / "numbers.txt").write_text(" ".join(str(i) for i in range(1000)))
+    source = "self" if calibration == "self" else tmp_path / calibration
+    args = argparse.Namespace(model="m", revision=None, calibration=source, length=16, seed=3)
+    args.held_out = 3
+    judged, calibrated = [], []
+    for args.num_sequences, calibrates in ((8, False), (8, True), (40, True), (8, True)):
+        tokens, held_out = sequences(args, MODEL, params, calibrates)
+        assert (tokens is not None) == calibrates and held_out.shape == (3, 16)
+        judged.append(held_out)
+        if calibrates:
+            calibrated.append(tokens)
+    for held_out in judged[1:]:
+        np.testing.assert_array_equal(held_out, judged[0])
+    assert [len(tokens) for tokens in calibrated] == [8, 40, 8]
+    np.testing.assert_array_equal(calibrated[0], calibrated[2])
+    rows = {tuple(row) for row in calibrated[1].tolist()}
+    assert not rows & {tuple(row) for row in judged[0].tolist()}
+
+
+def test_a_run_without_a_terminal_logs_each_layer_and_that_it_goes_on(
+    params, quantize, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        raise RuntimeError("cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jinfer.quant.job.save_folder", fail)
+        status, _, err = quantize(params, "--method", "rtn", "--format", "int4-g32")
+    assert status == 1 and "jinfer: quantizing: layer 1 of 1, " in err and "left them" not in err
+    status, _, err = quantize(params, "--method", "rtn", "--format", "int4-g32")
+    assert status == 0
+    left = tmp_path / "out.unfinished"
+    assert f"jinfer: 1 of 1 layers are done: an earlier run left them in {left}\n" in err
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """Lets writes beyond a size fail, as they do on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_takes_no_more_is_named_with_what_is_left(params, quantize, tmp_path):
+    rtn = ("--method", "rtn", "--format", "int4-g32")
+    quantize(params, "--method", "awq", "--format", "int8-channel:dyn")  # writes the source
+    for num_bytes, parts in {
+        100: ("out.unfinished/key.json: File too large; nothing is left",),
+        4000: ("out.unfinished: File too large; 0 finished layers are kept there: run the same",),
+        40_000: ("out: File too large; nothing of it is left",),
+    }.items():
+        with files_of_at_most(num_bytes):
+            status, _, err = quantize(params, *rtn)
+        last = err.splitlines()[-1]
+        assert status == 1 and last.startswith(f"jinfer: error: {tmp_path}"), err
+        assert all(part in last for part in parts), err
+        left = [f.name for f in tmp_path.iterdir() if f.name.startswith("out")]
+        assert left == (["out.unfinished"] if num_bytes > 100 else [])
+    file = tmp_path / "out.gguf"
+    with files_of_at_most(40_000), pytest.raises(OSError, match="nothing of it is left") as error:
+        write_gguf(file, MODEL, params)
+    assert error.value.filename == str(file) and not list(tmp_path.glob("out.gguf*"))
+
+
+@pytest.mark.parametrize("command", ["convert", "eval", "train-draft", "train-medusa"])
+def test_no_command_takes_sequences_beyond_the_models_positions(
+    params, quantize, tmp_path, command, capsys
+):
+    save_folder(tmp_path / "m", MODEL, params, HF, dtype="float32")
+    text = tmp_path / "long.txt"
+    argv = {
+        "convert": ["--export", "gguf", "--type", "Q8_0", "--calibration", text, "--length", 65],
+        "eval": ["--text", text, "--context", 65],
+        "train-draft": ["--data", text, "--window", 65, "--num-layers", 1],
+        "train-medusa": ["--data", text, "--window", 65],
+    }[command]
+    if command != "eval":
+        argv = [*argv, "--output", tmp_path / "out"]
+    assert cli.main([command, "--model", str(tmp_path / "m"), *map(str, argv)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "65 is beyond the 64 positions the model was made for" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_that_name_a_file_or_no_disk_pass_unchanged(tmp_path):
+    for error in (ValueError("x"), FileNotFoundError(2, "No such file", "a"), BrokenPipeError()):
+        with pytest.raises(type(error)) as raised, writing(tmp_path, left="nothing"):
+            raise error
+        assert raised.value is error

@@ -1,0 +1,43 @@
+"""What is said when a file cannot be written: which, why, and what is left of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], *, left: str) -> Iterator[None]:
+    """Names a path, and what is left there, in errors of a disk that is full or fails.
+
+    Python names no file when a write fails, and libraries raise errors of their own, which say only
+    what the system said.
+
+    Args:
+      path: of what is written, as the user knows it.
+      left: what is left behind, and how to go on.
+
+    Raises:
+      OSError: writing failed, with `path` as its filename. Errors that name a file pass unchanged.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # of what is printed meanwhile
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _disk_error(error)
+        reason = str(error) if number is None else os.strerror(number)
+        if isinstance(error, OSError) and number is None:  # numpy says only how much it wrote
+            number = errno.EIO
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, f"{reason}; {left}", os.fspath(path)) from error
+
+
+def _disk_error(error: Exception) -> int | None:
+    """The number of the system error whose words a library's error quotes; None: it quotes none."""
+    return next((n for n in _DISK_ERRORS if os.strerror(n) in str(error)), None)
