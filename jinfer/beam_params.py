@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import InitVar
 from typing import Any, Literal
 
-from jinfer.config import require
+from jinfer.fields import read_bool, read_float, read_int, read_token_ids, require
 
 EarlyStopping = bool | Literal["never"]
 
@@ -81,22 +80,21 @@ class BeamSearchParams:
                 f"beam_width={self.beam_width}",
             )
         for name in ("temperature", "length_penalty"):
-            value = getattr(self, name)
-            is_number = hasattr(value, "__float__") and not isinstance(value, (bool, str, bytes))
-            require(is_number, f"{name} must be a number, got {value!r}")
-            put(name, float(value))
-            require(math.isfinite(getattr(self, name)), f"{name} must be finite, got {value!r}")
+            value = read_float(name, getattr(self, name))
+            require(math.isfinite(value), f"{name} must be finite, got {value!r}")
+            put(name, value)
         require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
         require(
-            isinstance(self.early_stopping, bool) or self.early_stopping == "never",
+            isinstance(self.early_stopping, bool)
+            or (isinstance(self.early_stopping, str) and self.early_stopping == "never"),
             f'early_stopping must be True, False or "never", got {self.early_stopping!r}',
         )
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            value = getattr(self, name)
-            require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
-        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
+            read_bool(name, getattr(self, name))
+        ids = () if self.stop_token_ids is None else self.stop_token_ids
+        put("stop_token_ids", read_token_ids("stop_token_ids", ids))
         if self.allowed_token_ids is not None:
-            put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+            put("allowed_token_ids", read_token_ids("allowed_token_ids", self.allowed_token_ids))
             require(bool(self.allowed_token_ids), "allowed_token_ids is empty: no token may come")
 
     @property
@@ -106,19 +104,6 @@ class BeamSearchParams:
 
 
 def _positive(name: str, value: Any) -> int:
-    require(
-        not isinstance(value, bool) and hasattr(value, "__index__"),
-        f"{name} must be an integer, got {value!r}",
-    )
-    number = operator.index(value)
+    number = read_int(name, value)
     require(number > 0, f"{name} must be positive, got {number}")
     return number
-
-
-def _token_ids(name: str, values: Any) -> tuple[int, ...]:
-    for value in values:
-        require(
-            not isinstance(value, bool) and hasattr(value, "__index__") and value >= 0,
-            f"{name} must hold token ids, got {value!r}",
-        )
-    return tuple(dict.fromkeys(map(operator.index, values)))

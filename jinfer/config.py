@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jinfer.fields import require as require
+
 # Formats of K and V in the cache and the bits of a value; those below 16 have scales beside.
 KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "int8": 8, "int4": 4}
 _KV_NAMES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
@@ -17,21 +19,15 @@ BACKENDS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")  # of attention and quant
 MAX_SPECULATIVE_TOKENS = 16
 
 
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError with `message` unless `condition` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
 def kv_format(name: str) -> str:
     """Returns the one name of a KV format that goes by several.
 
     Raises:
       ValueError: K and V cannot be kept so.
     """
-    found = _KV_NAMES.get(name, name)
+    found = _KV_NAMES.get(name, name) if isinstance(name, str) else name
     require(
-        found in KV_BITS,
+        isinstance(found, str) and found in KV_BITS,
         f"kv_cache_dtype must be auto or one of {', '.join([*KV_BITS, *_KV_NAMES])}, got {name!r}",
     )
     return found

@@ -11,6 +11,7 @@ from typing import Any
 from jinfer.engine.core import Engine
 from jinfer.engine.request import Request
 from jinfer.engine.results import TokenLogprobs
+from jinfer.fields import read_int, require, shown
 from jinfer.outputs import CompletionOutput, Logprob, RequestOutput
 from jinfer.prompts import Prompt
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
@@ -184,8 +185,11 @@ class OpenRequests:
         """Queues the samples of a prompt.
 
         Raises:
-          ValueError: the id is in use, or the engine cannot serve them; none is queued.
+          ValueError: the id is in use or no text, the priority no integer, or the engine cannot
+            serve them; none is queued.
         """
+        require(isinstance(request_id, str), f"request_id must be a text, got {shown(request_id)}")
+        priority = read_int("priority", priority)
         requests: list[Request] = []
         others = params
         if params.prompt_logprobs is not None and params.n > 1:  # one computes them for all
@@ -217,6 +221,7 @@ class OpenRequests:
 
         Python may collect an iterator of `LLM.stream`, and so end its requests, at any moment.
         """
+        require(isinstance(request_id, str), f"request_id must be a text, got {shown(request_id)}")
         self._to_abort.append(request_id)
         self._end_aborted()
 

@@ -16,13 +16,35 @@ from jinfer.engine.compile_counter import compile_counter
 from jinfer.engine.core import Engine
 from jinfer.engine.explain import check_named, explain
 from jinfer.engine.runner import Runner
+from jinfer.fields import check_kinds
 from jinfer.groups import LogprobFormatter, OpenRequests
 from jinfer.models.model import Model
 from jinfer.outputs import BeamSearchOutput, RequestOutput
 from jinfer.prompts import chat_prompts, read_prompt
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
 from jinfer.typing import Params
+from jinfer.weights.fill import resolve_dtype
 from pallas_kernels.dispatch import Decisions
+
+# Kinds of arguments of `LLM`; the rest is checked where it is used.
+_KINDS = {
+    "ints": (
+        *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+        *("num_decode_steps", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
+        *("max_logprobs", "seed"),
+    ),
+    "floats": ("gpu_memory_utilization", "cpu_offload_gb"),
+    "flags": ("skip_tokenizer_init", "enable_chunked_prefill", "enable_prefix_caching"),
+    "texts": (
+        *("kv_cache_dtype", "attention_impl", "linear_impl", "generation_config"),
+        *("quantization", "revision", "chat_template"),
+    ),
+    "optional": (
+        *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+        *("num_decode_steps", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
+        *("quantization", "revision", "chat_template"),
+    ),
+}
 
 
 class LLM:
@@ -106,6 +128,9 @@ class LLM:
         **refused: Any,
     ) -> None:
         options.refuse(refused, known=LLM.__init__.__annotations__)
+        check_kinds(locals(), **_KINDS)
+        if not isinstance(dtype, str):
+            dtype = "auto" if dtype is None else resolve_dtype(dtype, "").name
         options.enable_compilation_cache()
         self._source = None if isinstance(model, Model) else model
         model, params = options.take_model(

@@ -9,12 +9,20 @@ import dataclasses
 import difflib
 import enum
 import math
-import operator
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar
 from typing import Any
 
-from jinfer.config import require
+from jinfer.fields import (
+    read_bool,
+    read_float,
+    read_int,
+    read_strings,
+    read_token_ids,
+    require,
+    shown,
+)
 
 MIN_TEMPERATURE = 0.01
 """Temperatures in (0, 0.01) are raised to this: f32 logits divided by less lose their meaning."""
@@ -93,55 +101,6 @@ _ELSEWHERE: dict[str, str] = {
 }
 
 
-def _as_int(name: str, value: Any) -> int:
-    """Returns `value` as an int; bools, floats and strings are refused."""
-    # numpy's bool_ has no __index__; Python's has, and True would quietly mean 1.
-    require(not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(
-            f"{name} must be an integer, got {value!r} ({type(value).__name__})"
-        ) from None
-
-
-def _as_float(name: str, value: Any) -> float:
-    """Returns `value` as a float; bools, strings and NaN are refused."""
-    is_number = hasattr(value, "__float__") and not isinstance(value, (bool, str, bytes))
-    require(is_number, f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    number = float(value)
-    require(not math.isnan(number), f"{name} must be a number, got NaN")
-    return number
-
-
-def _as_token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """Returns `value` as distinct token ids in their first order."""
-    require(
-        not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__iter__"),
-        f"{name} must be a list of token ids, got {value!r}",
-    )
-    ids = tuple(dict.fromkeys(_as_int(f"{name}[{i}]", x) for i, x in enumerate(value)))
-    for token_id in ids:
-        require(token_id >= 0, f"{name} holds the negative token id {token_id}")
-    return ids
-
-
-def _as_strings(name: str, value: Any) -> tuple[str, ...]:
-    """Returns `value` (None, a string or several) as distinct non-empty strings."""
-    if value is None:
-        return ()
-    items: Any = (value,) if isinstance(value, str) else value
-    require(
-        not isinstance(items, (bytes, Mapping)) and hasattr(items, "__iter__"),
-        f"{name} must be a string or a list of strings, got {value!r}",
-    )
-    strings: list[Any] = list(items)
-    for text in strings:
-        require(isinstance(text, str), f"{name} must hold strings, got {text!r}")
-        require(text != "", f"{name} holds an empty string, which would match everywhere")
-    return tuple(dict.fromkeys(strings))
-
-
 def _as_logit_bias(value: Any) -> dict[int, float] | None:
     """Returns token id -> bias, clamped; ids may be strings of digits, as JSON has them."""
     if value is None:
@@ -153,9 +112,9 @@ def _as_logit_bias(value: Any) -> dict[int, float] | None:
     bias: dict[int, float] = {}
     for key, amount in value.items():
         is_digits = isinstance(key, str) and key.strip().isdecimal()
-        token_id = int(key) if is_digits else _as_int("logit_bias key", key)
+        token_id = int(key) if is_digits else read_int("logit_bias key", key)
         require(token_id >= 0, f"logit_bias holds the negative token id {token_id}")
-        number = _as_float(f"logit_bias[{token_id}]", amount)
+        number = read_float(f"logit_bias[{token_id}]", amount)
         bias[token_id] = min(max(number, -MAX_LOGIT_BIAS_VALUE), MAX_LOGIT_BIAS_VALUE)
     return bias or None
 
@@ -283,9 +242,11 @@ class SamplingParams:
     def __post_init__(self, *refused: Any) -> None:
         for (name, reason), value in zip(_REFUSED_IN_ORDER, refused, strict=True):
             # An unset value in any spelling asks for nothing, nor does the best of one.
-            is_unset = value is None or value is False or value in ([], (), {})
-            is_neutral = value == getattr(type(self), name) or (name == "best_of" and value == 1)
-            require(is_unset or is_neutral, f"{name}={value!r} is not supported: {reason}")
+            is_empty = isinstance(value, (list, tuple, dict)) and not value
+            is_unset = value is None or value is False or is_empty
+            neutral = 1 if name == "best_of" else getattr(type(self), name)
+            is_neutral = isinstance(value, numbers.Real) and value == neutral
+            require(is_unset or is_neutral, f"{name}={shown(value)} is not supported: {reason}")
         self._normalise()
         self._check_ranges()
         self._check_contradictions()
@@ -304,26 +265,23 @@ class SamplingParams:
             "frequency_penalty",
             "repetition_penalty",
         ):
-            put(name, _as_float(name, getattr(self, name)))
+            put(name, read_float(name, getattr(self, name)))
         for name in ("n", "top_k", "min_tokens"):
-            put(name, _as_int(name, getattr(self, name)))
+            put(name, read_int(name, getattr(self, name)))
         for name in ("max_tokens", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            put(name, None if value is None else _as_int(name, value))
+            put(name, None if value is None else read_int(name, value))
         if self.skip_reading_prefix_cache is None:
             put("skip_reading_prefix_cache", False)
         for field in dataclasses.fields(self):
             if field.type == "bool":
-                value = getattr(self, field.name)
-                require(
-                    isinstance(value, bool), f"{field.name} must be True or False, got {value!r}"
-                )
-        put("stop", _as_strings("stop", self.stop))
-        put("bad_words", _as_strings("bad_words", self.bad_words))
+                read_bool(field.name, getattr(self, field.name))
+        put("stop", read_strings("stop", self.stop))
+        put("bad_words", read_strings("bad_words", self.bad_words))
         ids = self.stop_token_ids
-        put("stop_token_ids", () if ids is None else _as_token_ids("stop_token_ids", ids))
+        put("stop_token_ids", () if ids is None else read_token_ids("stop_token_ids", ids))
         if self.allowed_token_ids is not None:
-            put("allowed_token_ids", _as_token_ids("allowed_token_ids", self.allowed_token_ids))
+            put("allowed_token_ids", read_token_ids("allowed_token_ids", self.allowed_token_ids))
         put("logit_bias", _as_logit_bias(self.logit_bias))
         put("output_kind", _as_output_kind(self.output_kind))
         if self.seed == -1:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jinfer.config import ModelConfig
+from jinfer.fields import shown
 from jinfer.models.families import (
     Path,
     Placement,
@@ -74,11 +75,14 @@ def resolve_dtype(dtype: Any, stored: str) -> np.dtype[Any]:
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         dtype = "float32" if jax.default_backend() == "cpu" else stored
     try:
-        found = jnp.dtype(dtype)
-    except TypeError:
+        # An array is no dtype, though numpy would take its own for one.
+        found = (
+            None if hasattr(dtype, "shape") and not isinstance(dtype, type) else jnp.dtype(dtype)
+        )
+    except (TypeError, ValueError):
         found = None
     if found is None or found.name not in DTYPES:
-        raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)}, got {shown(dtype)}")
     return found
 
 

@@ -1,0 +1,131 @@
+"""Reads single values that users give: of the kind that a field wants, or refused by its name.
+
+Messages are one line of limited length, whatever was given: an array, a whole text.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+MAX_MESSAGE = 1000
+
+
+def one_line(message: str) -> str:
+    """Returns a message as one line of at most about `MAX_MESSAGE` characters."""
+    text = " ".join(message.split())
+    if len(text) <= MAX_MESSAGE:
+        return text
+    half = MAX_MESSAGE // 2
+    return f"{text[:half]} ... {text[-half:]}"  # the end says what to do
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message`, in one line, unless `condition` holds."""
+    if not condition:
+        raise ValueError(one_line(message))
+
+
+def shown(value: Any, limit: int = 200) -> str:
+    """Prints a value in one short line, with its type."""
+    text = " ".join(repr(value).split())
+    text = text if len(text) <= limit else f"{text[:limit]}..."
+    return f"{text} ({type(value).__name__})"
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"
+
+
+def read_int(name: str, value: Any) -> int:
+    """Returns an integer of any kind as an int; bools, floats, strings and lists are refused."""
+    # numpy's bool_ has no __index__; Python's has, and True would quietly mean 1.
+    if not _is_bool(value) and not getattr(value, "ndim", 0):
+        try:
+            return operator.index(value)
+        except (TypeError, ValueError):
+            pass
+    raise ValueError(f"{name} must be an integer, got {shown(value)}")
+
+
+def read_float(name: str, value: Any) -> float:
+    """Returns a number of any kind as a float; bools, strings, lists and NaN are refused."""
+    kind = str(getattr(value, "dtype", ""))
+    is_number = hasattr(value, "__float__") and not isinstance(value, (str, bytes))
+    if is_number and not (_is_bool(value) or getattr(value, "ndim", 0) or "complex" in kind):
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is beyond all floats: {shown(value)}") from None
+        except (TypeError, ValueError):
+            pass
+        else:
+            require(number == number, f"{name} must be a number, got NaN")
+            return number
+    raise ValueError(f"{name} must be a number, got {shown(value)}")
+
+
+def read_bool(name: str, value: Any) -> bool:
+    """Returns a bool; everything else is refused, for a text "False" would be true."""
+    require(isinstance(value, bool), f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def check_kinds(
+    values: Mapping[str, Any],
+    *,
+    ints: Iterable[str] = (),
+    floats: Iterable[str] = (),
+    flags: Iterable[str] = (),
+    texts: Iterable[str] = (),
+    optional: Iterable[str] = (),
+) -> None:
+    """Raises ValueError for a value of another kind than its name says; optional ones may be None.
+
+    Python's own kinds alone: what is kept as it is must be hashable, and print as a number.
+    """
+    kinds: list[tuple[Iterable[str], Any, str]] = [
+        (ints, int, "an integer"),
+        (floats, (int, float), "a number"),
+        (flags, bool, "True or False"),
+        (texts, str, "a text"),
+    ]
+    for names, kind, what in kinds:
+        for name in names:
+            value = values[name]
+            if value is None and name in optional:
+                continue
+            is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            is_nan = isinstance(value, float) and value != value
+            require(is_right and not is_nan, f"{name} must be {what}, got {shown(value)}")
+
+
+def _items(name: str, value: Any, what: str) -> list[Any]:
+    if not isinstance(value, (str, bytes, bytearray, Mapping)):
+        try:
+            return list(value)
+        except TypeError:
+            pass
+    raise ValueError(f"{name} must be {what}, got {shown(value)}")
+
+
+def read_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Returns `value` as distinct token ids in their first order."""
+    items = _items(name, value, "a list of token ids")
+    ids = tuple(dict.fromkeys(read_int(f"{name}[{i}]", x) for i, x in enumerate(items)))
+    for token_id in ids:
+        require(token_id >= 0, f"{name} holds the negative token id {token_id}")
+    return ids
+
+
+def read_strings(name: str, value: Any) -> tuple[str, ...]:
+    """Returns `value` (None, a string or several) as distinct non-empty strings."""
+    if value is None:
+        return ()
+    is_one = isinstance(value, str)
+    strings = [value] if is_one else _items(name, value, "a string or a list of strings")
+    for text in strings:
+        require(isinstance(text, str), f"{name} must hold strings, got {shown(text)}")
+        require(text != "", f"{name} holds an empty string, which would match everywhere")
+    return tuple(dict.fromkeys(strings))
