@@ -1,0 +1,1 @@
+"""What scripts/fuzz.py consists of: an oracle, values, a loop, and a module a door."""
