@@ -305,7 +305,8 @@ def _tensors(
             name += "_exps"
         name = f"blk.{path[1]}.{name}.{'bias' if leaf_name == 'b' else 'weight'}"
         if not is_linear(path):
-            joined = np.concatenate([np.asarray(x, np.float32) for _, x in pieces])
+            floats = [dequantize(x) if isinstance(x, QTensor) else x for _, x in pieces]
+            joined = np.concatenate([np.asarray(x, np.float32) for x in floats])
             yield _vector(config, name, joined if leaf_name != "w" else joined.T)
             continue
         try:

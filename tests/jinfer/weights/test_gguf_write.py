@@ -85,6 +85,17 @@ def test_quantized_linears_keep_codes_and_scales(text, kind, tiny, tmp_path, den
         np.testing.assert_array_equal(got, want)
 
 
+def test_a_quantized_router_is_written_as_its_floats(tiny, tmp_path):
+    model = tiny("mixtral")
+    params = jax.tree.map(jnp.asarray, model.params)
+    router = params["layers"][1]["mlp"]["router"]
+    router["w"] = qtensor.quantize(router["w"], QFormat.parse("int8-channel"))
+    write_gguf(tmp_path / "m.gguf", Model(model.config), params)
+    _, found = load(tmp_path / "m.gguf")
+    want = qtensor.dequantize(router["w"])
+    np.testing.assert_array_equal(found["layers"][1]["mlp"]["router"]["w"], want)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
