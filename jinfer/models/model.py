@@ -14,6 +14,7 @@ from jinfer import ops
 from jinfer.config import ModelConfig
 from jinfer.models import block, rope
 from jinfer.models.block import Attend, Rope, Taps
+from jinfer.qtensor import QTensor
 from jinfer.typing import Params
 
 
@@ -264,4 +265,25 @@ def check_uniform(config: ModelConfig) -> None:
 def stack_layers(config: ModelConfig, params: Params) -> dict[str, Any]:
     """Returns `params` with its tuple of layers stacked into [L, ...] leaves (a copy of them)."""
     check_uniform(config)
+    forms = [_forms(layer) for layer in params["layers"]]
+    for i, form in enumerate(forms):
+        different = [name for name in form if form[name] != forms[0].get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"stacked layers must be alike, but {name} is {form[name]} in layer {i} and "
+                f'{forms[0].get(name)} in layer 0; keep params["layers"] a tuple'
+            )
     return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
+
+
+def _forms(layer: Params) -> dict[str, str]:
+    """What each weight of a layer is kept in, by name: "int4-g32", "int4-g32 permuted", "float"."""
+    leaves, _ = jax.tree.flatten_with_path(layer, is_leaf=lambda x: isinstance(x, QTensor))
+    forms = {}
+    for path, leaf in leaves:
+        form = "float"
+        if isinstance(leaf, QTensor):
+            form = str(leaf.fmt) + ("" if leaf.perm is None else " permuted")
+        forms[".".join(str(key.key) for key in path)] = form
+    return forms

@@ -111,6 +111,19 @@ def test_layers_that_differ_cannot_be_stacked(tiny, overrides, reason):
         model.logits(stacked, some_tokens(1, 4))
 
 
+def test_layers_quantized_in_different_forms_cannot_be_stacked(tiny):
+    model = tiny("moe")
+    params = model.init(jax.random.key(0))
+    mlp = params["layers"][1]["mlp"]
+    mlp["up"] = {"w": quantize(mlp["up"]["w"], QFormat.parse("int8-channel"))}
+    with pytest.raises(
+        ValueError, match=r"mlp\.up\.w is int8-channel in layer 1 and float in layer 0"
+    ):
+        stack_layers(model.config, params)
+    params["layers"][0]["mlp"]["up"] = mlp["up"]
+    assert stack_layers(model.config, params)["layers"]["mlp"]["up"]["w"].q.ndim == 4
+
+
 def test_a_wrong_number_of_layers_is_refused(tiny):
     params = tiny().init(jax.random.key(0))
     with pytest.raises(ValueError, match="2 layers, the model 3"):
