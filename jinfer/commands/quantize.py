@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     from jinfer.llm_options import enable_compilation_cache
     from jinfer.models.model import Model
     from jinfer.quant import sensitivity
-    from jinfer.quant.job import Job, check_job, run_job
+    from jinfer.quant.job import Job, check_job, check_source, run_job
     from jinfer.quant.recipe import Recipe, make_method
     from jinfer.tokenizer import tokenizer_files
     from jinfer.weights.fill import fill, resolve_dtype
@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe is not None:
         recipe, label = Recipe.read(args.recipe, method), f"recipe {args.recipe.name}, else {label}"
     checkpoint = open_checkpoint(args.model, revision=args.revision)
+    check_source(checkpoint)
     model = Model(checkpoint.config)
     check_sequences(args, model.config)
     if args.target_bits is not None:

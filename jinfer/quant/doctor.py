@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jinfer.config import require
-from jinfer.models.families import expected_shapes, is_linear
+from jinfer.models.families import Path, expected_shapes, is_linear
 from jinfer.models.model import Model
+from jinfer.qformat import QFormat
 from jinfer.qtensor import DoubleScale, QTensor, dequantize
 from jinfer.typing import Params
-from jinfer.weights.fill import Checkpoint, fill
+from jinfer.weights.expert_stack import common_format, describe_forms
+from jinfer.weights.fill import Checkpoint, Pieces, fill, plan_of
 from jinfer.weights.hf import HFCheckpoint
 from jinfer.weights.hf_files import read_json
 from jinfer.weights.interop import Dense, Weight
@@ -72,7 +74,9 @@ def examine(
         isinstance(checkpoint, HFCheckpoint) and checkpoint.is_quantized,
         f"{folder} is no quantized folder: its config.json has no quantization_config",
     )
+    plan = plan_of(checkpoint)
     problems: list[tuple[str, str]] = []
+    weights: dict[str, _Form] = {}
     num_quantized = num_dense = num_floats = 0
     formats: dict[str, int] = {}
     for name in checkpoint.shapes:
@@ -93,21 +97,62 @@ def examine(
         num_quantized += 1
         if isinstance(weight, Dense):
             num_dense += 1
+            weights[name] = _Form(None, weight.bits)
         else:
+            weights[name] = _Form(weight.fmt, weight.fmt.bits)
             formats[str(weight.fmt)] = formats.get(str(weight.fmt), 0) + 1
         problems += [(name.removesuffix(".weight"), p) for p in signs(weight)]
     kinds = ", ".join(f"{count} {fmt}" for fmt, count in sorted(formats.items()))
     facts = [f"{num_quantized} quantized weights ({kinds}) and {num_floats} float tensors read"]
     if num_dense:
         facts.append(f"{num_dense} quantized weights can be held in float only")
+    if not problems:  # else weights may be missing here
+        facts += _mixed_experts(checkpoint, plan, weights)
     report = pathlib.Path(folder) / REPORT
     if report.is_file():
         source = _examine_report(read_json(report), source, problems, facts)
     if source is None:
         facts.append("no float model to compare with: name it with --model")
     elif not problems:  # what is broken already needs no comparison
-        _compare(checkpoint, source, problems, facts)
+        _compare(checkpoint, source, _bits(plan, weights), problems, facts)
     return Diagnosis(problems, facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What a weight is kept in: its format, None if it is held in float, and its stored bits."""
+
+    format: QFormat | None
+    bits: int
+
+
+def _mixed_experts(
+    checkpoint: Checkpoint, plan: Mapping[Path, Pieces], weights: Mapping[str, _Form]
+) -> list[str]:
+    """A line on the stacks of experts of which some are quantized, but not as one."""
+    found = []
+    for path, pieces in plan.items():
+        forms = {place.expert or 0: weights.get(name, _Form(None, 16)) for name, place in pieces}
+        formats = {expert: form.format for expert, form in forms.items()}
+        if len(formats) == 1 or not any(formats.values()):
+            continue
+        num_inputs = expected_shapes(checkpoint.config)[path][-2]
+        if common_format(list(formats.values()), num_inputs) is None:
+            found.append(f"{'.'.join(map(str, path[:-1]))} ({describe_forms(formats)})")
+    if not found:
+        return []
+    return [
+        f"{len(found)} stacks of experts have no quantized form in common and are held in float, "
+        f"the first {found[0]}"
+    ]
+
+
+def _bits(plan: Mapping[Path, Pieces], weights: Mapping[str, _Form]) -> dict[Path, dict[int, int]]:
+    """Stored bits of each parameter's quantized pieces, by expert."""
+    return {
+        path: {place.expert or 0: weights[name].bits for name, place in pieces if name in weights}
+        for path, pieces in plan.items()
+    }
 
 
 def signs(weight: Weight) -> list[str]:
@@ -184,6 +229,7 @@ def _examine_report(
 def _compare(
     checkpoint: Checkpoint,
     source: str | os.PathLike[str],
+    bits: Mapping[Path, Mapping[int, int]],
     problems: list[tuple[str, str]],
     facts: list[str],
 ) -> None:
@@ -197,15 +243,17 @@ def _compare(
     dtype = np.dtype(np.float32)
     new, old = fill(checkpoint, dtype), fill(original, dtype)
     worst, num = 0.0, 0
-    for module, distance, bits in distances(Model(checkpoint.config), new, old):
+    for module, distance, width in distances(Model(checkpoint.config), new, old, bits):
         num, worst = num + 1, max(worst, distance)
-        if not distance <= LARGEST_DISTANCE.get(bits, LARGEST_DISTANCE_ELSE):
+        if not distance <= LARGEST_DISTANCE.get(width, LARGEST_DISTANCE_ELSE):
             problems.append((module, f"differs from its float weight by {distance:.0%}"))
     facts.append(f"{num} weights compared with {source}: they differ by at most {worst:.1%}")
 
 
-def distances(model: Model, new: Params, old: Params) -> Iterator[tuple[str, float, int]]:
-    """For each linear: name, ||W' - s W|| / ||s W||, and bits.
+def distances(
+    model: Model, new: Params, old: Params, bits: Mapping[Path, Mapping[int, int]]
+) -> Iterator[tuple[str, float, int]]:
+    """For each linear, and each expert of one: name, ||W' - s W|| / ||s W||, and bits.
 
     s is what was folded into the norm before it, read off the norms. Where AWQ folds into another
     linear, whose scales are not to be seen any more (v and o, up and down), the best s is taken
@@ -223,12 +271,14 @@ def distances(model: Model, new: Params, old: Params) -> Iterator[tuple[str, flo
         if part not in ("o", "down"):
             norms = [p[f"{block}_norm"]["scale"] + plus_one for p in (before, here)]
             s = jnp.where(norms[0] == norms[1], 1.0, norms[0] / norms[1])  # 0 / 0: not folded
-            reference = reference * s[:, None]
+            reference = reference * s.reshape(*[1] * (reference.ndim - 2), -1, 1)
         axis = {"o": -1, "down": -1, "v": -2, "up": -2}.get(str(part))
         if axis is not None:
             dot = jnp.sum(w * reference, axis=axis, keepdims=True)
             square = jnp.sum(reference * reference, axis=axis, keepdims=True)
             reference = reference * (dot / jnp.maximum(square, 1e-30))
-        distance = jnp.linalg.norm(w - reference) / jnp.maximum(jnp.linalg.norm(reference), 1e-30)
-        bits = weight.fmt.bits if isinstance(weight, QTensor) else 16
-        yield f"layers.{layer}.{block}.{part}", float(distance), bits
+        sizes = [jnp.linalg.norm(m, axis=(-2, -1)).reshape(-1) for m in (w - reference, reference)]
+        name = f"layers.{layer}.{block}.{part}"
+        for i, distance in enumerate((sizes[0] / jnp.maximum(sizes[1], 1e-30)).tolist()):
+            label = f"{name}, expert {i}" if w.ndim == 3 else name
+            yield label, distance, bits.get(path, {}).get(i, 16)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import SequenceKey
 
 from jinfer.config import require
-from jinfer.models.families import is_linear, names_of
+from jinfer.models.families import is_linear, names_of, placements
 from jinfer.models.model import Model
 from jinfer.qformat import QFormat
 from jinfer.qlayout import lay_out
@@ -29,6 +29,7 @@ from jinfer.quant.solve import Row, stand_in
 from jinfer.quant.unfinished import Unfinished
 from jinfer.typing import Params
 from jinfer.weights.fill import Checkpoint
+from jinfer.weights.hf import HFCheckpoint
 from jinfer.weights.hf_files import read_safetensors_header
 from jinfer.weights.save import check_export, check_free, save_folder
 
@@ -95,8 +96,9 @@ def run_job(
     Raises:
       FileExistsError: the output is there already.
       OSError: the disk is full or fails; the message says what is left.
-      ValueError: see `check_job`, `quantize_model` and `save_folder`.
+      ValueError: see `check_source`, `check_job`, `quantize_model` and `save_folder`.
     """
+    check_source(checkpoint)
     check_job(job, model)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
@@ -183,6 +185,16 @@ def run_job(
         (job.output / name).write_text(text, encoding="utf-8")
     unfinished.remove()
     return report
+
+
+def check_source(checkpoint: Checkpoint) -> None:
+    """Raises ValueError if a linear is stored quantized: it would be rounded a second time."""
+    for name in checkpoint.quantized_names if isinstance(checkpoint, HFCheckpoint) else ():
+        if any(is_linear(place.path) for place in placements(checkpoint.config, name)):
+            raise ValueError(
+                f"{checkpoint.path}: {name.removesuffix('.weight')} is quantized already; quantize "
+                f"the float model, or write the folder in another format with `jinfer convert`"
+            )
 
 
 def check_job(job: Job, model: Model) -> None:

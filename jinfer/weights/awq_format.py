@@ -21,6 +21,7 @@ from jinfer.weights.interop import (
     Sign,
     Tensors,
     Weight,
+    check_dtype,
     check_writable,
     group_of,
     half_scale,
@@ -62,6 +63,7 @@ class AWQReader:
         scales, zeros = tensors.get("scales"), tensors.get("qzeros")
         require(scales is not None, f"{module} has qweight but no scales")
         assert scales is not None
+        check_dtype(module, "qweight", tensors["qweight"], np.int32)
         num_outputs, num_inputs = self.shape(module, tensors)
         fmt = QFormat(bits=4, group=self.group)
         expected = (fmt.num_groups(num_inputs), num_outputs)

@@ -116,10 +116,12 @@ def _read_4bit(module: str, tensors: Tensors) -> Weight:
         ),
     )
     # bnb_4bit_quant_storage may call the bytes bfloat16, say.
-    packed = np.ascontiguousarray(tensors["weight"]).reshape(-1).view(np.uint8)
+    raw = np.ascontiguousarray(tensors["weight"]).reshape(-1)
+    packed = raw.view(np.uint8)
     codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+    unused = codes.size - num_outputs * num_inputs
     require(
-        codes.size >= num_outputs * num_inputs,
+        0 <= unused < 2 * raw.dtype.itemsize,  # more are another weight, a float one perhaps
         f"{module}: {codes.size} codes for a weight of {state['shape']}",
     )
     codes = codes[: num_outputs * num_inputs]
@@ -136,7 +138,7 @@ def _read_4bit(module: str, tensors: Tensors) -> Weight:
         reason = f"its quant_map is not that of {kind}"
     if reason is not None:
         values = book[codes] * np.repeat(absmax.astype(np.float32), block)[: codes.size]
-        return Dense(values.reshape(num_outputs, num_inputs).T, reason)
+        return Dense(values.reshape(num_outputs, num_inputs).T, reason, 4)
 
     def by_group(flat: np.ndarray) -> jnp.ndarray:
         return jnp.asarray(np.ascontiguousarray(flat.reshape(num_outputs, -1).T))

@@ -155,7 +155,8 @@ def _difference(a: QTensor, b: QTensor) -> str:
     """What two weights of one shape do not share; empty if nothing."""
 
     def spelled(x: QTensor) -> Any:
-        whole = x.fmt.group >= x.shape[-2]  # one group of all inputs is a channel
+        # one group of all inputs is a channel
+        whole = x.fmt.group >= x.shape[-2] and x.fmt.block == 1
         return dataclasses.replace(x.fmt, group=CHANNEL) if whole else x.fmt
 
     if spelled(a) != spelled(b):

@@ -29,6 +29,7 @@ from jinfer.weights.interop import (
     Sign,
     Tensors,
     Weight,
+    check_dtype,
     check_scales,
     check_writable,
     make_qtensor,
@@ -127,6 +128,7 @@ class CTReader:
         num_outputs, num_inputs = self.shape(module, tensors)
         bits = int(scheme.weights["num_bits"])
         require(2 <= bits <= 8, f"{module}: {bits} bits are not supported; supported: 2 to 8")
+        check_dtype(module, "weight_packed", packed, np.int32)
         fmt = _format(module, scheme, scale, num_inputs)
 
         def unpack(words: np.ndarray, count: int) -> np.ndarray:
@@ -148,7 +150,7 @@ class CTReader:
         if reason is not None:
             g_idx = tensors["weight_g_idx"]
             offset = 2 ** (bits - 1) if zero is None else zero[g_idx].astype(np.float32)
-            return Dense((unsigned - offset) * scale[g_idx].astype(np.float32), reason)
+            return Dense((unsigned - offset) * scale[g_idx].astype(np.float32), reason, bits)
         unsigned = unsigned if perm is None else unsigned[perm]
         return _make(module, unsigned, scale, zero, fmt, tensors, perm=perm)
 
@@ -202,6 +204,7 @@ def _act(module: str, scheme: Scheme) -> str | None:
 
 def _read_int(module: str, tensors: Tensors, scheme: Scheme) -> Weight:
     """int8 [O, I], one code a byte."""
+    check_dtype(module, "weight", tensors["weight"], np.int8)
     codes, scale = tensors["weight"].T, _by_group(tensors["weight_scale"])
     fmt = _format(module, scheme, scale, codes.shape[0])
     least, most = fmt.code_range
@@ -233,7 +236,7 @@ def _make(
         return make_qtensor(unsigned, scale, zero, fmt, act_scale=act_scale, perm=perm)
     plain = dataclasses.replace(fmt, act=None)
     values = np.asarray(dequantize(make_qtensor(unsigned, scale, zero, plain, perm=perm)))
-    return Dense(values, "asymmetric weights with quantized inputs run in float")
+    return Dense(values, "asymmetric weights with quantized inputs run in float", fmt.bits)
 
 
 def _static(module: str, tensors: Tensors, fmt: QFormat) -> np.ndarray | None:

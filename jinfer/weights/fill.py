@@ -6,8 +6,10 @@ Hugging Face names and in Hugging Face layout ([O, I]).
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -24,10 +26,13 @@ from jinfer.models.families import (
     placements,
     unflatten,
 )
+from jinfer.qformat import QFormat
 from jinfer.qtensor import QTensor, dequantize, split_outputs
+from jinfer.weights.expert_stack import describe_forms, stack_experts
 from jinfer.weights.interop import Dense, Weight
 
 DTYPES = ("float32", "bfloat16", "float16")
+_log = logging.getLogger(__name__)
 
 
 class Checkpoint(Protocol):
@@ -103,26 +108,60 @@ def fill(
     Raises:
       ValueError: a tensor is unknown, missing, there twice, or not of the shape of the config.
     """
-    plan = _plan(checkpoint)
+    plan = plan_of(checkpoint)
     shapes = expected_shapes(checkpoint.config)
-    leaves = {}
+    leaves: dict[Path, jax.Array | QTensor] = {}
+    mixed: list[str] = []  # stacks that have no quantized form
     for path, pieces in plan.items():
-        if quantize is not None and is_linear(path):
-            leaf = _load(checkpoint, pieces, shapes[path], np.dtype(np.float32))
-            leaves[path] = quantize(".".join(map(str, path[:-1])), leaf)
+        name = ".".join(map(str, path[:-1]))
+        is_rounded = quantize is not None and is_linear(path)
+        wanted = np.dtype(np.float32) if is_rounded else dtype
+        weights = [checkpoint.read_quantized(tensor) for tensor, _ in pieces]
+        if any(weight is not None for weight in weights):
+            leaf = _load_quantized(checkpoint, pieces, weights, wanted)
+            forms = forms_of(pieces, weights)
+            if len(forms) > 1 and not isinstance(leaf, QTensor) and any(forms.values()):
+                mixed.append(f"{name} ({describe_forms(forms)})")
+            if is_rounded and not isinstance(leaf, QTensor):
+                raise ValueError(
+                    f"checkpoint {checkpoint.path}: {name} is stored quantized, and quantization "
+                    f"while loading needs float weights: leave quantization out"
+                )
         else:
-            leaves[path] = _load(checkpoint, pieces, shapes[path], dtype)
+            leaf = _load(checkpoint, pieces, shapes[path], wanted)
+        leaves[path] = quantize(name, leaf) if quantize is not None and is_rounded else leaf
+    if mixed:
+        _log.warning(
+            "%s: experts of one layer that no quantized format holds together are held in float, "
+            "which takes more memory: %d stacks, the first %s",
+            checkpoint.path,
+            len(mixed),
+            mixed[0],
+        )
     return unflatten(leaves, checkpoint.config)
 
 
-_Pieces = list[tuple[str, Placement]]
+Pieces: TypeAlias = list[tuple[str, Placement]]
+"""The tensors that fill one parameter: several for experts."""
 
 
-def _plan(checkpoint: Checkpoint) -> dict[Path, _Pieces]:
-    """Returns the pieces of each parameter, in the order of `expected_shapes`."""
+def forms_of(pieces: Pieces, weights: Sequence[Weight | None]) -> dict[int, QFormat | None]:
+    """Returns the format of each expert; None: float, or to be held so."""
+    return {
+        place.expert or 0: weight.fmt if isinstance(weight, QTensor) else None
+        for (_, place), weight in zip(pieces, weights, strict=True)
+    }
+
+
+def plan_of(checkpoint: Checkpoint) -> dict[Path, Pieces]:
+    """Returns the pieces of each parameter, in the order of `expected_shapes`.
+
+    Raises:
+      ValueError: a tensor is unknown, missing, there twice, or not of the shape of the config.
+    """
     config, where = checkpoint.config, f"checkpoint {checkpoint.path}"
     expected = expected_shapes(config)
-    plan: dict[Path, _Pieces] = {path: [] for path in expected}
+    plan: dict[Path, Pieces] = {path: [] for path in expected}
     for name, shape in checkpoint.shapes.items():
         places, label = placements(config, name), checkpoint.label(name)
         for place in places:
@@ -169,12 +208,10 @@ def _check_shape(
 
 
 def _load(
-    checkpoint: Checkpoint, pieces: _Pieces, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> jax.Array | QTensor:
+    checkpoint: Checkpoint, pieces: Pieces, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> jax.Array:
+    """A parameter whose pieces are plain tensors."""
     name, place = pieces[0]
-    first = checkpoint.read_quantized(name)
-    if first is not None:
-        return _load_quantized(checkpoint, pieces, first, dtype)
     transpose = place.transpose
     if place.expert is None:
         tensor = _cut(checkpoint.read(name, dtype), place)
@@ -194,27 +231,45 @@ def _load(
 
 
 def _load_quantized(
-    checkpoint: Checkpoint, pieces: _Pieces, first: Weight, dtype: np.dtype[Any]
+    checkpoint: Checkpoint,
+    pieces: Pieces,
+    weights: Sequence[Weight | None],
+    dtype: np.dtype[Any],
 ) -> jax.Array | QTensor:
-    weights = {pieces[0][1].expert or 0: _cut_outputs(first, pieces[0][1])}
-    for name, place in pieces[1:]:
-        weight = checkpoint.read_quantized(name)
-        if weight is None:
-            raise ValueError(
-                f"checkpoint {checkpoint.path}: {checkpoint.label(name)} is not quantized, but "
-                f"other experts of its layer are"
-            )
-        weights[place.expert or 0] = _cut_outputs(weight, place)
-    stack = [weights[expert] for expert in sorted(weights)]
+    """A parameter of which at least one piece is quantized; None in `weights`: that one is not.
+
+    What no QTensor holds as one becomes float, each piece by itself.
+    """
+    cut = [
+        None if weight is None else _cut_outputs(weight, place)
+        for (_, place), weight in zip(pieces, weights, strict=True)
+    ]
+    order = sorted(range(len(pieces)), key=lambda i: pieces[i][1].expert or 0)
     place = pieces[0][1]
-    alike = len({jax.tree.structure(w) for w in stack if isinstance(w, QTensor)}) == 1
-    if place.transpose and alike and all(isinstance(w, QTensor) for w in stack):
-        if place.expert is None:
-            return stack[0]  # pyright: ignore[reportReturnType]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
-    dense = [dequantize(w) if isinstance(w, QTensor) else jnp.asarray(w.w) for w in stack]
+    quantized = [weight for i in order if isinstance(weight := cut[i], QTensor)]
+    if place.transpose and len(quantized) == len(pieces):
+        stacked = quantized[0] if place.expert is None else stack_experts(quantized)
+        if stacked is not None:
+            return stacked
+    dense = [_dense(checkpoint, pieces[i], cut[i], dtype) for i in order]
     array = jnp.stack(dense) if place.expert is not None else dense[0]
-    return (array if place.transpose else jnp.swapaxes(array, -1, -2)).astype(dtype)
+    return array if place.transpose else jnp.swapaxes(array, -1, -2)
+
+
+def _dense(
+    checkpoint: Checkpoint,
+    piece: tuple[str, Placement],
+    weight: Weight | None,
+    dtype: np.dtype[Any],
+) -> jax.Array:
+    """[I, O] of one piece, by itself."""
+    if isinstance(weight, QTensor):
+        return dequantize(weight).astype(dtype)
+    if isinstance(weight, Dense):
+        return jnp.asarray(weight.w).astype(dtype)
+    name, place = piece
+    rows = _cut(checkpoint.read(name, dtype), place)  # [O, I]
+    return jnp.swapaxes(jax.device_put(np.ascontiguousarray(rows)), -1, -2).astype(dtype)
 
 
 def _cut_outputs(weight: Weight, place: Placement) -> Weight:
@@ -223,8 +278,13 @@ def _cut_outputs(weight: Weight, place: Placement) -> Weight:
         return weight
     start, stop = place.rows
     if isinstance(weight, Dense):
-        return Dense(weight.w[:, start:stop], weight.reason)
-    widths = (start, stop - start, weight.shape[-1] - stop)
+        return dataclasses.replace(weight, w=weight.w[:, start:stop])
+    if any(edge % weight.fmt.block for edge in {start, stop} - {weight.shape[-1]}):
+        values = np.asarray(dequantize(weight))[:, start:stop]
+        return Dense(values, f"a cut at output {start} or {stop} divides a block", weight.fmt.bits)
+    widths = [start, stop - start]
+    if stop < weight.shape[-1]:
+        widths.append(weight.shape[-1] - stop)
     return split_outputs(weight, widths)[1]
 
 

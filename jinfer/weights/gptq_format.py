@@ -29,6 +29,7 @@ from jinfer.weights.interop import (
     Sign,
     Tensors,
     Weight,
+    check_dtype,
     check_writable,
     group_indices,
     group_of,
@@ -137,6 +138,8 @@ class GPTQReader:
         stored = tensors.get("qzeros")
         if scales is None or stored is None:
             raise ValueError(f"{module} has qweight but no scales or no qzeros")
+        check_dtype(module, "qweight", q, np.int32)
+        check_dtype(module, "qzeros", stored, np.int32)
         num_outputs, num_inputs = self.shape(module, tensors)
         group = own.group if own.group > 0 else num_inputs
         num_groups = -(-num_inputs // group)
@@ -162,7 +165,7 @@ class GPTQReader:
         if reason is not None:
             g_idx = tensors["g_idx"]
             values = (unsigned.astype(np.float32) - zero[g_idx]) * scales[g_idx].astype(np.float32)
-            return Dense(values, reason)
+            return Dense(values, reason, own.bits)
         unsigned = unsigned if perm is None else unsigned[perm]
         return make_qtensor(unsigned, scales, zero, fmt, perm=perm)
 

@@ -21,10 +21,11 @@ from jinfer.qtensor import QTensor, from_codes
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A dequantized weight f32 [I, O], and why it is not kept quantized."""
+    """A dequantized weight f32 [I, O], why it is not kept quantized, and how many bits it had."""
 
     w: np.ndarray
     reason: str
+    bits: int
 
 
 Weight: TypeAlias = QTensor | Dense
@@ -137,6 +138,14 @@ def check_writable(x: QTensor, what: str, bits: tuple[int, ...], *, has_groups: 
     require(
         not has_groups or (fmt.group != 0 and fmt.block == 1),
         f"{what} needs scales by group or channel, got {fmt}",
+    )
+
+
+def check_dtype(module: str, leaf: str, tensor: np.ndarray, dtype: Any) -> None:
+    """Raises ValueError unless codes have their type: floats among them would be rounded."""
+    require(
+        tensor.dtype == dtype,
+        f"{module}: {leaf} must be {np.dtype(dtype).name}, got {tensor.dtype}",
     )
 
 

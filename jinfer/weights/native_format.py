@@ -21,7 +21,7 @@ import numpy as np
 from jinfer.config import require
 from jinfer.qformat import CODEBOOKS, FP8_DTYPES, QFormat
 from jinfer.qtensor import DoubleScale, QTensor, from_codes, pack_bits, unpack_bits
-from jinfer.weights.interop import Sign, Tensors, Weight
+from jinfer.weights.interop import Sign, Tensors, Weight, check_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class NativeReader:
         missing = {"qcodes", "qshape", "qscale"} - tensors.keys()
         require(not missing, f"{module} lacks {sorted(missing)}")
         num_outputs, num_inputs = self.shape(module, tensors)
+        check_dtype(module, "qcodes", tensors["qcodes"], FP8_DTYPES.get(fmt.kind, jnp.uint8))
         codes = jnp.asarray(tensors["qcodes"])
         if fmt.kind not in FP8_DTYPES:
             rows = -(-num_inputs * fmt.bits // 8)

@@ -245,6 +245,11 @@ def _quantized_modules(model: Model, params: Params) -> dict[str, _Module]:
             f"{module} is one tensor in checkpoints, but only some of its parts are quantized",
         )
         modules[module] = _Module(weights, places[0].expert)
+        if len(weights) > 1 and len({w.fmt for w in weights}) > 1:
+            raise ValueError(
+                f"{module} is one tensor in checkpoints, but its parts differ: "
+                f"{', '.join(str(w.fmt) for w in weights)}; give them one format"
+            )
     return modules
 
 
