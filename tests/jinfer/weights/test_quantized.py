@@ -305,8 +305,10 @@ def test_a_type_that_numpy_lacks_is_named(tiny, write_hf, tmp_path, one_line):
         tmp_path / "m", model.hf | {"quantization_config": fp8_config(weights)}, tensors
     )
     file = folder / "model.safetensors"
-    raw = file.read_bytes()[8:].replace(b'"dtype":"U8"', b'"dtype":"F8_E8M0"')
-    file.write_bytes((raw.index(b"}}") + 2).to_bytes(8, "little") + raw)  # a longer header
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = raw[8:end].replace(b'"dtype":"U8"', b'"dtype":"F8_E8M0"')  # longer
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
     with pytest.raises(ValueError) as error:
         load(folder)
     one_line(error.value, str(folder), "F8_E8M0")
