@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import InitVar
 from typing import Any, Literal
 
-from jinfer.fields import read_bool, read_float, read_int, read_token_ids, require
+from jinfer.fields import (
+    MAX_FLOAT32,
+    read_bool,
+    read_float,
+    read_int,
+    read_token_ids,
+    require,
+    shown,
+)
+from jinfer.sampling_params import MIN_TEMPERATURE
+
+MAX_LENGTH_PENALTY = 32
+"""Beyond this the power of a length may leave the range of a float."""
 
 EarlyStopping = bool | Literal["never"]
 
@@ -30,8 +41,9 @@ class BeamSearchParams:
       max_tokens: output tokens at most; fewer where the context ends.
       ignore_eos: go on after the model's end tokens.
       stop_token_ids: ids that end a text, besides the model's end tokens.
-      temperature: divides the logits; 0, the default of vLLM, leaves them as they are, as 1 does.
-      length_penalty: above 0 favours long texts, below 0 short ones.
+      temperature: divides the logits; 0, the default of vLLM, leaves them as they are, as 1 does;
+        in (0, 0.01) it becomes 0.01.
+      length_penalty: above 0 favours long texts, below 0 short ones; in [-32, 32].
       early_stopping: when the search ends, with beam_width finished texts at hand: True, at once;
         False, when the best beam, were it to end here, is worse than all of them; "never", when it
         cannot become better at any length.
@@ -81,13 +93,20 @@ class BeamSearchParams:
             )
         for name in ("temperature", "length_penalty"):
             value = read_float(name, getattr(self, name))
-            require(math.isfinite(value), f"{name} must be finite, got {value!r}")
+            require(abs(value) <= MAX_FLOAT32, f"{name} must be finite, got {value!r}")
             put(name, value)
         require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            put("temperature", MIN_TEMPERATURE)
+        require(
+            abs(self.length_penalty) <= MAX_LENGTH_PENALTY,
+            f"length_penalty must lie in [-{MAX_LENGTH_PENALTY}, {MAX_LENGTH_PENALTY}], got "
+            f"{self.length_penalty}",
+        )
         require(
             isinstance(self.early_stopping, bool)
             or (isinstance(self.early_stopping, str) and self.early_stopping == "never"),
-            f'early_stopping must be True, False or "never", got {self.early_stopping!r}',
+            f'early_stopping must be True, False or "never", got {shown(self.early_stopping)}',
         )
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             read_bool(name, getattr(self, name))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinfer.beam_params import BeamSearchParams
+from jinfer.config import require
 from jinfer.engine.beam import BeamSearcher
 from jinfer.engine.core import Engine
 from jinfer.engine.hypotheses import Finished, Token
+from jinfer.fields import read_token_ids
 from jinfer.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
 from jinfer.prompts import Prompt
+
+logger = logging.getLogger(__name__)
 
 PrefixAllowedTokens = Callable[[int, list[int]], Sequence[int]]
 """From a prompt's number and a beam's tokens, the prompt's included, to the ids that may follow."""
@@ -45,13 +50,20 @@ def search(
     """
     searcher = BeamSearcher(engine, params, concurrency_limit=concurrency_limit)
     for i, prompt in enumerate(prompts):
-        allowed = _allowed(prefix_allowed_tokens_fn, i, prompt.token_ids)
+        allowed = _allowed(prefix_allowed_tokens_fn, i, prompt.token_ids, engine.runner.vocab_size)
         searcher.add(prompt.token_ids, cache_salt=prompt.cache_salt, allowed=allowed)
     found: dict[int, BeamSearchOutput] = {}
     try:
         while searcher.has_work():
             for i, texts in searcher.step():
                 found[i] = _output(texts, prompts[i].token_ids, params, tokenizer)
+                if not texts:
+                    found[i].error = (
+                        f"beam search over prompt {i}: allowed_token_ids and "
+                        "prefix_allowed_tokens_fn left no token for any beam before a text had "
+                        "ended; allow more of them"
+                    )
+                    logger.warning("%s", found[i].error)
                 bar.update()
             if engine.has_work():
                 step_engine()
@@ -65,8 +77,22 @@ def search(
     return [found[i] for i in range(len(prompts))]
 
 
-def _allowed(fn: PrefixAllowedTokens | None, idx: int, prompt: list[int]) -> Any:
-    return None if fn is None else lambda tokens: fn(idx, [*prompt, *tokens])
+def _allowed(fn: PrefixAllowedTokens | None, idx: int, prompt: list[int], vocab_size: int) -> Any:
+    """Returns what restricts the beams of one prompt by their tokens; checks what `fn` says."""
+    if fn is None:
+        return None
+
+    def allowed(tokens: list[int]) -> tuple[int, ...]:
+        ids = read_token_ids("prefix_allowed_tokens_fn's result", fn(idx, [*prompt, *tokens]))
+        foreign = [i for i in ids if i >= vocab_size][:1]
+        require(
+            not foreign,
+            f"prefix_allowed_tokens_fn's result holds {foreign}: expected ids in "
+            f"0..{vocab_size - 1}",
+        )
+        return ids
+
+    return allowed
 
 
 def _output(

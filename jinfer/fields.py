@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 MAX_MESSAGE = 1000
+MAX_FLOAT32 = 3.4028234e38
 
 
 def one_line(message: str) -> str:
@@ -29,7 +30,10 @@ def require(condition: bool, message: str) -> None:
 
 def shown(value: Any, limit: int = 200) -> str:
     """Prints a value in one short line, with its type."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of an integer with thousands of digits, or of a foreign class
+        return f"a value that cannot be shown ({type(value).__name__})"
     text = text if len(text) <= limit else f"{text[:limit]}..."
     return f"{text} ({type(value).__name__})"
 
@@ -39,13 +43,20 @@ def _is_bool(value: Any) -> bool:
 
 
 def read_int(name: str, value: Any) -> int:
-    """Returns an integer of any kind as an int; bools, floats, strings and lists are refused."""
+    """Returns an integer of any kind as an int of at most 65 bits.
+
+    Bools, floats, strings, lists and larger ones are refused.
+    """
     # numpy's bool_ has no __index__; Python's has, and True would quietly mean 1.
     if not _is_bool(value) and not getattr(value, "ndim", 0):
         try:
-            return operator.index(value)
+            number = operator.index(value)
         except (TypeError, ValueError):
             pass
+        else:
+            size = number.bit_length()
+            require(size <= 65, f"{name} must be below 2**64 in size, got one of {size} bits")
+            return number
     raise ValueError(f"{name} must be an integer, got {shown(value)}")
 
 
@@ -128,4 +139,7 @@ def read_strings(name: str, value: Any) -> tuple[str, ...]:
     for text in strings:
         require(isinstance(text, str), f"{name} must hold strings, got {shown(text)}")
         require(text != "", f"{name} holds an empty string, which would match everywhere")
+        # Half of a surrogate pair: no text that is decoded holds one, no tokenizer takes it.
+        is_text = not any("\ud800" <= character <= "\udfff" for character in text)
+        require(is_text, f"{name} holds {shown(text)}, which is no Unicode text (was it UTF-8?)")
     return tuple(dict.fromkeys(strings))

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jinfer import ops, sampling
+from jinfer.fields import read_int, read_token_ids, shown
 from jinfer.models.model import Model
 from jinfer.sampling import SampleArgs
 from jinfer.typing import Params
@@ -76,12 +78,14 @@ def generate(
       `Generated`.
 
     Raises:
-      ValueError: `tokens` is not [B, T], `prompt_lens` not [B], n is not positive, or the key is
-        missing.
+      ValueError: `tokens` is not [B, T], `prompt_lens` not [B], n is not positive, a number (if it
+        is known while tracing) is outside its range, or the key is missing.
     """
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be [B, T] with T >= 1, got {list(tokens.shape)}")
+    max_new_tokens = read_int("max_new_tokens", max_new_tokens)
+    eos_token_ids = read_token_ids("eos_token_ids", eos_token_ids)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     is_greedy = isinstance(temperature, (int, float)) and temperature == 0
@@ -94,6 +98,7 @@ def generate(
     lens = lens.astype(jnp.int32)
     if lens.shape != (num_rows,):
         raise ValueError(f"prompt_lens must be [B] = [{num_rows}], got {list(lens.shape)}")
+    _check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     args = _sample_args(num_rows, temperature, top_k, top_p, min_p)
     row_keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(num_rows))
 
@@ -129,6 +134,28 @@ def generate(
         logprobs=jnp.concatenate([first_logprob[None], rest_logprobs]).T,
         lengths=jnp.sum(~was_ended, axis=0, dtype=jnp.int32),
     )
+
+
+_RANGES = {
+    "temperature": (lambda x: (x >= 0) & (x < np.inf), "finite and not negative"),
+    "top_k": (lambda x: (x >= 0) & (x < 2**31), "0 for all, or positive"),
+    "top_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
+    "min_p": (lambda x: (x >= 0) & (x <= 1), "in [0, 1]"),
+}
+
+
+def _check_sampling(**values: Any) -> None:
+    """Refuses values outside their ranges, as far as they are known while tracing."""
+    for name, value in values.items():
+        is_inside, expected = _RANGES[name]
+        try:
+            numbers = np.asarray(value)
+        except jax.errors.TracerArrayConversionError:
+            continue
+        except ValueError:  # lists of unequal length
+            numbers = np.array("")
+        if numbers.dtype.kind not in "iufV" or not is_inside(numbers.astype(np.float64)).all():
+            raise ValueError(f"{name} must be {expected}, got {shown(value)}")
 
 
 def _sample_args(num_rows: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> SampleArgs:

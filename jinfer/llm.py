@@ -307,7 +307,7 @@ class LLM:
                 if p.output_kind is RequestOutputKind.DELTA:
                     raise ValueError("generate returns whole outputs; for deltas use stream")
                 p = dataclasses.replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
-                self.add_request(request_id, prompt, p, priority=order or 0)
+                self.add_request(request_id, prompt, p, priority=0 if order is None else order)
             wanted = set(ids)
             with _progress_bar(len(ids), use_tqdm) as bar:
                 while len(done) < len(ids):

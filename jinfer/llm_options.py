@@ -339,8 +339,8 @@ def as_list(prompts: Any) -> list[Any]:
 
 
 def per_prompt(name: str, values: Any, count: int) -> list[Any]:
-    """One value for all prompts, or a list with one for each, as a list."""
-    if not isinstance(values, Sequence):
+    """One value for all prompts, or a list or array with one for each, as a list."""
+    if not isinstance(values, Sequence) and not getattr(values, "ndim", 0):
         return [values] * count
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts")

@@ -188,6 +188,8 @@ class BeamSearchOutput:
 
     Attributes:
       sequences: best first; fewer than asked for only where masks leave no more.
+      error: why there is none, where masks leave no text at all; None otherwise.
     """
 
     sequences: list[BeamSearchSequence]
+    error: str | None = None

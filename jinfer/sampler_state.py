@@ -148,6 +148,7 @@ def arg_row(params: SamplingParams, *, seed: int, prompt_len: int) -> ArgRow:
         params.repetition_penalty,
     )
     min_position = prompt_len + params.min_tokens if params.min_tokens else 0
+    min_position = min(min_position, np.iinfo(np.int32).max)  # beyond any context
     flags = state_flags(params) | SEEDED * (params.seed is not None)
     ints = (params.top_k, min_position, seed >> 32, seed & 0xFFFFFFFF, flags)
     return ArgRow(np.array(floats, np.float32), np.array(ints, np.uint32))
@@ -417,9 +418,11 @@ def observe(
 ) -> SamplerState:
     """Appends one sampled token to each row; S sequences of a step name distinct rows.
 
-    Inactive sequences and rows outside 0 .. R - 1 (padding) are dropped. Pure: applied to a copy
+    Inactive sequences, rows outside 0 .. R - 1 (padding) and negative ids (NO_TOKEN) are dropped.
+    Pure: applied to a copy
     of the state it gives what the sampler would know after a drafted token.
     """
+    active = active & (tokens >= 0)
     rows = jnp.where(active, _droppable(rows, state.num_rows), state.num_rows)
     tokens = tokens.astype(jnp.int32)
     counts = state.output_counts.at[rows, tokens].get(mode="fill", fill_value=0)

@@ -15,6 +15,7 @@ from dataclasses import InitVar
 from typing import Any
 
 from jinfer.fields import (
+    MAX_FLOAT32,
     read_bool,
     read_float,
     read_int,
@@ -29,6 +30,18 @@ MIN_TEMPERATURE = 0.01
 
 MAX_LOGIT_BIAS_VALUE = 100.0
 """Biases are clamped to plus or minus this, as the OpenAI API does."""
+
+MAX_REPETITION_PENALTY = 1e6
+"""Beyond this, and below its inverse, a logit times it may leave the range of f32."""
+
+MAX_N = 16384
+"""Most samples of a request: each is queued as a sequence of its own."""
+
+MAX_TOP_K = 2**31 - 1
+"""Larger ones become this, which keeps the whole of any vocabulary."""
+
+NO_TOKEN = -2
+"""Stands for a sampled token where a request's constraints leave none."""
 
 
 class RequestOutputKind(enum.Enum):
@@ -107,13 +120,14 @@ def _as_logit_bias(value: Any) -> dict[int, float] | None:
         return None
     require(
         isinstance(value, Mapping),
-        f"logit_bias must map token ids to biases, got {value!r}",
+        f"logit_bias must map token ids to biases, got {shown(value)}",
     )
     bias: dict[int, float] = {}
     for key, amount in value.items():
-        is_digits = isinstance(key, str) and key.strip().isdecimal()
-        token_id = int(key) if is_digits else read_int("logit_bias key", key)
+        is_digits = isinstance(key, str) and key.strip().isdecimal() and len(key) < 100
+        token_id = read_int("logit_bias key", int(key) if is_digits else key)
         require(token_id >= 0, f"logit_bias holds the negative token id {token_id}")
+        require(token_id not in bias, f"logit_bias holds the token id {token_id} twice")
         number = read_float(f"logit_bias[{token_id}]", amount)
         bias[token_id] = min(max(number, -MAX_LOGIT_BIAS_VALUE), MAX_LOGIT_BIAS_VALUE)
     return bias or None
@@ -125,7 +139,7 @@ def _as_output_kind(value: Any) -> RequestOutputKind:
     names = ", ".join(kind.name for kind in RequestOutputKind)
     require(
         isinstance(value, str) and value.upper() in RequestOutputKind.__members__,
-        f"output_kind must be a RequestOutputKind or one of {names}, got {value!r}",
+        f"output_kind must be a RequestOutputKind or one of {names}, got {shown(value)}",
     )
     return RequestOutputKind[value.upper()]
 
@@ -151,16 +165,16 @@ class SamplingParams:
     logit_bias is clamped to +-100; lists become tuples without repetitions.
 
     Attributes:
-      n: independent samples of one prompt; must be 1 when greedy.
+      n: independent samples of one prompt, at most 16384; must be 1 when greedy.
       temperature: 0 = greedy; otherwise logits are divided by it.
       top_p: in (0, 1]; keeps the most likely tokens whose mass reaches it.
       top_k: keeps the k most likely tokens; 0 or -1 = all.
       min_p: in [0, 1]; cuts tokens less likely than min_p times the most likely one.
       presence_penalty, frequency_penalty: in [-2, 2]; over output tokens.
-      repetition_penalty: > 0; over prompt and output tokens.
+      repetition_penalty: in [1e-6, 1e6]; over prompt and output tokens.
       logit_bias: token id -> amount added to its logit.
       allowed_token_ids: all other tokens are banned.
-      bad_words: texts whose token sequences are never completed.
+      bad_words: words that the output never completes, wherever they begin in it.
       min_tokens: end-of-sequence and stop ids are banned until so many tokens are out.
       max_tokens: output tokens at most; None = to the end of the context.
       stop: strings that end the text; need `detokenize`.
@@ -288,14 +302,17 @@ class SamplingParams:
             put("seed", None)
         if self.top_k == -1:
             put("top_k", 0)
+        put("top_k", min(self.top_k, MAX_TOP_K))
         if 0.0 < self.temperature < MIN_TEMPERATURE:
             put("temperature", MIN_TEMPERATURE)
 
     def _check_ranges(self) -> None:
         t, r = self.temperature, self.repetition_penalty
         require(self.n >= 1, f"n must be at least 1, got {self.n}")
+        require(self.n <= MAX_N, f"n must be at most {MAX_N}, got {self.n}; ask several times")
         require(
-            0.0 <= t < math.inf, f"temperature must be finite and not negative, got {t}; 0 = greedy"
+            0.0 <= t <= MAX_FLOAT32,
+            f"temperature must be finite and not negative, got {t}; 0 = greedy",
         )
         require(0.0 < self.top_p <= 1.0, f"top_p must lie in (0, 1], got {self.top_p}")
         require(self.top_k >= 0, f"top_k must be positive, or 0 or -1 for all, got {self.top_k}")
@@ -304,6 +321,10 @@ class SamplingParams:
             value = getattr(self, name)
             require(-2.0 <= value <= 2.0, f"{name} must lie in [-2, 2], got {value}")
         require(0.0 < r < math.inf, f"repetition_penalty must be finite and positive, got {r}")
+        least, most = 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        require(
+            least <= r <= most, f"repetition_penalty must lie in [{least}, {most:.0f}], got {r}"
+        )
         require(
             self.max_tokens is None or self.max_tokens >= 1,
             f"max_tokens must be at least 1, or None for the whole context, got {self.max_tokens}",

@@ -21,6 +21,7 @@ from jinfer.engine import buckets
 from jinfer.engine.core import Engine
 from jinfer.engine.hypotheses import Candidate, Finished, Search, num_pages
 from jinfer.engine.request import Request
+from jinfer.fields import read_int
 from jinfer.sampling_params import SamplingParams
 
 AllowedTokens = Callable[[list[int]], Sequence[int]]
@@ -67,8 +68,10 @@ class BeamSearcher:
             for token in getattr(params, name) or ():
                 if token >= vocab_size:
                     raise ValueError(f"{name} holds {token}: expected ids in 0..{vocab_size - 1}")
-        if concurrency_limit is not None and concurrency_limit < 1:
-            raise ValueError(f"concurrency_limit must be positive, got {concurrency_limit}")
+        if concurrency_limit is not None:
+            concurrency_limit = read_int("concurrency_limit", concurrency_limit)
+            if concurrency_limit < 1:
+                raise ValueError(f"concurrency_limit must be positive, got {concurrency_limit}")
         self.engine = engine
         self.params = params
         most = config.max_num_seqs // width

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from jinfer.config import EngineConfig, ModelConfig
 from jinfer.engine import recovery
+from jinfer.engine.bad_words import encode_bad_word
 from jinfer.engine.plan import Plan, Progress
 from jinfer.engine.request import Request
 from jinfer.engine.results import Launched
@@ -154,20 +155,12 @@ class Engine:
         )
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
-        """Tokenizes bad words, each at the start of a text and after a space, as vLLM does."""
+        """Tokenizes bad words, each in all the ways in which it may begin in a text."""
         if not params.bad_words:
             return []
         if self.tokenizer is None:
             raise ValueError("bad_words are found in the text, and the engine has no tokenizer")
-        sequences = []
-        for word in params.bad_words:
-            bare = word.lstrip()
-            at_start = self.tokenizer.encode(bare, add_special_tokens=False)
-            after_space = self.tokenizer.encode(f" {bare}", add_special_tokens=False)
-            sequences.append(at_start)
-            if len(after_space) == len(at_start) and after_space[0] != at_start[0]:
-                sequences.append(after_space)
-        return sequences
+        return [ids for word in params.bad_words for ids in encode_bad_word(self.tokenizer, word)]
 
     def abort(self, request_id: str) -> Request | None:
         """Ends a request and frees what it holds; returns it, or None if it is not live."""

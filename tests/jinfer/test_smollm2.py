@@ -145,6 +145,16 @@ def test_beam_search_equals_that_of_transformers(llm, oracle, early_stopping):
         np.testing.assert_allclose(scores, want.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
+def test_a_bad_word_comes_in_none_of_its_spellings(llm):
+    """ "Tokyo" is two tokens at the start of a text and one after a space, which came."""
+    prompts = ["The capital of Japan is", "Cities of Japan:\n*"]
+    for bad_words, is_met in ([], True), (["Tokyo"], False):
+        params = SamplingParams(temperature=0, max_tokens=12, bad_words=bad_words)
+        for output in llm.generate(prompts, params, use_tqdm=False):
+            assert ("Tokyo" in output.outputs[0].text) == is_met, output.outputs[0].text
+            assert output.outputs[0].error is None
+
+
 def test_it_answers_in_a_chat(llm):
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     out = llm.chat(messages, SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)[0]
