@@ -37,6 +37,7 @@ from jinfer.sampler_state import pack_row as pack_row
 from jinfer.sampler_state import reset_row as reset_row
 from jinfer.sampler_state import state_bytes as state_bytes
 from jinfer.sampler_state import state_flags as state_flags
+from jinfer.sampling_params import NO_TOKEN
 
 _NEG_INF = float("-inf")
 _BLOCK = 64  # neighbours whose maximum stands for them in `_largest`
@@ -168,7 +169,8 @@ def filter_logits(x: Float[Array, "S V"], args: SampleArgs) -> Float[Array, "S V
         lambda t: t,
         threshold,
     )
-    return jnp.where(x >= threshold[:, None], x, _NEG_INF)
+    # The most likely token stays, even where top_p is 0 in f32 or rounding lifts the threshold.
+    return jnp.where(x >= jnp.minimum(threshold, top)[:, None], x, _NEG_INF)
 
 
 def _raise_threshold(
@@ -290,7 +292,7 @@ def sample(
     of the distribution, the seed and the position alone.
 
     Returns:
-      [S] i32. A row without any token left (all -inf) gives id 0.
+      [S] i32. A row without any token left (all -inf) gives NO_TOKEN.
     """
 
     def draw(x: Array) -> Array:
@@ -305,14 +307,15 @@ def sample(
 
 
 def _argmax(x: Array) -> Array:
-    """Returns the first index of each row's maximum, [S] i32.
+    """Returns the first index of each row's maximum, [S] i32; NO_TOKEN where that is -inf.
 
     Two reductions instead of `jnp.argmax`, whose pair reduction XLA does not vectorise on CPUs
     (ten times slower there). f32 holds indices up to 2^24 exactly.
     """
     top = jnp.max(x, axis=-1, keepdims=True)
     index = lax.broadcasted_iota(jnp.float32, x.shape, 1)
-    return jnp.min(jnp.where(x == top, index, float(x.shape[1] - 1)), axis=-1).astype(jnp.int32)
+    first = jnp.min(jnp.where(x == top, index, float(x.shape[1] - 1)), axis=-1).astype(jnp.int32)
+    return jnp.where(top[:, 0] > _NEG_INF, first, NO_TOKEN)
 
 
 def top_logprobs(

@@ -37,7 +37,7 @@ class StepOutput:
     Attributes:
       tokens: [n, S] sampled ids, one row a decode step or verified place (n = 1 for
         `forward_step`); NOT_FINITE where a sequence's logits, or a hidden state of its tokens, are
-        NaN or infinite.
+        NaN or infinite, else NO_TOKEN where its constraints leave no token.
       logits: [S, V] f32 raw logits behind the last row of `tokens`; [n, S, V] of `verify_step`.
       hidden: [T, D] hidden states after the final norm; None of `decode_loop`.
       counts: [S] how many of a sequence's tokens count (`verify_step` only).

@@ -18,7 +18,7 @@ from typing import Any
 
 from jinfer.engine.detokenizer import Detokenizer
 from jinfer.outputs import FinishReason, RequestMetrics
-from jinfer.sampling_params import SamplingParams
+from jinfer.sampling_params import NO_TOKEN, SamplingParams
 
 
 class RequestStatus(enum.Enum):
@@ -81,7 +81,7 @@ class Request:
     seed: int
     arrival: int
     max_model_len: int
-    priority: int = 0
+    priority: float = 0
     cache_salt: str | None = None
     kv_format: str | None = None
     eos_token_ids: Sequence[int] = ()
@@ -205,6 +205,8 @@ class Request:
     def accept(self, token_id: int, logprob: Any = None) -> bool:
         """Appends one sampled token and finds out whether the sequence ends with it.
 
+        NO_TOKEN is not appended: the sequence ends with an error that names what left no token.
+
         The order of the tests is vLLM's: end of sequence, stop tokens, stop strings, length. The
         token that ends a sequence stays in `output_token_ids`; its text is left out unless
         `include_stop_str_in_output`. Before `min_tokens` nothing but the length ends a sequence:
@@ -214,6 +216,9 @@ class Request:
           True when the sequence has ended; `finish_reason` and `stop_reason` are then set.
         """
         params = self.params
+        if token_id == NO_TOKEN:
+            self._end_without_token()
+            return True
         self.output_token_ids.append(token_id)
         if self.logprobs is not None:
             self.logprobs.append(logprob)
@@ -232,6 +237,20 @@ class Request:
             self.end("length")
         self.num_accepted = num_outputs
         return self.finish_reason is not None
+
+    def _end_without_token(self) -> None:
+        params, num_outputs = self.params, len(self.output_token_ids)
+        fields = {
+            "allowed_token_ids": params.allowed_token_ids is not None,
+            "bad_words": bool(params.bad_words),
+            "min_tokens": num_outputs < params.min_tokens,
+        }
+        names = " and ".join(name for name, is_set in fields.items() if is_set)
+        self.error = (
+            f"request {self.request_id}: {names or 'the token mask'} left no token to sample after "
+            f"{num_outputs} output tokens; allow more of them"
+        )
+        self.end("error")
 
     def start_over(self) -> None:
         """Waits with its tokens to be computed anew, whatever an exception has left of its state.

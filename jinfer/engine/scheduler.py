@@ -167,8 +167,6 @@ class Scheduler:
         request.error = message
         request.end("error")
         self.retire(request)
-        self.stats.num_errors += 1
-        logger.warning("%s", message)
         return Progress(request, [], request.take_text(), True)
 
     def _discard(self, request: Request, start: int, written: Sequence[int]) -> None:
@@ -208,6 +206,9 @@ class Scheduler:
         request.num_in_flight = 0
         request.metrics.finished_time = self._now()
         self.stats.num_finished += 1
+        if request.error is not None:
+            self.stats.num_errors += 1
+            logger.warning("%s", request.error)
         del self._requests[request.request_id]
 
     # ------------------------------------------------------------------ planning
@@ -434,12 +435,12 @@ class Scheduler:
             request.num_computed_tokens -= seq.num_samples - len(tokens)
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = self._now()
-        num_new = 0
+        num_before = len(request.output_token_ids)
         for i, token in enumerate(tokens):
-            num_new += 1
             if request.accept(token, None if logprobs is None else logprobs[i]):
                 self.retire(request)
                 break
+        num_new = len(request.output_token_ids) - num_before
         self.stats.num_output_tokens += num_new
         self.stats.num_discarded_tokens += len(tokens) - num_new
         return Progress(request, list(tokens[:num_new]), request.take_text(), request.is_finished)

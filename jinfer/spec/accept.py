@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jinfer import sampling
 from jinfer.sampler_state import SEEDED
 from jinfer.sampling import SampleArgs, SamplerState
+from jinfer.sampling_params import NO_TOKEN
 
 # Folded into a position's key: streams beside the plain draw's own. Beyond any token id, so that no
 # block of the plain draw's noise is met again.
@@ -108,7 +109,7 @@ def draw(
 
     With p of `target` and q of `draft_logits`: the draft stands with probability min(1, p / q) at
     its place; if it falls, the token is drawn from max(0, p - q), normed. Then it is another one:
-    a draft falls only where q > p.
+    a draft falls only where q > p. Where `target` has no token left the result is NO_TOKEN.
     """
     plain = sampling.sample(target, args, positions)
     if draft_logits is None:
@@ -125,7 +126,8 @@ def draw(
         # All zero only where p and q are equal but for rounding.
         rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0.0, jnp.log(rest), log_p)
         other = _sample(rest, _keys(args, positions, RESIDUAL))
-        return jnp.where(is_random, jnp.where(stands, draft, other), plain)
+        is_there = plain != NO_TOKEN
+        return jnp.where(is_random & is_there, jnp.where(stands, draft, other), plain)
 
     is_random = has_draft & ~args.is_greedy & ~args.has(SEEDED)
     return lax.cond(jnp.any(is_random), reject, lambda plain: plain, plain)
@@ -134,8 +136,8 @@ def draw(
 def draw_draft(
     draft_logits: Float[Array, "S V"], args: SampleArgs, positions: Int[Array, "S"]
 ) -> Int[Array, "S"]:
-    """Draws each sequence's draft from the drafter's processed distribution."""
-    plain = sampling.sample(draft_logits, args, positions)
+    """Draws each draft from the drafter's processed distribution; id 0 where it is empty."""
+    plain = jnp.maximum(sampling.sample(draft_logits, args, positions), 0)
 
     def redraw(plain: Array) -> Array:
         tokens = _sample(draft_logits, _keys(args, positions, DRAFT))

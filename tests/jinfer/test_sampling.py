@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from jinfer import sampling
-from jinfer.sampling_params import SamplingParams, child_seed
+from jinfer.sampling_params import NO_TOKEN, SamplingParams, child_seed
 
 V = 61  # not a multiple of 32: the last word of every bit row is ragged
 LIMITS = sampling.SamplerLimits(max_logit_bias=8, max_bad_words=4, max_bad_word_tokens=4)
@@ -301,14 +301,15 @@ def test_nan_counts_as_banned_and_infinity_as_the_largest_number():
 
 @pytest.mark.parametrize("kwargs", [{"temperature": 0}, {}, {"top_k": 3, "top_p": 0.5}])
 @pytest.mark.parametrize("value", [-np.inf, np.nan])
-def test_a_row_without_tokens_stays_so_and_gives_id_zero(kwargs, value):
+def test_a_row_without_tokens_stays_so_and_gives_no_token(kwargs, value):
     params = [SamplingParams(**kwargs, repetition_penalty=1.2, min_p=0.0), SamplingParams()]
     state, args, rows, positions = make(params)
     logits = random_logits(2)
     logits[0] = value
     got = np.asarray(process(logits, args, state, rows, positions))
     assert np.isneginf(got[0]).all() and np.isfinite(got[1]).all()
-    assert draw(got, args, positions)[0] == 0
+    tokens = draw(got, args, positions)
+    assert tokens[0] == NO_TOKEN and tokens[1] >= 0
 
 
 def test_one_finite_token_is_always_taken():

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from jinfer.engine.request import Request
-from jinfer.sampling_params import SamplingParams
+from jinfer.sampling_params import NO_TOKEN, SamplingParams
 
 A, B, EOS, STOP = 0, 1, 2, 3
 
@@ -74,6 +74,24 @@ def run(tokens, max_model_len=100, prompt=(A,), **fields):
             [EOS],
             ([EOS], "", "stop", EOS),
             id="eos as stop id only",
+        ),
+        pytest.param(
+            {"stop": "<eos>"}, [A, EOS], ([A, EOS], "a", "stop", None), id="eos before its string"
+        ),
+        pytest.param(
+            {"stop": "<eos>", "ignore_eos": True},
+            [A, EOS, B],
+            ([A, EOS], "a", "stop", "<eos>"),
+            id="eos as stop string only",
+        ),
+        pytest.param(
+            {"stop": "<eos>", "ignore_eos": True, "include_stop_str_in_output": True},
+            [A, EOS, B],
+            ([A, EOS], "a<eos>", "stop", "<eos>"),
+            id="eos as stop string included",
+        ),
+        pytest.param(
+            {"stop": "b"}, [A, NO_TOKEN, B], ([A], "a", "error", None), id="no token left"
         ),
         pytest.param({"stop": "ba"}, [A, B, A, B], ([A, B, A], "a", "stop", "ba"), id="stop"),
         pytest.param(
