@@ -36,7 +36,8 @@ class Detokenizer:
 
     Raises:
       TypeError: the tokenizer is not a fast one.
-      ValueError: its decoder is of a kind that cannot be followed token by token.
+      ValueError: its decoder is of a kind that cannot be followed token by token, or a stop string
+        holds a special token and more, while special tokens are skipped.
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
@@ -46,6 +47,9 @@ class Detokenizer:
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
         self._stops = tuple(params.stop or ())
+        self._special_stops = (
+            vocabulary.special_stops(self._stops) if params.skip_special_tokens else {}
+        )
         self._max_stop = max(map(len, self._stops), default=0)
         self._includes_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
@@ -72,8 +76,9 @@ class Detokenizer:
         """Adds one token; returns the stop string that it completes, or None.
 
         Of several stop strings the one that is complete first counts, then the one listed first.
-        One that is complete before the token number `min_tokens` is plain text. After a match the
-        text is final, and nothing more may be pushed.
+        One that is complete before the token number `min_tokens` is plain text. A special token
+        that is skipped completes the stop string of its name. After a match the text is final, and
+        nothing more may be pushed.
         """
         assert not self._is_finished, "push after the end of the sequence"
         settled = self._decoder.push(token_id)
@@ -82,6 +87,11 @@ class Detokenizer:
         if not self._stops:
             self._show(settled)
             return None
+        stop = self._special_stops.get(token_id)
+        if stop is not None and self._num_tokens >= self._min_tokens:
+            self.finish()
+            self._show(stop if self._includes_stop else "")
+            return stop
         text = self._held + settled
         match = self._find_stop(text)
         if match is not None:
@@ -188,6 +198,26 @@ class _Vocabulary:
             self.is_first_different = not self.chain or bool(kinds & {"Metaspace", "WordPiece"})
             self.anchor = self._find_anchor()
             self.num_anchor = len(backend.decode([self.anchor], skip_special_tokens=False))
+
+    def special_stops(self, stops: tuple[str, ...]) -> dict[int, str]:
+        """Returns the stop strings that are special tokens, by id.
+
+        Raises:
+          ValueError: one holds a special token and more: without that token's text it never comes.
+        """
+        found = {}
+        for stop in stops:
+            token_id = self.backend.token_to_id(stop) if stop in self.special_tokens else None
+            if token_id is not None:
+                found[token_id] = stop
+                continue
+            token = next((token for token in self.special_tokens if token and token in stop), None)
+            if token is not None:
+                raise ValueError(
+                    f"the stop string {stop!r} holds the special token {token!r}, whose text is "
+                    "skipped: stop at that token alone, or set skip_special_tokens=False"
+                )
+        return found
 
     def new_decoder(
         self, *, skip_special_tokens: bool, spaces_between_special_tokens: bool

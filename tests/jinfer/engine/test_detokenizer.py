@@ -271,6 +271,36 @@ def test_stripping_the_start_does_not_hide_a_stop_string():
     assert ("".join(pieces), stop, num_pushed) == ("", "xa", 3)
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("includes", [False, True])
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_special_token_is_a_stop_string_whether_it_is_shown_or_not(name, includes, skips):
+    tokenizer = TOKENIZERS[name]
+    specials = ("<|end|>", "<|im_start|>") if name == "byte_level" else ("</s>", "<s>")
+    end, other = map(tokenizer.token_to_id, specials)
+    a = tokenizer.token_to_id("a")
+    fields = {"skip_special_tokens": skips, "include_stop_str_in_output": includes}
+    # Text that could become the other stop string is held back until then.
+    stops = [specials[0], "aab"]
+    pieces, stop, num_pushed = stream(FAST[name], [other, a, a, end, a], stop=stops, **fields)
+    assert (stop, num_pushed) == (specials[0], 4)
+    text = "".join(pieces)
+    assert text.replace(" ", "").endswith("aa" + specials[0] * includes)
+    assert (specials[1] in text) != skips and (specials[0] in text) == includes
+    # Before min_tokens it is plain text, as any stop string.
+    _, stop, num_pushed = stream(FAST[name], [end, a, end, a], stop=stops, min_tokens=2, **fields)
+    assert (stop, num_pushed) == (specials[0], 3)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_stop_string_that_holds_a_skipped_token_and_more_is_refused(name):
+    special = "<|end|>" if name == "byte_level" else "</s>"
+    for stop in (f"a{special}", f"{special}\n", f"{special}{special}"):
+        with pytest.raises(ValueError, match=r"stop string .* holds the special token"):
+            Detokenizer(FAST[name], SamplingParams(stop=["x", stop]))
+        Detokenizer(FAST[name], SamplingParams(stop=["x", stop], skip_special_tokens=False))
+
+
 def test_nothing_may_be_pushed_after_the_end():
     detokenizer = Detokenizer(TOKENIZERS["gemma"], SamplingParams(stop="a"))
     assert detokenizer.push(TOKENIZERS["gemma"].token_to_id("a")) == "a"
