@@ -81,7 +81,7 @@ class Request:
     seed: int
     arrival: int
     max_model_len: int
-    priority: float = 0
+    priority: int = 0
     cache_salt: str | None = None
     kv_format: str | None = None
     eos_token_ids: Sequence[int] = ()
