@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 import types
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jinfer.tokenizer import BYTE_LEVEL_SPLITS, WHOLE_WORDS_FIRST, tokenizer_from_gguf
+from jinfer.tokenizer import BYTE_LEVEL_SPLITS, NFC, WHOLE_WORDS_FIRST, tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 # Words, numbers, signs, scripts and spaces that the pre-tokenizers in use cut differently.
@@ -22,6 +25,7 @@ SAMPLES = (
     "Ünïcödé ćafé 東京タワー привет мир مرحبا 🙂🚀 ²³ ½ №5",
     "camelCase HTTPServer snake_case //path/to/file.txt <b>a+b</b> $x^2~|y",
     "1 22 333 4444 55555 666666",
+    "e\u0301a\u0308 \u212b \u1100\u1161 ﬁ Ｆ กำลัง हिन्दी 日本ab ꙁ`x`",  # letters to compose, marks
 )
 
 
@@ -36,8 +40,8 @@ def tokenizer_metadata(
       architecture: general.architecture: Gemma's scores are read by token id.
 
     Raises:
-      ValueError: another kind of tokenizer, or one that would encode `SAMPLES` differently when
-        read from the file.
+      ValueError: another kind of tokenizer, one with a normalizer that no name in GGUF stands for,
+        or one that would encode `SAMPLES` differently when read from the file.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -48,6 +52,7 @@ def tokenizer_metadata(
         raise ValueError(f"GGUF export writes BPE tokenizers, this one is {model.get('type')}")
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     tokens, kinds = _tokens(data, vocab_size)
+    composes = _composes(data)
     out: dict[str, Any] = {"tokenizer.ggml.tokens": tokens}
     if model.get("byte_fallback"):
         out["tokenizer.ggml.model"] = "llama"
@@ -64,7 +69,10 @@ def tokenizer_metadata(
         out["tokenizer.ggml.model"] = "gpt2"
         # Without merges every character stays alone, however a text is cut.
         ignores_merges = bool(model.get("ignore_merges"))
-        out["tokenizer.ggml.pre"] = _pre_tokenizer(backend, ignores_merges) if merges else "gpt-2"
+        if merges:
+            out["tokenizer.ggml.pre"] = _pre_tokenizer(backend, ignores_merges, composes)
+        else:
+            out["tokenizer.ggml.pre"] = "olmo" if composes else "gpt-2"
         out["tokenizer.ggml.merges"] = [" ".join(merge) for merge in merges]
     out["tokenizer.ggml.token_type"] = kinds
     for key, name in (
@@ -86,6 +94,11 @@ def tokenizer_metadata(
     elif template is not None:
         out["tokenizer.chat_template"] = template
     _check_same(tokenizer, out, architecture)
+    if composes:
+        logger.warning(
+            "this tokenizer composes letters (NFC) before it cuts a text, as we do when we read "
+            "the file; llama.cpp does not: a text with decomposed letters has other tokens there"
+        )
     return out
 
 
@@ -117,14 +130,45 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> np.ndarray:
     return np.array([-float(rank.get(token, len(merges))) for token in tokens], np.float32)
 
 
-def _pre_tokenizer(backend: Any, ignores_merges: bool) -> str:
-    """The name of the splits that cut `SAMPLES` as this tokenizer does."""
+def _composes(data: dict[str, Any]) -> bool:
+    """Whether a tokenizer composes texts (NFC); raises ValueError for what no file can say."""
+    steps = _steps(data.get("normalizer"))
+    if data["model"].get("byte_fallback"):
+        steps = [step for step in steps if not _spells_space(step)]
+    elif [step["type"] for step in steps] == ["NFC"]:
+        return True
+    if steps:
+        raise ValueError(
+            f"GGUF has no name for this tokenizer's normalizer {steps[0]['type']}; texts would "
+            f"become other tokens"
+        )
+    return False
+
+
+def _steps(normalizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if normalizer is None:
+        return []
+    if normalizer["type"] != "Sequence":
+        return [normalizer]
+    return [step for part in normalizer["normalizers"] for step in _steps(part)]
+
+
+def _spells_space(step: dict[str, Any]) -> bool:
+    """Whether a normalizer is one of the two that every sentencepiece file implies."""
+    if step["type"] == "Prepend":
+        return step["prepend"] == "▁"
+    is_space = step["type"] == "Replace" and step["pattern"] == {"String": " "}
+    return is_space and step["content"] == "▁"
+
+
+def _pre_tokenizer(backend: Any, ignores_merges: bool, composes: bool) -> str:
+    """The name of the splits that cut `SAMPLES` as this tokenizer does, with its normalizer."""
     from tokenizers import Regex, pre_tokenizers
 
     def cut(pre: Any) -> list[list[str]]:
         return [[piece for piece, _ in pre.pre_tokenize_str(text)] for text in SAMPLES]
 
-    own = cut(backend.pre_tokenizer)
+    own, alike = cut(backend.pre_tokenizer), []
     for name, splits in BYTE_LEVEL_SPLITS.items():
         steps: list[Any] = [
             pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits
@@ -133,7 +177,16 @@ def _pre_tokenizer(backend: Any, ignores_merges: bool) -> str:
         if (name in WHOLE_WORDS_FIRST) == ignores_merges and cut(
             pre_tokenizers.Sequence(steps)
         ) == own:
+            alike.append(name)
+    for name in alike:
+        if (name in NFC) == composes:
             return name
+    if alike:
+        raise ValueError(
+            f"GGUF cannot hold this tokenizer: it {'composes' if composes else 'does not compose'} "
+            f"letters (NFC), other than those of the pre-tokenizers that cut text as it does: "
+            f"{', '.join(alike)}"
+        )
     raise ValueError(
         f"no pre-tokenizer that GGUF names cuts text as this tokenizer does; known: "
         f"{', '.join(BYTE_LEVEL_SPLITS)}"

@@ -47,6 +47,25 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
     + _SLASH_TAIL,
 )
+_QWEN35 = (
+    _CONTRACTION
+    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    + r"|\s+(?!\S)|\s+",
+)
+# DeepSeek's letters: those with cases, of the Unicode version of its time.
+_CASED = (
+    "A-Za-z"
+    "µÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+    "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛ"
+    "Ꜣ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_CJK = "[一-龥ࠀ-一가-퟿]+"
+_DEEPSEEK_LLM = (
+    *("[\r\n]", rf"\s?[{_CASED}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$"),
+    *(_CJK, r"\p{N}+"),
+)
+_DEEPSEEK_CODER = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")
+_THREE_DIGITS = "[0-9][0-9][0-9]"
 _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?|\p{{N}}{{1,3}}" + _SLASH_TAIL,
@@ -56,16 +75,24 @@ BYTE_LEVEL_SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (r"\p{N}", _GPT2)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), _LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan"), _QWEN2),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "hunyuan", "stablelm2", "megrez"), _QWEN2),
     "tekken": _TEKKEN,
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "qwen35": _QWEN35,
+    "deepseek-llm": _DEEPSEEK_LLM,
+    "deepseek-coder": _DEEPSEEK_CODER,
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, _THREE_DIGITS),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", _THREE_DIGITS),
 }
 """tokenizer.ggml.pre -> the expressions that cut a text before merging, each applied to the pieces
 that the one before it left."""
 
-# These look a whole word up before they merge, and start with bos unless the file says otherwise.
-WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
+# These start with bos unless the file says otherwise.
+_BOS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
+WHOLE_WORDS_FIRST = (*_BOS_FIRST, "glm4")
+"""Those that look a whole word up before they merge."""
+NFC = ("qwen2", "command-r", "mpt", "olmo")
+"""Those whose models compose a text (NFC) first. No file says so, and llama.cpp does not."""
 
 
 def load_tokenizer(
@@ -159,10 +186,10 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerBase:
     get = _Getter(file)
     kind = get("model")
     tokens = get("tokens")
-    if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
+    if kind not in ("gpt2", "llama", "gemma4") or not isinstance(tokens, list):
         raise ValueError(
             f"{file.path} has no tokenizer that can be read (tokenizer.ggml.model is {kind!r}); "
-            f"supported: 'gpt2' (byte-level BPE) and 'llama' (sentencepiece)"
+            f"supported: 'gpt2' (byte-level BPE), 'llama' (sentencepiece) and 'gemma4'"
         )
     if len(set(tokens)) != len(tokens):
         raise ValueError(f"{file.path} has the same token twice in its vocabulary")
@@ -224,7 +251,7 @@ def _byte_level(
     get: _Getter, tokens: list[str], types: np.ndarray
 ) -> tuple[tokenizers.Tokenizer, bool]:
     """GPT-2's BPE over bytes; returns the tokenizer and whether a bos token is usual."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = get("pre")
     if pre is None:
@@ -235,13 +262,14 @@ def _byte_level(
             f"{get.file.path} needs the pre-tokenizer {pre!r}; supported: "
             f"{', '.join(BYTE_LEVEL_SPLITS)}"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]
     model = models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
-        merges=_known(merges, tokens),
+        merges=_merges(get, tokens),
         ignore_merges=pre in WHOLE_WORDS_FIRST,
     )
     backend = Tokenizer(model)
+    if pre in NFC:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(split), behavior="isolated")
@@ -250,12 +278,13 @@ def _byte_level(
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    return backend, pre in WHOLE_WORDS_FIRST
+    return backend, pre in _BOS_FIRST
 
 
-def _known(merges: list[tuple[str, ...]], tokens: list[str]) -> list[tuple[str, str]]:
-    """Leaves out merges whose result is no token: they can never apply."""
+def _merges(get: _Getter, tokens: list[str]) -> list[tuple[str, str]]:
+    """The merges of a file, less those whose result is no token: they can never apply."""
     known = set(tokens)
+    merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]
     return [
         (merge[0], merge[1])
         for merge in merges
@@ -266,20 +295,24 @@ def _known(merges: list[tuple[str, ...]], tokens: list[str]) -> list[tuple[str, 
 def _sentencepiece(
     get: _Getter, tokens: list[str], types: np.ndarray
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    """BPE over characters, best-scored pair first, unknown characters as bytes."""
+    """BPE over characters, unknown ones as bytes: best-scored pair first, or by a list of merges.
+
+    Gemma 4's files have the list, and no space before a text.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     has_bytes = bool((types == _BYTE).any())
+    has_merges = get("model") == "gemma4"
     unknown = get("unknown_token_id", 0)
     model = models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
-        merges=_merges_from_scores(get, tokens, types),
+        merges=_merges(get, tokens) if has_merges else _merges_from_scores(get, tokens, types),
         unk_token=tokens[unknown] if unknown < len(tokens) else None,
         fuse_unk=True,
         byte_fallback=has_bytes,
     )
     backend = Tokenizer(model)
-    starts_with_space = bool(get("add_space_prefix", True))
+    starts_with_space = bool(get("add_space_prefix", not has_merges))
     steps: list[Any] = [normalizers.Prepend(_SPACE)] if starts_with_space else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     after: list[Any] = [decoders.Strip(" ", 1, 0)] if starts_with_space else []

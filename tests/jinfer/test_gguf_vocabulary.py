@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import gguf
 import numpy as np
@@ -23,7 +24,13 @@ from jinfer.cli import main
 from jinfer.gguf_vocabulary import SAMPLES, tokenizer_metadata
 from jinfer.llm_options import sampling_defaults
 from jinfer.models.families import assemble, config_from_hf, expected_shapes, tensor_names
-from jinfer.tokenizer import BYTE_LEVEL_SPLITS, load_tokenizer
+from jinfer.tokenizer import (
+    BYTE_LEVEL_SPLITS,
+    NFC,
+    WHOLE_WORDS_FIRST,
+    load_tokenizer,
+    tokenizer_from_gguf,
+)
 from jinfer.weights.gguf_file import GGUFFile
 from jinfer.weights.load import load_config
 
@@ -31,7 +38,9 @@ TEXTS = [*SAMPLES, "the quick brown fox jumps over the lazy dog, then the other 
 
 
 def byte_level(pre):
-    backend = Tokenizer(models.BPE())
+    backend = Tokenizer(models.BPE(ignore_merges=pre in WHOLE_WORDS_FIRST))
+    if pre in NFC:
+        backend.normalizer = normalizers.NFC()
     splits = [
         pre_tokenizers.Split(Regex(split), behavior="isolated") for split in BYTE_LEVEL_SPLITS[pre]
     ]
@@ -74,14 +83,20 @@ def sentencepiece():
     )
 
 
-@pytest.mark.parametrize("pre", ["smollm", "qwen2", "gpt-2", "gpt-4o"])
+@pytest.mark.parametrize(
+    "pre",
+    [
+        *("smollm", "qwen2", "gpt-2", "gpt-4o", "qwen35", "deepseek-llm", "deepseek-coder"),
+        *("falcon", "command-r", "olmo", "tekken"),
+    ],
+)
 def test_the_pre_tokenizer_is_found_by_its_splits(pre):
     metadata = tokenizer_metadata(byte_level(pre), 330, architecture="llama")
     assert metadata["tokenizer.ggml.pre"] == pre
-    types = metadata["tokenizer.ggml.token_type"]
+    kinds = metadata["tokenizer.ggml.token_type"]
     tokens = metadata["tokenizer.ggml.tokens"]
-    assert types[tokens.index("<tool>")] == 4 and types[0] == types[1] == 3
-    assert tokens[-1] == "[PAD329]" and types[-1] == 5
+    assert kinds[tokens.index("<tool>")] == 4 and kinds[0] == kinds[1] == 3
+    assert tokens[-1] == "[PAD329]" and kinds[-1] == 5
 
 
 def test_sentencepiece_merges_become_scores():
@@ -106,9 +121,43 @@ def test_what_gguf_cannot_say_is_refused():
     with pytest.raises(ValueError, match="no pre-tokenizer that GGUF names"):
         tokenizer_metadata(odd, 330, architecture="llama")
     odd = byte_level("smollm")
-    odd.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(ValueError, match=r"GGUF cannot hold this tokenizer: .* would become"):
+    odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(ValueError, match=r"no pre-tokenizer that GGUF names"):
         tokenizer_metadata(odd, 330, architecture="llama")
+
+
+@pytest.mark.parametrize("make", [lambda: byte_level("gpt-4o"), sentencepiece])
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(normalizers.NFC(), normalizers.NFD(), normalizers.NFKC(), normalizers.NFKD()),
+        *(normalizers.Lowercase(), normalizers.StripAccents(), normalizers.Strip()),
+        *(normalizers.Nmt(), normalizers.Replace("colour", "color"), normalizers.Prepend("!")),
+    ],
+    ids=lambda step: type(step).__name__,
+)
+def test_a_normalizer_that_gguf_has_no_name_for_is_refused(make, step):
+    odd = make()
+    own = odd.backend_tokenizer.normalizer
+    steps = [step] if own is None else [own, step]
+    odd.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    with pytest.raises(ValueError, match=r"^GGUF (has no name|cannot hold this tokenizer).*$"):
+        tokenizer_metadata(odd, 330, architecture="llama")
+
+
+def test_qwens_normalizer_comes_back_and_llama_cpps_want_of_it_is_told(tmp_path, caplog):
+    qwen = byte_level("qwen2")
+    metadata = tokenizer_metadata(qwen, 330, architecture="qwen2")
+    assert "composes letters (NFC)" in caplog.text and len(caplog.records) == 1
+    file = types.SimpleNamespace(path="m.gguf", metadata=metadata)
+    again = tokenizer_from_gguf(file)
+    for text in ("e\u0301", "caf\u00e9 cafe\u0301", "\u1100\u1161 \u212b"):
+        assert again.encode(text) == qwen.encode(text)
+    assert again.encode("e\u0301") == again.encode("\u00e9")
+    qwen.backend_tokenizer.normalizer = normalizers.Sequence([])
+    metadata = tokenizer_metadata(qwen, 330, architecture="qwen2")
+    assert metadata["tokenizer.ggml.pre"] == "deepseek-r1-qwen"  # which cuts alike, as it is
+    assert len(caplog.records) == 1
 
 
 @pytest.fixture(scope="module")
@@ -159,16 +208,16 @@ def test_convert_writes_gguf_that_loads_with_tokenizer_and_template(folder, tmp_
         *calibration,
     )
     file = GGUFFile(out)
-    types = {name: tensor.type_name for name, tensor in file.tensors.items()}
-    assert types["blk.0.attn_q.weight"] == "Q5_0" and types["blk.1.ffn_down.weight"] == "Q4_K"
-    assert types["token_embd.weight"] == "Q8_0" and types["output_norm.weight"] == "F32"
+    kinds = {name: tensor.type_name for name, tensor in file.tensors.items()}
+    assert kinds["blk.0.attn_q.weight"] == "Q5_0" and kinds["blk.1.ffn_down.weight"] == "Q4_K"
+    assert kinds["token_embd.weight"] == "Q8_0" and kinds["output_norm.weight"] == "F32"
     meant, found = load_tokenizer(folder), load_tokenizer(out)
     for text in TEXTS:
         assert meant.encode(text) == found.encode(text)
     messages = [{"role": "user", "content": "fox"}]
     assert found.apply_chat_template(messages, tokenize=False) == "fox"
     other = gguf.GGUFReader(out)  # the package's own
-    assert {t.name for t in other.tensors} == types.keys()
+    assert {t.name for t in other.tensors} == kinds.keys()
     plain = tmp_path / "plain.gguf"
     run("convert", "--model", folder, "--export", "gguf", "--output", plain, "--type", "Q4_K")
     name = "blk.0.attn_q.weight"

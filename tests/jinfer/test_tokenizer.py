@@ -3,9 +3,12 @@
 import importlib.util
 import itertools
 import json
+import os
+import pathlib
 import random
 import subprocess
 import sys
+import unicodedata
 
 import gguf
 import pytest
@@ -13,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jinfer.tokenizer import BYTE_LEVEL_SPLITS, load_tokenizer, tokenizer_from_gguf
+from jinfer.tokenizer import BYTE_LEVEL_SPLITS, NFC, load_tokenizer, tokenizer_from_gguf
 from jinfer.weights.gguf_file import GGUFFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -149,7 +152,8 @@ def test_every_pre_tokenizer_keeps_the_text(pre, byte_level, tmp_path):
     path = write_vocabulary(tmp_path / "v.gguf", "gpt2", tokens, merges=merges, pre=pre)
     tokenizer = load_tokenizer(path)
     for text in TEXTS:
-        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+        kept = unicodedata.normalize("NFC", text) if pre in NFC else text
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == kept
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("  It's 2024,\n ok")
     assert len(pieces) > 4
 
@@ -163,6 +167,10 @@ def test_every_pre_tokenizer_keeps_the_text(pre, byte_level, tmp_path):
         ("qwen2", ["ab", " ", " It", "'s", " ", *"12345", ",\n", "Ok", "'LL"]),
         ("tekken", ["ab", " ", " It", "'s", " ", *"12345", ",\n", "Ok", "'LL"]),
         ("gpt-4o", ["ab", " ", " It's", " ", "123", "45", ",\n", "Ok'LL"]),
+        ("qwen35", ["ab", " ", " It", "'s", " ", *"12345", ",\n", "Ok", "'LL"]),
+        ("deepseek-llm", ["ab", " ", " It", "'", "s", " ", "12345", ",", "\n", "Ok", "'", "LL"]),
+        ("deepseek-coder", ["ab", " ", " It", "'", "s", " ", *"12345", ",", "\n", "Ok", "'", "LL"]),
+        ("falcon", ["ab", " ", " It", "'", "s", " ", "123", "45", ",", "\n", "Ok", "'", "LL"]),
     ],
 )
 def test_texts_are_cut_as_the_model_was_trained(pre, pieces, byte_level, tmp_path):
@@ -173,10 +181,51 @@ def test_texts_are_cut_as_the_model_was_trained(pre, pieces, byte_level, tmp_pat
     assert [decode([p]) for p, _ in cut.pre_tokenize_str("ab  It's 12345,\nOk'LL")] == pieces
 
 
+@pytest.mark.parametrize(
+    "pre, pieces",
+    [
+        ("qwen2", ["กำล", "ัง", " `+=`", " 日本ab", " ვx"]),
+        ("qwen35", ["กำลัง", " `+=`", " 日本ab", " ვx"]),
+        ("deepseek-llm", ["กำลัง", " `+=`", " ", "日本", "ab", " ", "ვ", "x"]),
+        ("deepseek-coder", ["กำล", "ั", "ง", " `+=`", " ", "日本", "ab", " ", "ვ", "x"]),
+        ("falcon", ["กำล", "ั", "ง", " ", "`+=`", " 日本ab", " ვx"]),
+        ("default", ["กำล", "ั", "ง", " `", "+=", "`", " 日本ab", " ვx"]),
+    ],
+)
+def test_marks_scripts_and_signs_are_cut_as_the_model_was_trained(pre, pieces):
+    splits = [pre_tokenizers.Split(Regex(s), behavior="isolated") for s in BYTE_LEVEL_SPLITS[pre]]
+    cut = pre_tokenizers.Sequence(splits).pre_tokenize_str("กำลัง `+=` 日本ab ვx")
+    assert [piece for piece, _ in cut] == pieces
+
+
+PAIRS = pathlib.Path(os.environ.get("JINFER_LLAMA_CPP_MODELS", "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe"),
+        *("llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder"),
+    ],
+)
+def test_published_vocabularies_encode_as_llama_cpp_does(name):
+    path = PAIRS / f"ggml-vocab-{name}.gguf"
+    if not path.is_file():
+        pytest.skip("JINFER_LLAMA_CPP_MODELS must name the folder models of llama.cpp's sources")
+    texts = pathlib.Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    lines = pathlib.Path(f"{path}.out").read_text().splitlines()
+    tokenizer = load_tokenizer(path)
+    assert len(texts) >= 46
+    for text, line in zip(texts, lines):
+        ids = [int(token_id) for token_id in line.split()]
+        assert tokenizer.encode(text, add_special_tokens=False) == ids, text
+
+
 def test_whole_words_go_before_merges_in_llama3(byte_level, tmp_path):
     tokens, merges = byte_level
     tokens = [*tokens, "zqj"]  # no merge leads there
-    for pre, expected in (("llama-bpe", [len(tokens) - 1]), ("qwen2", None)):
+    whole = [len(tokens) - 1]
+    for pre, expected in (("llama-bpe", whole), ("glm4", whole), ("qwen2", None)):
         path = write_vocabulary(tmp_path / "v.gguf", "gpt2", tokens, merges=merges, pre=pre)
         ids = load_tokenizer(path).encode("zqj", add_special_tokens=False)
         assert ids == (expected or [tokens.index(c) for c in "zqj"])
@@ -187,6 +236,7 @@ def test_whole_words_go_before_merges_in_llama3(byte_level, tmp_path):
     [
         ("qwen2", {}, False),
         ("qwen2", {"add_bos_token": True}, True),
+        ("glm4", {}, False),
         ("llama-bpe", {}, True),
         ("llama-bpe", {"add_bos_token": False}, False),
     ],
@@ -386,6 +436,24 @@ def test_gemma_files_go_by_token_order_and_keep_whitespace_runs_whole(tmp_path):
     ids = tokenizer.encode("the\n\ncat     sat", add_special_tokens=False)
     assert len(tokens) - 2 in ids and len(tokens) - 1 in ids
     assert tokenizer.decode(ids) == "the\n\ncat     sat"
+
+
+def test_gemma4_files_go_by_their_merges_and_put_no_space_before_a_text(tmp_path):
+    tokens, types, _ = spm_vocabulary(["th", "he", "the", "▁the", "cat", "ca", "at", *"▁theca"])
+    path = write_vocabulary(
+        tmp_path / "v.gguf",
+        "gemma4",
+        tokens,
+        types=types,
+        scores=[-1000.0] * len(tokens),
+        merges=["h e", "t he", "▁ the", "c a", "ca t", "a t", "x y"],
+        bos_token_id=1,
+    )
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode("the the cat é")
+    words = ["the", "▁the", "▁", "cat", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [tokens[1], *words]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the the cat é"
 
 
 def test_special_tokens_of_phi3_swallow_the_space_after_them(tmp_path):
