@@ -135,7 +135,8 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.model, revision=args.revision)
     check_source(checkpoint)
     model = Model(checkpoint.config)
-    check_sequences(args, model.config)
+    reads_text = args.held_out != 0 or recipe.needs_calibration or args.target_bits is not None
+    check_sequences(args, model.config if reads_text else None)
     if args.target_bits is not None:
         sensitivity.check(model, method, args.target_bits)
         recipe = sensitivity.mixed(method)
@@ -210,10 +211,14 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def check_sequences(args: argparse.Namespace, config: Any) -> None:
-    """Raises ValueError for sequences that cannot be had; before any time is spent."""
+    """Raises ValueError for sequences that cannot be had; before any time is spent.
+
+    Without a config, no sequence is read and --length may be its default.
+    """
     if args.num_sequences < 1 or args.held_out < 0 or args.length < 2:
         raise ValueError("--num-sequences must be positive, --held-out not negative, --length >= 2")
-    check_positions(config, args.length, "length")
+    if config is not None:
+        check_positions(config, args.length, "length")
 
 
 def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: bool) -> Any:

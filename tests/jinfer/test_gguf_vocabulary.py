@@ -232,7 +232,8 @@ def test_quantize_exports_gguf_without_rounding_twice(folder, tmp_path):
     assert kinds == {"F32", "F16", "Q8_0"}
     assert (out / "quantization.md").is_file()
     with pytest.raises(ValueError, match="no zero points"):
-        run(*argv[:-3], tmp_path / "r", "--format", "int4-g32-asym", "--export", "gguf")
+        argv = (*argv[:-3], tmp_path / "r", *argv[-2:])
+        run(*argv, "--format", "int4-g32-asym", "--export", "gguf")
 
 
 @pytest.mark.parametrize("export", ["native", "gguf"])
