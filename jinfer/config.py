@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jinfer.fields import require as require
+from jinfer.static_kv import StaticKV
 
 # Formats of K and V in the cache and the bits of a value; those below 16 have scales beside.
 KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "int8": 8, "int4": 4}
@@ -100,6 +101,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    static_kv: StaticKV | None = None  # scales of K and V that the checkpoint brings
 
     def __post_init__(self) -> None:
         for name in (
@@ -122,6 +124,8 @@ class ModelConfig:
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
             f"({self.num_kv_heads})",
         )
+        if self.static_kv is not None:
+            self.static_kv.check(self.num_layers, self.num_kv_heads)
         if not self.layer_types:
             kind: LayerType = "sliding" if self.sliding_window else "full"
             object.__setattr__(self, "layer_types", (kind,) * self.num_layers)

@@ -121,8 +121,11 @@ def write(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     slots: Int[Array, "T"],
+    scales: tuple[Array, Array] | None = None,
 ) -> KVCache:
     """Stores this step's K and V, quantized if the pool is.
+
+    With static `scales` of K and V (see `kv_quant.quantize_static`) each token's is that.
 
     Tokens whose slot is out of range (padding) are dropped, and their scales with them.
     """
@@ -143,7 +146,11 @@ def write(
         return dataclasses.replace(
             kv, k=store(kv.k, k.astype(kv.dtype)), v=store(kv.v, v.astype(kv.dtype))
         )
-    (k_codes, k_scale), (v_codes, v_scale) = (kv_quant.quantize(x, kv.dtype) for x in (k, v))
+    if scales is None:
+        pairs = [kv_quant.quantize(x, kv.dtype) for x in (k, v)]
+    else:
+        pairs = [kv_quant.quantize_static(x, kv.dtype, s) for x, s in zip((k, v), scales)]
+    (k_codes, k_scale), (v_codes, v_scale) = pairs
     return dataclasses.replace(
         kv,
         k=store(kv.k, k_codes),

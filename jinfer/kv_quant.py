@@ -12,10 +12,15 @@ or the batch that it came in.
 
 from __future__ import annotations
 
+import logging
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from jinfer.config import ModelConfig, kv_format
 from pallas_kernels.paged_attention import decode_int4, int4_levels, pack_int4
+
+_log = logging.getLogger(__name__)
 
 # The largest code of the even formats; int8 leaves its lowest one out, to be symmetric.
 MAX_CODE = {"float8_e4m3fn": 448.0, "int8": 127.0}
@@ -49,6 +54,61 @@ def quantize(
     if dtype == "int8":
         codes = jnp.rint(codes)
     return codes.astype(dtype), scale
+
+
+def quantize_static(
+    x: Float[Array, "*T K H"], dtype: str, scale: Float[Array, "Ks"]
+) -> tuple[Shaped[Array, "*T K H"], Float[Array, "*T K"]]:
+    """Returns (codes, scale) of `x` with given scales, beyond whose reach values saturate.
+
+    Args:
+      x: heads of K or V.
+      dtype: "float8_e4m3fn" or "int8", of which all 256 codes are used.
+      scale: one for all heads, or one each.
+
+    Returns:
+      As `quantize`: the scale is the given one for every token, or NaN beside what is not finite.
+    """
+    x = x.astype(jnp.float32)
+    most = MAX_CODE[dtype]
+    least = -most - 1 if dtype == "int8" else -most
+    scale = jnp.broadcast_to(scale, x.shape[:-1])
+    codes = jnp.clip(x / scale[..., None], least, most)
+    if dtype == "int8":
+        codes = jnp.rint(codes)
+    return codes.astype(dtype), scale + 0.0 * jnp.max(jnp.abs(x), axis=-1)
+
+
+def static_scales(model: ModelConfig, dtype: str) -> tuple[Array, Array] | None:
+    """Returns the scales of K and V, f32 [L, 1 or K], that a pool of `dtype` is written with."""
+    static = model.static_kv
+    if static is None or static.dtype != dtype:
+        return None
+    return jnp.asarray(static.k, jnp.float32), jnp.asarray(static.v, jnp.float32)
+
+
+def resolve_format(name: str, model: ModelConfig, weights_dtype: str) -> str:
+    """Returns the format of a pool that `kv_cache_dtype` asks for.
+
+    "auto" is what the checkpoint states, else that of the weights. One line of the log says what
+    becomes of static scales.
+
+    Raises:
+      ValueError: K and V cannot be kept so.
+    """
+    static = model.static_kv
+    if name == "auto":
+        name = static.dtype if static is not None and static.is_default else weights_dtype
+    found = kv_format(name)
+    if static is not None and found == static.dtype:
+        _log.info("K and V are kept as %s with the checkpoint's static scales", found)
+    elif static is not None:
+        _log.warning(
+            "the checkpoint's static scales of K and V are for %s and are not used: "
+            "K and V are kept as %s",
+            *(static.dtype, found),
+        )
+    return found
 
 
 def _quantize_int4(x: Array, top: Array) -> tuple[Array, Array]:

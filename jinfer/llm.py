@@ -65,8 +65,9 @@ class LLM:
       quantization: quantize the linears of the blocks as they are loaded, without data: "fp8",
         "int8" (W8A8), "nf4", "int4-g64:rtn", ...; quantized checkpoints are loaded as they are, and
         "gguf" keeps a GGUF file's Q4_0, Q5_0, Q8_0 and Q6_K so (else all floats).
-      kv_cache_dtype: of K and V: "auto" (that of the weights), one of the above, or quantized with
-        a scale for each token and head: "fp8" (e4m3), "int8", "int4".
+      kv_cache_dtype: of K and V: "auto" (what the checkpoint's kv_cache_scheme states, else that of
+        the weights), one of the above, or quantized with a scale for each token and head: "fp8"
+        (e4m3), "int8", "int4". A checkpoint's static scales for that format take their place.
       revision: branch, tag or commit of a hub name.
       max_model_len: longest sequence in tokens, prompt included; default: what the model was made
         for, or what the KV pool holds if that is less.

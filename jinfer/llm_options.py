@@ -19,10 +19,10 @@ from jinfer.config import (
     EngineConfig,
     ModelConfig,
     SpeculativeConfig,
-    kv_format,
     require,
 )
 from jinfer.engine.drafter import Drafter
+from jinfer.kv_quant import resolve_format
 from jinfer.models.model import Model
 from jinfer.qlayout import lay_out
 from jinfer.qtensor import array_bytes
@@ -81,9 +81,7 @@ def resolve(
     budget = max_num_batched_tokens
     if budget is None:
         budget = max(512 if on_cpu else 2048, max_num_seqs)
-    if kv_cache_dtype == "auto":
-        kv_cache_dtype = str(params["embed"]["w"].dtype)
-    kv_cache_dtype = kv_format(kv_cache_dtype)
+    kv_cache_dtype = resolve_format(kv_cache_dtype, model, str(params["embed"]["w"].dtype))
     if block_size is None:
         block_size = _default_block_size(kv_cache_dtype)
     # Checks the fields before memory is counted in them; a length that is not given comes later.

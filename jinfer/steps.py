@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jinfer import functional, kv_cache, sampling
+from jinfer import functional, kv_cache, kv_quant, sampling
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.kv_cache import KVCache
 from jinfer.models.model import Model
@@ -59,13 +59,15 @@ def run_blocks(
     # In 4 bits a few large channels of K would take all levels; q . k and the sum over v stay as
     # they are when q, k and v are rotated and the result is rotated back.
     rotation = kv_rotation(config.head_dim) if kv.dtype == "int4" else None
+    static = kv_quant.static_scales(config, kv.dtype)
 
     def attend(
         layer: Any, q: Array, k: Array, v: Array, kv: KVCache, *, window: int | None
     ) -> tuple[Array, KVCache]:
         if rotation is not None:
             q, k, v = (rotate(x, rotation) for x in (q, k, v))
-        kv = kv_cache.write(kv, layer, k, v, batch.slots)
+        scales = None if static is None else (static[0][layer], static[1][layer])
+        kv = kv_cache.write(kv, layer, k, v, batch.slots, scales)
         out = ragged_paged_attention(
             q,
             kv_cache.paged(kv),

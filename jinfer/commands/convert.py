@@ -98,6 +98,13 @@ def _to_gguf(args: argparse.Namespace, open_checkpoint: Any) -> int:
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists: choose another output file")
     checkpoint = open_checkpoint(args.model, revision=args.revision)
+    if getattr(checkpoint, "kv_scheme", None) or getattr(checkpoint, "kv_scales", None):
+        if args.type is None:
+            raise ValueError(
+                f"a GGUF file has no place for the scales of a KV cache that {checkpoint.path} "
+                f"holds; with a --type, which rounds, they are left out"
+            )
+        say("the scales of a KV cache that the folder holds are left out: GGUF has no place")
     model = Model(checkpoint.config)
     if args.calibration is not None:
         quantize.check_sequences(args, model.config)

@@ -83,7 +83,7 @@ _BEAM_FIELDS = ("max_tokens", "temperature", "ignore_eos", "stop_token_ids")
 ENGINE_FLAGS: Flags = (
     ("dtype", {"help": "of weights and activations, such as float32 or bfloat16"}),
     ("quantization", {"metavar": "HOW", "help": "fp8, int8, nf4, int4-g64:rtn, gguf"}),
-    ("kv-cache-dtype", {"help": "of K and V: auto (that of the weights), fp8, int8, int4, ..."}),
+    ("kv-cache-dtype", {"help": "of K and V: auto (stated, or as weights), fp8, int8, int4, ..."}),
     ("max-model-len", {"type": int, "help": "context in tokens, prompt and output together"}),
     ("max-num-seqs", {"type": int, "help": "sequences decoded together"}),
     ("max-num-batched-tokens", {"type": int, "help": "token budget of one step"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 import sys
 import time
@@ -32,6 +33,8 @@ from jinfer.weights.fill import Checkpoint
 from jinfer.weights.hf import HFCheckpoint
 from jinfer.weights.hf_files import read_safetensors_header
 from jinfer.weights.save import check_export, check_free, save_folder
+
+_log = logging.getLogger(__name__)
 
 REPORT_NAMES = ("quantization.json", "quantization.md", "quantization.svg")
 
@@ -161,6 +164,8 @@ def run_job(
         choices=job.choices,
         rules=job.recipe.to_rows(),
     )
+    if getattr(checkpoint, "kv_scales", None):
+        _log.warning("%s: its scales of a KV cache are left out: weights change", checkpoint.path)
     # A GGUF file's float matrices come of 8-bit blocks: f16 holds them better than bf16.
     stored = "float16" if checkpoint.path.is_file() else checkpoint.dtype
     texts = dict(zip(REPORT_NAMES, (report.to_json(), report.to_markdown(), report.to_svg())))

@@ -22,6 +22,7 @@ from jinfer.qtensor import QTensor
 from jinfer.weights.hf import QUANTIZATION_KEYS, HFCheckpoint
 from jinfer.weights.hf_files import INDEX
 from jinfer.weights.interop import Dense
+from jinfer.weights.kv_scales import Scheme, scheme_for
 from jinfer.weights.save import (
     EXPORTS,
     new_folder,
@@ -104,7 +105,7 @@ def convert_folder(
             export,
             stand_ins,
             skipped=skipped_linears(plain),
-            has_kv_scales=bool(checkpoint.kv_scales),
+            kv_scheme=_kv_scheme(checkpoint, export),
         )
         write_text(partial / "config.json", json.dumps(config, indent=2))
         for file in sorted(checkpoint.path.iterdir()):
@@ -117,6 +118,16 @@ def convert_folder(
             tuple(sorted({str(x.fmt) for x in stand_ins.values()})),
             sum(file.stat().st_size for file in partial.iterdir()),
         )
+
+
+def _kv_scheme(checkpoint: HFCheckpoint, export: str) -> Scheme | None:
+    """What the new folder says of its KV scales: what the old one does.
+
+    compressed-tensors reads no scales without a scheme, and others wrote theirs without.
+    """
+    if checkpoint.kv_scheme is None and checkpoint.kv_scales and export == "compressed-tensors":
+        return scheme_for(checkpoint.kv_scales.values())
+    return checkpoint.kv_scheme
 
 
 def _weight(checkpoint: HFCheckpoint, name: str) -> QTensor:
@@ -144,6 +155,10 @@ def _check_same(source: HFCheckpoint, made: HFCheckpoint, export: str) -> None:
             f"{name.removesuffix('.weight')}: {export} cannot hold {before.fmt} as it is: "
             f"{difference}",
         )
+    require(
+        source.kv_scheme in (None, made.kv_scheme),
+        f"{export} files cannot hold the kv_cache_scheme {source.kv_scheme}",
+    )
     before, after = source.plain_tensors(), made.plain_tensors()
     assert before.keys() == after.keys()
     for name, tensor in before.items():

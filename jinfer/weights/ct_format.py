@@ -91,7 +91,8 @@ class CTReader:
             )
             for target in scheme.targets:
                 re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-            schemes.append(scheme)
+            if scheme.weights or "weights" not in group:  # else of attention: see `kv_scales`
+                schemes.append(scheme)
         require(bool(schemes), "compressed-tensors config has no config_groups")
         version = str(config.get("version") or "0.18").split(".")[:2]
         numbers = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version)
@@ -353,14 +354,12 @@ def ct_config(
     weights: Mapping[str, QTensor],
     *,
     skipped: tuple[str, ...] = ("lm_head",),
-    has_kv_scales: bool = False,
 ) -> dict[str, Any]:
     """Returns the `quantization_config` for modules and their weights; one group a format.
 
     Args:
       weights: quantized modules.
       skipped: linears that stay in float.
-      has_kv_scales: whether the file holds scales of an fp8 KV cache.
     """
     by_format: dict[QFormat, list[str]] = {}
     for module, x in weights.items():
@@ -380,17 +379,10 @@ def ct_config(
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(skipped),
-        "kv_cache_scheme": _KV_SCHEME if has_kv_scales else None,
+        "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": "0.19.0",
     }
-
-
-_KV_SCHEME = {
-    **{"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
-    **{"group_size": None, "block_structure": None, "actorder": None},
-    **{"observer": "minmax", "observer_kwargs": {}},
-}
 
 
 def _scheme_of(fmt: QFormat) -> dict[str, Any]:

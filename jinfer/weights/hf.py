@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -21,8 +22,9 @@ from jinfer.weights.hf_files import (
     read_safetensors_header,
     safetensors_files,
 )
-from jinfer.weights.interop import Weight
-from jinfer.weights.quantized import QuantizedModules, first_marked, kv_scale_of
+from jinfer.weights.interop import Weight, check_scales
+from jinfer.weights.kv_scales import kv_scale_of, scheme_of, static_kv
+from jinfer.weights.quantized import QuantizedModules, first_marked
 
 GENERATION = "generation_config.json"
 # Where config.json says how weights are quantized; the second is compressed-tensors' of old.
@@ -98,6 +100,9 @@ def quantization_config(folder: pathlib.Path, hf: Mapping[str, Any]) -> dict[str
     return config
 
 
+_log = logging.getLogger(__name__)
+
+
 class HFCheckpoint:
     """A Hugging Face folder as a `Checkpoint`: tensors are mapped one by one, never held.
 
@@ -127,16 +132,18 @@ class HFCheckpoint:
                         f"of {self.path}"
                     )
                 self._tensors[name] = tensor
-        self._quantized = self._find_quantized(hf)
+        stated = quantization_config(self.path, hf)
+        self.kv_scheme = scheme_of(stated)
+        self._quantized = self._find_quantized(stated)
         taken = self._quantized.taken if self._quantized is not None else set()
-        self.kv_scales: dict[int, dict[str, float]] = {}
+        self.kv_scales: dict[int, dict[str, np.ndarray]] = {}
         self._apart: dict[str, StoredTensor] = {}  # what is no weight of the model
         for name, tensor in list(self._tensors.items()):
             if name in taken:
                 continue
-            if self._quantized is not None and (scale := kv_scale_of(name)) is not None:
+            if (scale := kv_scale_of(name)) is not None:
                 layer, kind = scale
-                self.kv_scales.setdefault(layer, {})[kind] = float(tensor.read().reshape(-1)[0])
+                self.kv_scales.setdefault(layer, {})[kind] = self._kv_scale(name, kind)
                 self._apart[name] = self._tensors.pop(name)
             elif self._is_empty_bias(config, name):
                 self._apart[name] = self._tensors.pop(name)
@@ -148,7 +155,7 @@ class HFCheckpoint:
         shapes = {n: tensor.shape for n, tensor in self._tensors.items() if n not in taken}
         quantized = self._quantized.shapes if self._quantized is not None else {}
         self.shapes: Mapping[str, tuple[int, ...]] = {**shapes, **quantized}
-        self.config = self._untangle_head(config)
+        self.config = self._with_static_kv(self._untangle_head(config))
         self.dtype = self._own_dtype(hf)
 
     @property
@@ -166,9 +173,23 @@ class HFCheckpoint:
         taken = self._quantized.taken if self._quantized is not None else set()
         return {n: t for n, t in {**self._tensors, **self._apart}.items() if n not in taken}
 
-    def _find_quantized(self, hf: Mapping[str, Any]) -> QuantizedModules | None:
-        stated = quantization_config(self.path, hf)
+    def _kv_scale(self, name: str, kind: str) -> np.ndarray:
+        values = np.array(self._tensors[name].read())
+        if kind.endswith("scale") or kind in ("k", "v", "kv"):
+            parent, _, leaf = name.rpartition(".")
+            check_scales(f"{self.path}: {parent}", {leaf: values}, [(leaf, "positive")])
+        return values
+
+    def _with_static_kv(self, config: ModelConfig) -> ModelConfig:
+        static, reason = static_kv(config, self.kv_scheme, self.kv_scales)
+        if reason is not None:
+            _log.warning("%s: its scales of a KV cache are not used: %s", self.path, reason)
+        return dataclasses.replace(config, static_kv=static)
+
+    def _find_quantized(self, stated: Mapping[str, Any] | None) -> QuantizedModules | None:
         tensors = self._tensors
+        if self.kv_scheme is not None and first_marked(tensors) is None:
+            return None  # the KV cache alone is quantized
         if stated is None:
             if (marked := first_marked(tensors)) is not None:
                 raise ValueError(

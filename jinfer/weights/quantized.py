@@ -35,11 +35,6 @@ _MARKS = (
     *("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "weight.absmax"),
     "qcodes",
 )
-# Scales of an fp8 KV cache: of the attention, or of old of its projections' outputs.
-_KV_SCALE = re.compile(
-    r".*\blayers\.(?P<layer>\d+)\.self_attn\."
-    r"(?:(?P<kind>[kv])_scale|(?P<old>[kv])_proj\.output_scale)"
-)
 _NUM_ASKED = 8  # modules that are asked for the version of a GPTQ file
 _log = logging.getLogger(__name__)
 
@@ -192,9 +187,3 @@ def _ends(name: str, leaf: str) -> bool:
 def first_marked(names: Iterable[str]) -> str | None:
     """A tensor that only quantized modules have, if there is one."""
     return next((name for name in names if any(_ends(name, mark) for mark in _MARKS)), None)
-
-
-def kv_scale_of(name: str) -> tuple[int, str] | None:
-    """(layer, "k" or "v") if a tensor is the scale of a quantized KV cache."""
-    found = _KV_SCALE.fullmatch(name)
-    return None if found is None else (int(found["layer"]), found["kind"] or found["old"])

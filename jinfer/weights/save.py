@@ -30,6 +30,7 @@ from jinfer.weights.gguf_write import check_gguf, write_gguf
 from jinfer.weights.gptq_format import gptq_config, write_gptq
 from jinfer.weights.hf import QUANTIZATION_KEYS
 from jinfer.weights.hf_files import INDEX
+from jinfer.weights.kv_scales import Scheme, scheme_for
 from jinfer.weights.native_format import native_config, write_native
 
 EXPORTS: Mapping[
@@ -65,7 +66,8 @@ def save_folder(
     *,
     export: str = "native",
     dtype: str = "float16",
-    kv_scales: Mapping[int, Mapping[str, float]] | None = None,
+    kv_scales: Mapping[int, Mapping[str, Any]] | None = None,
+    kv_scheme: Scheme | None = None,
     files: Mapping[str, str | bytes] | None = None,
     vocabulary: Mapping[str, Any] | None = None,
 ) -> int:
@@ -79,7 +81,8 @@ def save_folder(
       export: one of `EXPORTS`, or "gguf".
       dtype: of float matrices, and of norms and biases that it holds exactly; those that it does
         not, such as a norm into which scales were folded, stay f32.
-      kv_scales: {layer: {"k" or "v": scale}} of an fp8 KV cache (`HFCheckpoint.kv_scales`).
+      kv_scales: {layer: {"k" or "v": scale}} of a KV cache (`HFCheckpoint.kv_scales`).
+      kv_scheme: what they are (`HFCheckpoint.kv_scheme`); None: fp8.
       files: others to write beside, such as a report or the tokenizer's: name -> content.
       vocabulary: the tokenizer as metadata of a GGUF file.
 
@@ -119,7 +122,7 @@ def save_folder(
             export,
             _outlines(quantized),
             skipped=skipped_linears(plain),
-            has_kv_scales=bool(kv_scales),
+            kv_scheme=kv_scheme or (scheme_for(kv_scales.values()) if kv_scales else None),
         )
     with new_folder(pathlib.Path(folder)) as partial:
         tensors = _tensors(model, params, quantized, export, dtype)
@@ -155,17 +158,17 @@ def quantization_config(
     weights: Mapping[str, QTensor],
     *,
     skipped: tuple[str, ...] = (),
-    has_kv_scales: bool = False,
+    kv_scheme: Scheme | None = None,
 ) -> dict[str, Any]:
     """Returns what config.json says of quantized modules; their formats count, not their values.
 
     A head that is not quantized is skipped even where it is tied and no tensor of the file: other
-    libraries build a linear for it.
+    libraries build a linear for it. The KV scheme is kept in every format.
     """
     if "lm_head" not in (*weights, *skipped):
         skipped = (*skipped, "lm_head")
-    more = {"has_kv_scales": True} if has_kv_scales and export == "compressed-tensors" else {}
-    return EXPORTS[export][1](weights, skipped=skipped, **more)
+    config = EXPORTS[export][1](weights, skipped=skipped)
+    return config if kv_scheme is None else config | {"kv_cache_scheme": kv_scheme}
 
 
 def skipped_linears(names: Iterable[str]) -> tuple[str, ...]:
@@ -285,12 +288,13 @@ def _tensors(
 
 
 def _kv_tensors(
-    scales: Mapping[int, Mapping[str, float]],
+    scales: Mapping[int, Mapping[str, Any]],
 ) -> Iterator[tuple[str, np.ndarray]]:
     for layer, kinds in scales.items():
         for kind, scale in kinds.items():
-            name = f"model.layers.{layer}.self_attn.{kind}_scale"
-            yield name, np.array([scale], np.float32)
+            leaf = f"{kind}_scale" if kind in ("k", "v", "kv") else kind
+            name = f"model.layers.{layer}.self_attn.{leaf}"
+            yield name, np.atleast_1d(np.asarray(scale, getattr(scale, "dtype", np.float32)))
 
 
 def write_module(

@@ -11,6 +11,7 @@ from jinfer import load, qtensor
 from jinfer.models.model import Model
 from jinfer.qformat import QFormat
 from jinfer.qtensor import QTensor
+from jinfer.static_kv import StaticKV
 from jinfer.weights import save
 from jinfer.weights.awq_format import awq_config, write_awq
 from jinfer.weights.bnb_format import bnb_config, write_bnb
@@ -202,7 +203,7 @@ def test_a_saved_folder_keeps_kv_scales_and_dtypes(tiny, write_hf, tmp_path):
         for kind, scale in kinds.items():
             name = f"model.layers.{layer}.self_attn.{kind}_scale"
             halves[name] = np.array([scale], np.float32)
-    hf = model.hf | {"quantization_config": ct_config(weights, has_kv_scales=True)}
+    hf = model.hf | {"quantization_config": ct_config(weights)}
     folder = write_hf(tmp_path / "m", hf | {"dtype": "float16"}, halves)
     checkpoint = open_checkpoint(folder)
     loaded, params = load(folder, dtype="float32")
@@ -223,7 +224,10 @@ def test_a_saved_folder_keeps_kv_scales_and_dtypes(tiny, write_hf, tmp_path):
         assert saved[name].tobytes() == tensor.tobytes(), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"]["num_bits"] == 8 and config["ignore"] == ["lm_head"]
-    assert open_checkpoint(tmp_path / "out").kv_scales == checkpoint.kv_scales
+    static = open_checkpoint(tmp_path / "out").config.static_kv
+    assert static == StaticKV(
+        dtype="float8_e4m3fn", k=((0.5,), (1.5,)), v=((0.75,), (np.float32(0.3),)), is_default=True
+    )
 
 
 @pytest.mark.parametrize(
