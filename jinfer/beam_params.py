@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import InitVar
 from typing import Any, Literal
 
+from jinfer import refusals
 from jinfer.fields import (
     MAX_FLOAT32,
     read_bool,
@@ -69,6 +70,18 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     structured_outputs: InitVar[Any] = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> BeamSearchParams:
+        """Explains unknown names before the dataclass would answer with a bare TypeError."""
+        if args:
+            raise TypeError(f"BeamSearchParams takes keywords only, got {args[0]!r}")
+        for name in kwargs:
+            if name not in cls.__dataclass_fields__:
+                known = [f.name for f in dataclasses.fields(cls)]
+                raise ValueError(
+                    refusals.explain_unknown("BeamSearchParams", name, refusals.BEAM_NAMES, known)
+                )
+        return super().__new__(cls)
 
     def __post_init__(self, structured_outputs: Any) -> None:
         require(

@@ -20,7 +20,8 @@ from jinfer.fields import check_kinds
 from jinfer.groups import LogprobFormatter, OpenRequests
 from jinfer.models.model import Model
 from jinfer.outputs import BeamSearchOutput, RequestOutput
-from jinfer.prompts import chat_prompts, read_prompt
+from jinfer.prompts import as_list, chat_prompts, read_prompt
+from jinfer.refusals import CALL_ARGUMENTS, LLM_ARGUMENTS, refuse
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
 from jinfer.typing import Params
 from jinfer.weights.fill import resolve_dtype
@@ -128,7 +129,7 @@ class LLM:
         generation_config: str = "auto",
         **refused: Any,
     ) -> None:
-        options.refuse(refused, known=LLM.__init__.__annotations__)
+        refuse("LLM", refused, LLM_ARGUMENTS, LLM.__init__.__annotations__)
         check_kinds(locals(), **_KINDS)
         if not isinstance(dtype, str):
             dtype = "auto" if dtype is None else resolve_dtype(dtype, "").name
@@ -285,6 +286,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        **refused: Any,
     ) -> list[RequestOutput]:
         """Generates for all prompts and returns their outputs in order.
 
@@ -297,7 +299,8 @@ class LLM:
         Raises:
           ValueError, TypeError: a prompt cannot be served; none is.
         """
-        prompts = options.as_list(prompts)
+        refuse("LLM.generate", refused, CALL_ARGUMENTS, LLM.generate.__annotations__)
+        prompts = as_list(prompts)
         params = options.per_prompt("sampling_params", sampling_params, len(prompts))
         priorities = options.per_prompt("priority", priority, len(prompts))
         ids = [self._open.new_id("generate") for _ in prompts]
@@ -331,12 +334,13 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **refused: Any,
     ) -> list[RequestOutput]:
         """Generates the next message of one conversation, or of each of several.
 
         Args:
           messages: a list of {"role": ..., "content": ...}, or a list of such lists; content is
-            text or a list of {"type": "text", "text": ...}.
+            text or a list of {"type": "text", "text": ...}, tool calls are objects or OpenAI's.
           sampling_params: as for `generate`.
           use_tqdm: as for `generate`.
           chat_template: Jinja template instead of the engine's.
@@ -348,14 +352,15 @@ class LLM:
         Raises:
           ValueError, TypeError: no chat template, or it refuses the messages.
         """
+        refuse("LLM.chat", refused, CALL_ARGUMENTS, LLM.chat.__annotations__)
         prompts = chat_prompts(
             self._tokenizer,
             messages,
-            chat_template=chat_template or self.chat_template,
+            chat_template=self.chat_template if chat_template is None else chat_template,
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
-            tools=list(tools) if tools else None,
-            **(chat_template_kwargs or {}),
+            tools=tools or None,
+            variables=chat_template_kwargs,
         )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -367,6 +372,7 @@ class LLM:
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
         prefix_allowed_tokens_fn: beams.PrefixAllowedTokens | None = None,
+        **refused: Any,
     ) -> list[BeamSearchOutput]:
         """Finds the most likely continuations of all prompts, and returns them in order.
 
@@ -383,9 +389,10 @@ class LLM:
         Raises:
           ValueError, TypeError: a prompt cannot be served; none is.
         """
+        refuse("LLM.beam_search", refused, CALL_ARGUMENTS, LLM.beam_search.__annotations__)
         if not isinstance(params, BeamSearchParams):
             raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
-        read = [read_prompt(prompt, self._tokenizer) for prompt in options.as_list(prompts)]
+        read = [read_prompt(prompt, self._tokenizer) for prompt in as_list(prompts)]
 
         with self._open.lock, _progress_bar(len(read), use_tqdm, "beam search") as bar:
             return beams.search(
@@ -400,7 +407,10 @@ class LLM:
             )
 
     def stream(
-        self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **refused: Any,
     ) -> Iterator[RequestOutput]:
         """Yields deltas (new text and tokens) of one prompt or several, as they are made.
 
@@ -408,7 +418,8 @@ class LLM:
         iterator ends the requests. `output_kind` is DELTA whatever the parameters say; request
         ids are "stream-..." in the order of the prompts.
         """
-        prompts = options.as_list(prompts)
+        refuse("LLM.stream", refused, CALL_ARGUMENTS, LLM.stream.__annotations__)
+        prompts = as_list(prompts)
         params = options.per_prompt("sampling_params", sampling_params, len(prompts))
         ids = [self._open.new_id("stream") for _ in prompts]
         wanted, left = set(ids), set(ids)

@@ -1,13 +1,12 @@
-"""What `LLM` is asked for, made into configs: defaults by platform, memory, refusals."""
+"""What `LLM` is asked for, made into configs: defaults by platform, memory."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,20 +31,6 @@ from jinfer.typing import Params
 from pallas_kernels import target
 
 logger = logging.getLogger(__name__)
-
-# Arguments of other engines' LLM, and why they are not taken.
-REFUSED = {
-    "enable_lora": "LoRA adapters are not built yet",
-    "structured_outputs_config": "structured output is not built yet",
-    "tensor_parallel_size": "this engine runs on one device",
-    "pipeline_parallel_size": "this engine runs on one device",
-    "data_parallel_size": "this engine runs on one device",
-    "trust_remote_code": "no code of a model's repository is ever run",
-    "enforce_eager": "every step is compiled by XLA",
-    "logits_processors": "use the fields of SamplingParams, which run on the device",
-    "tokenizer_mode": "there is one kind of tokenizer: the fast one",
-    "scheduling_policy": "requests are served by priority, then arrival",
-}
 
 
 def resolve(
@@ -285,16 +270,6 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def refuse(arguments: Mapping[str, Any], *, known: Iterable[str]) -> None:
-    """Raises for arguments that `LLM` does not take, with the reason or the nearest name."""
-    for name in arguments:
-        if name in REFUSED:
-            raise ValueError(f"LLM does not take {name}: {REFUSED[name]}")
-        close = difflib.get_close_matches(name, [*known, *REFUSED], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise TypeError(f"LLM has no argument {name}{hint}")
-
-
 def sampling_defaults(
     model: str | os.PathLike[str] | None, source: str, revision: str | None = None
 ) -> dict[str, Any]:
@@ -328,17 +303,9 @@ def sampling_defaults(
     return fields
 
 
-def as_list(prompts: Any) -> list[Any]:
-    """One prompt, or a list of them, as a list."""
-    is_one = isinstance(prompts, (str, Mapping)) or (
-        isinstance(prompts, Sequence) and bool(prompts) and hasattr(prompts[0], "__index__")
-    )
-    return [prompts] if is_one else list(prompts)
-
-
 def per_prompt(name: str, values: Any, count: int) -> list[Any]:
     """One value for all prompts, or a list or array with one for each, as a list."""
-    if not isinstance(values, Sequence) and not getattr(values, "ndim", 0):
+    if isinstance(values, str) or not (isinstance(values, Sequence) or getattr(values, "ndim", 0)):
         return [values] * count
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts")

@@ -6,14 +6,13 @@ Knows nothing of arrays, tokenizers or models; `jinfer/sampling.py` applies thes
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar
 from typing import Any
 
+from jinfer import refusals
 from jinfer.fields import (
     MAX_FLOAT32,
     read_bool,
@@ -52,68 +51,6 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2  # nothing until the request has finished
 
 
-# Fields of other engines that are taken at their neutral value and refused at any other.
-_REFUSED: dict[str, str] = {
-    "structured_outputs": "structured outputs are not built yet; describe the format in the "
-    "prompt, or restrict single tokens with allowed_token_ids",
-    "guided_decoding": "it was renamed structured_outputs, which is not built yet; describe the "
-    "format in the prompt, or restrict single tokens with allowed_token_ids",
-    "best_of": "ask for n samples with logprobs=0 and keep the best cumulative_logprob",
-    "use_beam_search": "beam search is not a sampling field; use n with temperature > 0 for "
-    "several candidates",
-    "length_penalty": "it belongs to beam search, which sampling does not do",
-    "early_stopping": "it belongs to beam search, which sampling does not do",
-    "logits_processors": "Python callbacks would stall every step of the batch; use logit_bias, "
-    "allowed_token_ids, bad_words or the penalties, which run on the device",
-    "truncate_prompt_tokens": "cut the prompt before it is sent: prompt_token_ids[-n:]",
-    "logprob_token_ids": "use logprobs=-1 and read the ids that you need",
-    "prompt_logprob_token_ids": "use prompt_logprobs=-1 and read the ids that you need",
-    "prompt_logprob_start": "use prompt_logprobs and drop the leading entries",
-    "flat_logprobs": "log probabilities come as one dict of token id to Logprob per token",
-    "stream_interval": "every step yields an output; skip those that you do not need",
-    "thinking_token_budget": "there is no reasoning parser yet; bound the answer with max_tokens",
-    "repetition_detection": "use the penalties against loops, and max_tokens to bound them",
-    "routed_experts_prompt_start": "routed experts are not returned",
-    "trace_decode_token_ids": "forced decoding is not built; score given tokens with "
-    "prompt_logprobs",
-    "extra_args": "nothing here reads it; pass the field itself by its name",
-    "skip_clone": "SamplingParams are frozen and never cloned; drop it",
-}
-
-# Names that are no fields here, with what to write instead.
-_ELSEWHERE: dict[str, str] = {
-    "max_new_tokens": "use max_tokens",
-    "min_new_tokens": "use min_tokens",
-    "max_length": "use max_tokens, which counts output tokens alone",
-    "min_length": "use min_tokens, which counts output tokens alone",
-    "max_completion_tokens": "use max_tokens",
-    "n_predict": "use max_tokens",
-    "do_sample": "use temperature=0 for greedy decoding, temperature > 0 for sampling",
-    "num_return_sequences": "use n",
-    "num_beams": _REFUSED["use_beam_search"],
-    "eos_token_id": "use stop_token_ids; the model's own end token always stops",
-    "stop_words": "use stop",
-    "stop_strings": "use stop",
-    "stop_sequences": "use stop",
-    "random_seed": "use seed",
-    "typ_p": "typical sampling is not built; use top_p or min_p",
-    "typical_p": "typical sampling is not built; use top_p or min_p",
-    "mirostat": "mirostat is not built; use top_p or min_p",
-    "repeat_penalty": "use repetition_penalty",
-    "no_repeat_ngram_size": "it is not built; use the penalties or bad_words",
-    "top_logprobs": "use logprobs",
-    "top_logprobs_num": "use logprobs",
-    "return_logprob": "use logprobs",
-    "n_probs": "use logprobs",
-    "no_stop_trim": "use include_stop_str_in_output",
-    "json_schema": _REFUSED["structured_outputs"],
-    "regex": _REFUSED["structured_outputs"],
-    "ebnf": _REFUSED["structured_outputs"],
-    "response_format": _REFUSED["structured_outputs"],
-    "priority": "pass it to the engine, not to the sampling parameters",
-}
-
-
 def _as_logit_bias(value: Any) -> dict[int, float] | None:
     """Returns token id -> bias, clamped; ids may be strings of digits, as JSON has them."""
     if value is None:
@@ -142,16 +79,6 @@ def _as_output_kind(value: Any) -> RequestOutputKind:
         f"output_kind must be a RequestOutputKind or one of {names}, got {shown(value)}",
     )
     return RequestOutputKind[value.upper()]
-
-
-def _explain_unknown(name: str) -> str:
-    """Returns why `name` is no field of SamplingParams, and what might be meant."""
-    if name in _ELSEWHERE:
-        return f"SamplingParams has no field {name!r}: {_ELSEWHERE[name]}"
-    known = [f.name for f in dataclasses.fields(SamplingParams)]
-    close = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
-    return f"SamplingParams has no field {name!r}; {hint}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +147,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     skip_reading_prefix_cache: bool = False
 
-    # Init-only names, refused at any other value than these; the reasons are in _REFUSED.
+    # Init-only names, refused at any other value than these; the reasons are in `refusals`.
     structured_outputs: InitVar[Any] = None
     guided_decoding: InitVar[Any] = None
     best_of: InitVar[int | None] = None
@@ -250,17 +177,17 @@ class SamplingParams:
             )
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
-                raise ValueError(_explain_unknown(name))
+                known = [f.name for f in dataclasses.fields(cls)]
+                raise ValueError(
+                    refusals.explain_unknown("SamplingParams", name, refusals.SAMPLING_NAMES, known)
+                )
         return super().__new__(cls)
 
     def __post_init__(self, *refused: Any) -> None:
-        for (name, reason), value in zip(_REFUSED_IN_ORDER, refused, strict=True):
-            # An unset value in any spelling asks for nothing, nor does the best of one.
-            is_empty = isinstance(value, (list, tuple, dict)) and not value
-            is_unset = value is None or value is False or is_empty
-            neutral = 1 if name == "best_of" else getattr(type(self), name)
-            is_neutral = isinstance(value, numbers.Real) and value == neutral
-            require(is_unset or is_neutral, f"{name}={shown(value)} is not supported: {reason}")
+        for name, value in zip(_REFUSED_IN_ORDER, refused, strict=True):
+            refusal = refusals.SAMPLING_FIELDS[name]
+            is_allowed = refusal.allows(value)
+            require(is_allowed, f"{name}={shown(value)} is not supported: {refusal.reason}")
         self._normalise()
         self._check_ranges()
         self._check_contradictions()
@@ -406,7 +333,7 @@ class SamplingParams:
 
 
 _REFUSED_IN_ORDER = [
-    (name, _REFUSED[name]) for name in SamplingParams.__dataclass_fields__ if name in _REFUSED
+    name for name in SamplingParams.__dataclass_fields__ if name in refusals.SAMPLING_FIELDS
 ]
 
 

@@ -168,7 +168,10 @@ REFUSED = [
     (("generate", "--prompt", "x", "--n", "2"), "n=2 with temperature=0"),
     (("generate", "--prompt", "x", "--logprobs", "2"), "JSONL results only"),
     (("generate", "--prompt", "x", "--sampling-params", "[]"), "expected a JSON object, got '[]'"),
-    (("generate", "--prompt", "x", "--sampling-params", '{"best_of": 3}'), "best_of=3 is not"),
+    (
+        ("generate", "--prompt", "x", "--sampling-params", '{"best_of": 3}'),
+        "best_of=3 (int) is not",
+    ),
     (("generate", "--prompt", "x", "--sampling-params", '{"output_kind": 1}'), "output_kind is"),
     (("generate", "--prompt", "x", "--sampling-params", '{"detokenize": false}'), "detokenize"),
     (("generate", "--raw", "--prompt", ""), "the prompt is empty"),

@@ -123,6 +123,20 @@ def test_a_known_but_unbuilt_field_is_refused_with_the_reason(name, value, reaso
     refuse(f"{name}=.*is not supported: .*{reason}", **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("structured_outputs", v) for v in ({}, [], "", 0, False)),
+        *(("guided_decoding", v) for v in ({}, False)), ("best_of", True), ("best_of", 0),
+        ("length_penalty", True), ("length_penalty", False), ("use_beam_search", 0),
+        ("early_stopping", 0), ("stream_interval", True), ("extra_args", []), ("n", True),
+        ("logits_processors", {}), ("logprob_token_ids", np.array([1, 2])), ("seed", False),
+    ],
+)  # fmt: skip
+def test_an_empty_or_false_value_is_not_an_absent_one(name, value):
+    refuse(name, **{name: value})
+
+
 def test_unbuilt_fields_pass_when_they_ask_for_nothing():
     p = SamplingParams(
         best_of=1, use_beam_search=False, length_penalty=1.0, early_stopping=False,
