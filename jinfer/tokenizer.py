@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import reprlib
 import tempfile
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from jinfer.config import require
 from jinfer.weights.gguf_ends import END_OF_TURN
 from jinfer.weights.gguf_file import GGUFFile
-from jinfer.weights.locate import locate
+from jinfer.weights.locate import expanded, locate
 
 if TYPE_CHECKING:
     import tokenizers
@@ -112,7 +113,7 @@ def load_tokenizer(
       FileNotFoundError: nothing is there, or nothing by that name can be fetched.
       ValueError: there is no tokenizer in it, or one of an unknown kind.
     """
-    folder = pathlib.Path(path_or_name).expanduser()
+    folder = expanded(path_or_name)
     if any((folder / name).is_file() for name in _HF_FILES) and revision is None:
         return _from_hf(folder, None)
     path = locate(path_or_name, revision)
@@ -188,11 +189,10 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerBase:
     tokens = get("tokens")
     if kind not in ("gpt2", "llama", "gemma4") or not isinstance(tokens, list):
         raise ValueError(
-            f"{file.path} has no tokenizer that can be read (tokenizer.ggml.model is {kind!r}); "
+            f"{file.path} has no tokenizer that can be read (tokenizer.ggml.model is "
+            f"{reprlib.repr(kind)}); "
             f"supported: 'gpt2' (byte-level BPE), 'llama' (sentencepiece) and 'gemma4'"
         )
-    if len(set(tokens)) != len(tokens):
-        raise ValueError(f"{file.path} has the same token twice in its vocabulary")
     types = get("token_type")
     types = np.ones(len(tokens), np.int32) if types is None else types
     backend, add_bos = (_byte_level if kind == "gpt2" else _sentencepiece)(get, tokens, types)
@@ -259,7 +259,7 @@ def _byte_level(
         pre = "default"
     if pre not in BYTE_LEVEL_SPLITS:
         raise ValueError(
-            f"{get.file.path} needs the pre-tokenizer {pre!r}; supported: "
+            f"{get.file.path} needs the pre-tokenizer {reprlib.repr(pre)}; supported: "
             f"{', '.join(BYTE_LEVEL_SPLITS)}"
         )
     model = models.BPE(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from jinfer.config import LayerType, ModelConfig, RopeConfig, RopeScaling, require
+from jinfer.models.hf_fields import FIELDS, FIELDS_OF, ROPE_FIELDS, check_fields
 
 # What transformers' config classes assume where config.json is silent (Gemma 3's often is).
 _COMMON: dict[str, Any] = {
@@ -114,48 +116,45 @@ _REQUIRED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-_COUNTS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "max_position_embeddings"),
-)
-_EXPERT_COUNTS = {
-    "mixtral": ("num_local_experts", "num_experts_per_tok"),
-    "qwen3_moe": ("num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
-}
-_NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar")
-_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "original_max_position_embeddings")
-_OPTIONAL_NUMBERS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 _WINDOWED_BY_FLAG = ("qwen2", "qwen3", "qwen3_moe")  # use_sliding_window gates sliding_window
 _GEMMAS = ("gemma2", "gemma3_text")
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+def config_from_hf(hf: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Translates a config.json.
 
     Args:
       hf: the parsed file. Of a multimodal Gemma 3, the text part is taken.
+      source: what errors begin with: where `hf` comes from.
 
     Raises:
-      ValueError: the architecture is unknown, a required field is missing, or a field asks for
-        something that the decoder does not do.
+      ValueError: the architecture is unknown, a required field is missing or of the wrong kind, or
+        a field asks for something that the decoder does not do.
     """
+    try:
+        return _config(hf)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _config(hf: Mapping[str, Any]) -> ModelConfig:
     family = hf.get("model_type")
     if family == "gemma3" and isinstance(hf.get("text_config"), Mapping):
         outer = {k: hf[k] for k in ("eos_token_id", "bos_token_id", "pad_token_id") if k in hf}
-        return config_from_hf({"model_type": "gemma3_text", **hf["text_config"], **outer})
-    if family not in _DEFAULTS:
+        return _config({**hf["text_config"], "model_type": "gemma3_text", **outer})
+    if not isinstance(family, str) or family not in _DEFAULTS:
         raise ValueError(
-            f"unknown architecture {family!r} (architectures: {hf.get('architectures')}); "
+            f"unknown architecture {reprlib.repr(family)} (architectures: "
+            f"{reprlib.repr(hf.get('architectures'))}); "
             f"supported model types: {', '.join(SUPPORTED)}, gemma3"
         )
     get: dict[str, Any] = {**_COMMON, **_DEFAULTS[family], **hf}
     if family == "qwen3_moe":  # transformers 5 writes the second spelling
         get["num_experts"] = hf.get("num_experts") or hf.get("num_local_experts") or 128
     for key in _REQUIRED:
-        require(
-            get.get(key) is not None, f"config.json of this {family} model lacks the field {key!r}"
-        )
-    _check_kinds(family, get)
+        require(get.get(key) is not None, f"this {family} model lacks the field {key!r}")
+    check_fields(get, FIELDS)
+    check_fields(get, FIELDS_OF.get(family, {}))
     _reject_unsupported(family, get)
 
     num_heads = get["num_attention_heads"]
@@ -202,30 +201,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         rope_local=rope_local,
         bos_token_id=get.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        pad_token_id=get.get("pad_token_id"),
+        pad_token_id=None if get.get("pad_token_id") == -1 else get.get("pad_token_id"),
         **_experts(family, get),
     )
-
-
-def _check_kinds(family: str, get: Mapping[str, Any]) -> None:
-    """Raises ValueError for a field that is no number, list or object where it must be one."""
-    counts = (*_COUNTS, *_OPTIONAL_COUNTS, *_EXPERT_COUNTS.get(family, ()))
-    for key, value in get.items():
-        if value is None and key in (*_OPTIONAL_COUNTS, *_OPTIONAL_NUMBERS):
-            continue
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_positive = isinstance(value, int | float) and value > 0
-        for keys, kind, is_right in (
-            (counts, "a positive integer", is_count),
-            (_NUMBERS, "a positive number", is_number and is_positive),
-            (_OPTIONAL_NUMBERS, "a number or null", is_number),
-            (("layer_types", "mlp_only_layers"), "a list", isinstance(value, list | None)),
-            (("rope_parameters", "rope_scaling"), "an object", isinstance(value, Mapping | None)),
-        ):
-            require(
-                key not in keys or is_right, f"config.json: {key} must be {kind}, got {value!r}"
-            )
 
 
 def _reject_unsupported(family: str, get: Mapping[str, Any]) -> None:
@@ -277,7 +255,7 @@ def _layer_types(family: str, get: Mapping[str, Any]) -> tuple[tuple[LayerType, 
     else:
         first, period = 0, 0
         if family in ("qwen2", "qwen3"):
-            first = get["max_window_layers"]
+            first = get["max_window_layers"] or 0
         elif family == "gemma2":
             period = 2
         elif family == "gemma3_text":
@@ -312,15 +290,6 @@ def _experts(family: str, get: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-_ROPE_KEYS = (
-    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
-    *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    *("short_factor", "long_factor"),
-    *("finetuned", "mrope_section"),  # which change nothing for text
-)
-
-
 def _ropes(family: str, get: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
     """Returns the rope of full layers (of all layers, outside Gemma 3) and that of sliding ones."""
     stated = _stated_rope(get)
@@ -347,6 +316,12 @@ def _stated_rope(get: Mapping[str, Any]) -> dict[str, Any]:
     it holds, its theta included.)
     """
     stated, old = (dict(get.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
+    for key in ("full_attention", "sliding_attention"):
+        part = stated.get(key)
+        require(
+            isinstance(part, Mapping | None),
+            f"{key} of rope_parameters must be an object or null, got {reprlib.repr(part)}",
+        )
     full = stated.get("full_attention") or stated
     kinds = ("rope_type", "type")
     is_same = _kind(old) == _kind(full) and all(
@@ -354,7 +329,7 @@ def _stated_rope(get: Mapping[str, Any]) -> dict[str, Any]:
     )
     require(
         is_same or not stated or not old,
-        "config.json has both rope_parameters and rope_scaling, and they differ: write what is "
+        "it has both rope_parameters and rope_scaling, and they differ: write what is "
         "meant into rope_parameters and take rope_scaling out",
     )
     return stated or old
@@ -368,11 +343,12 @@ def _rope(
     family: str, get: Mapping[str, Any], stated: Mapping[str, Any], theta: float
 ) -> RopeConfig:
     for key in stated:
-        require(key in _ROPE_KEYS, f"unknown rope option {key!r}; known: {', '.join(_ROPE_KEYS)}")
+        require(key in ROPE_FIELDS, f"unknown rope option {key!r}; known: {', '.join(ROPE_FIELDS)}")
+    check_fields(stated, ROPE_FIELDS)
     kind = _kind(stated)
     require(
         kind != "default" or stated.get("factor") in (None, 1) or "rope_type" in stated,
-        f"the rope scaling in config.json has a factor ({stated.get('factor')}) but no rope_type",
+        f"the rope scaling has a factor ({stated.get('factor')}) but no rope_type",
     )
     if kind == "su" or (family == "phi3" and kind == "yarn"):  # early Phi-3 spellings
         kind = "longrope"
@@ -401,18 +377,18 @@ def _rope(
     if factor is None:
         require(
             scaling in ("none", "yarn", "longrope"),
-            f"the {kind} rope scaling in config.json lacks 'factor'",
+            f"the {kind} rope scaling lacks 'factor'",
         )
         factor = max_position / original if original else 1.0
     for key in ("low_freq_factor", "high_freq_factor"):
         require(
             scaling != "llama3" or key in stated,
-            f"the llama3 rope scaling in config.json lacks {key!r}",
+            f"the llama3 rope scaling lacks {key!r}",
         )
     for key in ("short_factor", "long_factor"):
         require(
             scaling != "longrope" or key in stated,
-            f"the longrope rope scaling in config.json lacks {key!r}",
+            f"the longrope rope scaling lacks {key!r}",
         )
     return RopeConfig(
         theta=float(stated.get("rope_theta") or theta),

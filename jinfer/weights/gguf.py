@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,7 +105,7 @@ class _Metadata:
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
     """Translates a file's metadata; raises as `hf_config`."""
-    config = config_from_hf(hf_config(file))
+    config = config_from_hf(hf_config(file), str(file.path))
     return dataclasses.replace(
         config,
         attention_bias=_has_bias(file, "attn_q") or _has_bias(file, "attn_qkv"),
@@ -122,20 +123,25 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     meta = _Metadata(file)
     if meta.arch not in ARCHITECTURES:
         raise ValueError(
-            f"unknown GGUF architecture {meta.arch!r} in {file.path}; "
+            f"unknown GGUF architecture {reprlib.repr(meta.arch)} in {file.path}; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
     for key in _REFUSED:
         if meta.get(key):
-            raise ValueError(f"{file.path} sets {meta.arch}.{key}, which is not supported")
+            raise ValueError(
+                f"{file.path} sets {meta.arch}.{key} to {meta.get(key)}, which is not supported"
+            )
     for key, neutral in _NEUTRAL.items():
         if (value := meta.get(key, neutral[0])) not in neutral:
             raise ValueError(f"{file.path} sets {meta.arch}.{key} to {value}: not supported")
     num_heads = int(meta.require("attention.head_count"))
     hidden_size = int(meta.require("embedding_length"))
     head_dim = int(meta.get("attention.key_length", hidden_size // num_heads))
-    if int(meta.get("attention.value_length", head_dim)) != head_dim:
-        raise ValueError(f"{file.path} has values and keys of different lengths: not supported")
+    if (value_dim := meta.get("attention.value_length", head_dim)) != head_dim:
+        raise ValueError(
+            f"{file.path}: {meta.arch}.attention.value_length is {value_dim} and "
+            f"attention.key_length {head_dim}: different lengths are not supported"
+        )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ValueError(f"{file.path} has no tensor 'token_embd.weight'")
@@ -177,11 +183,7 @@ def _intermediate_size(meta: _Metadata) -> int:
     width = meta.get("feed_forward_length")
     if width is None:  # a file whose every layer has experts may leave it out
         width = meta.require("expert_feed_forward_length")
-    if isinstance(width, np.ndarray):
-        if len(set(width.tolist())) != 1:
-            raise ValueError(f"{meta.file.path} has layers of different widths: not supported")
-        width = width[0]
-    return int(width)
+    return width
 
 
 def _windows(meta: _Metadata, family: str) -> dict[str, Any]:
@@ -217,12 +219,12 @@ def _gemma(meta: _Metadata, family: str, hf: Mapping[str, Any]) -> dict[str, Any
     is_27b = hf["num_hidden_layers"] == {"gemma2": 46, "gemma3_text": 62}[family]
     per_head = hf["hidden_size"] / hf["num_attention_heads"]
     scalar = per_head if is_27b else hf["head_dim"]
-    if (scale := meta.get("attention.scale")) is not None:
+    if scale := meta.get("attention.scale"):
         scalar = scale**-2.0
     found: dict[str, Any] = {"query_pre_attn_scalar": scalar}
     for ours, theirs in (("attn", "attn_logit_softcapping"), ("final", "final_logit_softcapping")):
         if (cap := meta.get(f"{ours}_logit_softcapping")) is not None:
-            found[theirs] = cap
+            found[theirs] = cap or None
     return found
 
 
@@ -262,6 +264,11 @@ def _rope(file: GGUFFile, meta: _Metadata, family: str, head_dim: int) -> dict[s
                 f"{file.path}: rope_freqs.weight has {divisors.size} numbers, not {rotated // 2}"
             )
         rope |= _frequency_divisors(divisors, rope["rope_theta"], rotated, original)
+    if rotated != head_dim and family != "phi3":
+        raise ValueError(
+            f"{file.path}: {meta.arch}.rope.dimension_count is {rotated}, heads have {head_dim}: "
+            f"{meta.arch} models rotate whole heads"
+        )
     if rotated != head_dim:
         rope["partial_rotary_factor"] = rotated / head_dim
     if family == "phi3":  # which states it outside its rope, where it goes first
@@ -324,7 +331,8 @@ class GGUFCheckpoint:
         num_parts = int(self._file.metadata.get("split.count", 1))
         if num_parts > 1:
             raise ValueError(
-                f"{path} is one of {num_parts} parts; merge them first: llama-gguf-split --merge"
+                f"{path} is one of {num_parts} parts (split.count); merge them first: "
+                f"llama-gguf-split --merge"
             )
         self.config = gguf_config(self._file)
         self.hf = hf_config(self._file)

@@ -28,33 +28,19 @@ def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
 
     A list `tokenizer.ggml.eos_token_ids` is all of them. Else they are those of the keys of one
     token (eos, eot, eom) and every control token that is known to end a text.
-
-    Raises:
-      ValueError: the list holds something else than tokens of the vocabulary.
     """
     get = file.metadata.get
     tokens = get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
     stated = get("tokenizer.ggml.eos_token_ids")
     if stated is not None:
-        return _stated_ends(file, stated, len(tokens) or 1 << 31)
+        return tuple(dict.fromkeys(np.asarray(stated, int).reshape(-1).tolist()))
     known = _known_ends(tokens, get("tokenizer.ggml.token_type"))
     ids = [get(f"tokenizer.ggml.{key}") for key in _END_KEYS]
     ids += [known[token] for token in _KNOWN_ENDS if token in known]
     closes_message = any(known.keys() >= {*marks} for marks in _MESSAGE_MARKS)
     no_end = known.get("<|end|>") if closes_message else None
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None and i != no_end))
-
-
-def _stated_ends(file: GGUFFile, stated: Any, vocab_size: int) -> tuple[int, ...]:
-    ids = stated.tolist() if isinstance(stated, np.ndarray) else stated
-    ids = ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise ValueError(
-            f"tokenizer.ggml.eos_token_ids of {file.path} must be token ids below {vocab_size}, "
-            f"got {str(ids)[:80]}"
-        )
-    return tuple(dict.fromkeys(ids))
 
 
 def _known_ends(tokens: list[str], types: Any) -> dict[str, int]:

@@ -8,6 +8,7 @@ header is parsed here.
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
 import os
 import pathlib
@@ -15,6 +16,8 @@ import struct
 from typing import Any
 
 import numpy as np
+
+from jinfer.weights.gguf_metadata import check_metadata, check_sizes
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
@@ -32,7 +35,11 @@ _SCALARS = {
     **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
     **{10: "<u8", 11: "<i8", 12: "<f8"},
 }
-_STRING, _ARRAY = 8, 9
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_MAX_DEPTH = 8  # arrays of arrays; no key that anybody writes has more than 2
+_MAX_DIMS = 4  # ggml's
+_MAX_SIZE = 1 << 40  # of one axis
+_MIN_ROW_BYTES, _MIN_KEY_BYTES = 24, 13  # an entry of the tensor table, of the metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +86,30 @@ class _Cursor:
         start = self.take(length)
         return self.buffer[start : start + length].decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, key: str, kind: int, depth: int = 0) -> Any:
+        """Returns the value of `key`, of a type by number, which follows."""
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
             kind, count = self.unpack("I"), self.unpack("Q")
             if kind in _SCALARS:
-                return self.numbers(_SCALARS[kind], count)
-            return [self.value(kind) for _ in range(count)]
+                return self.numbers(key, kind, count)
+            if depth == _MAX_DEPTH:
+                raise self.damaged(f"{key!r} has arrays nested deeper than {_MAX_DEPTH}")
+            return [self.value(key, kind, depth + 1) for _ in range(count)]
         if kind not in _SCALARS:
-            raise ValueError(f"{self.path} is damaged: metadata of unknown type {kind}")
-        return self.numbers(_SCALARS[kind], 1)[0].item()
+            raise self.damaged(f"{key!r} is of the unknown type {kind}")
+        return self.numbers(key, kind, 1)[0].item()
 
-    def numbers(self, dtype: str, count: int) -> np.ndarray:
-        start = self.take(np.dtype(dtype).itemsize * count)
+    def numbers(self, key: str, kind: int, count: int) -> np.ndarray:
+        dtype = np.dtype(_SCALARS[kind])
+        start = self.take(dtype.itemsize * count)
+        if kind == _BOOL and np.frombuffer(self.buffer, "<u1", count, start).max(initial=0) > 1:
+            raise self.damaged(f"{key!r} must be true or false, and a byte is neither 1 nor 0")
         return np.frombuffer(self.buffer, dtype, count, start).copy()
+
+    def damaged(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged: {reason}; download it again")
 
 
 class GGUFFile:
@@ -101,12 +117,14 @@ class GGUFFile:
 
     Attributes:
       path: where it lies.
-      metadata: key -> str, bool, int, float, list of str, or a numpy array of numbers.
+      metadata: key -> str, bool, int, float, list of str, or a numpy array of numbers; those that
+        are read anywhere as `gguf_metadata.FIELDS` asks.
       tensors: name -> `GGUFTensor`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: not GGUF, of an unsupported version or type, or truncated.
+      ValueError: not GGUF, of an unsupported version or type, truncated or damaged, or metadata
+        are not what they must be.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -129,25 +147,49 @@ class GGUFFile:
                 f"supported: little-endian GGUF versions {', '.join(map(str, SUPPORTED_VERSIONS))}"
             )
         num_tensors, num_keys = cursor.unpack("Q"), cursor.unpack("Q")
+        if num_tensors * _MIN_ROW_BYTES + num_keys * _MIN_KEY_BYTES > len(cursor.buffer):
+            raise ValueError(
+                f"{self.path} is truncated or damaged: {num_keys} metadata and {num_tensors} "
+                f"tensors do not fit into {len(cursor.buffer)} bytes; download it again"
+            )
         self.metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = cursor.string()
-            self.metadata[key] = cursor.value(cursor.unpack("I"))
-        self.tensors: dict[str, GGUFTensor] = self._read_table(cursor, num_tensors)
+            if key in self.metadata:
+                raise cursor.damaged(f"it has the metadata {key!r} twice")
+            self.metadata[key] = cursor.value(key, cursor.unpack("I"))
+        check_metadata(self.path, self.metadata)
+        rows = self._read_rows(cursor, num_tensors)
+        self.tensors: dict[str, GGUFTensor] = self._place(cursor, rows)
+        check_sizes(self.path, self.metadata, {n: t.shape for n, t in self.tensors.items()})
 
-    def _read_table(self, cursor: _Cursor, num_tensors: int) -> dict[str, GGUFTensor]:
+    def _read_rows(self, cursor: _Cursor, num_tensors: int) -> dict[str, tuple[Any, ...]]:
+        """Name -> shape, number of the type and offset, as the table has them."""
+        rows: dict[str, tuple[Any, ...]] = {}
+        for _ in range(num_tensors):
+            name, num_dims = cursor.string(), cursor.unpack("I")
+            if not 0 < num_dims <= _MAX_DIMS:
+                raise cursor.damaged(
+                    f"tensor {name!r} has {num_dims} dimensions, expected 1 to {_MAX_DIMS}"
+                )
+            shape = tuple(cursor.unpack("Q") for _ in range(num_dims))[::-1]
+            if not all(0 < size <= _MAX_SIZE for size in shape):
+                raise cursor.damaged(f"tensor {name!r} has the shape {list(shape)}")
+            if name in rows:
+                raise cursor.damaged(f"it has a tensor {name!r} twice")
+            rows[name] = shape, cursor.unpack("I"), cursor.unpack("Q")
+        return rows
+
+    def _place(self, cursor: _Cursor, rows: dict[str, tuple[Any, ...]]) -> dict[str, GGUFTensor]:
+        """Finds the bytes of each tensor: one after the other, each padded to the alignment."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        rows = []
-        for _ in range(num_tensors):
-            name = cursor.string()
-            shape = tuple(cursor.unpack("Q") for _ in range(cursor.unpack("I")))[::-1]
-            rows.append((name, shape, cursor.unpack("I"), cursor.unpack("Q")))
-        alignment = int(self.metadata.get("general.alignment", 32))
+        alignment = self.metadata.get("general.alignment", 32)
         data_start = -(-cursor.position // alignment) * alignment
+        expected_offset = 0
         known_types = {int(kind): kind.name for kind in GGMLQuantizationType}
         tensors: dict[str, GGUFTensor] = {}
-        for name, shape, kind, offset in rows:
+        for name, (shape, kind, offset) in rows.items():
             type_name = known_types.get(kind, f"number {kind}")
             if type_name not in SUPPORTED_TYPES:
                 raise ValueError(
@@ -155,7 +197,7 @@ class GGUFFile:
                     f"supported: {', '.join(SUPPORTED_TYPES)}"
                 )
             block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-            num_bytes = int(np.prod(shape, dtype=np.int64)) // block_size * block_bytes
+            num_bytes = math.prod(shape) // block_size * block_bytes
             if shape[-1] % block_size:
                 raise ValueError(
                     f"tensor {name!r} of {self.path} is damaged: rows of {shape[-1]} are not "
@@ -167,6 +209,12 @@ class GGUFFile:
                     f"{data_start + offset + num_bytes}, the file has {len(cursor.buffer)}; "
                     f"download it again"
                 )
+            if offset != expected_offset:
+                raise cursor.damaged(
+                    f"tensor {name!r} starts at offset {offset}, expected {expected_offset}, "
+                    f"where the one before it ends"
+                )
+            expected_offset = -(-(offset + num_bytes) // alignment) * alignment
             tensors[name] = GGUFTensor(name, shape, type_name, data_start + offset, num_bytes)
         return tensors
 

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import os
 import pathlib
+import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 
 from jinfer.config import ModelConfig
 from jinfer.models.families import Path, config_from_hf, names_of, placements
+from jinfer.models.hf_fields import END_TOKENS
 from jinfer.weights.fill import DTYPES
 from jinfer.weights.hf_files import (
     INDEX,
@@ -29,6 +32,7 @@ from jinfer.weights.quantized import QuantizedModules, first_marked
 GENERATION = "generation_config.json"
 # Where config.json says how weights are quantized; the second is compressed-tensors' of old.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EMBEDDING_NAMES = (
     *("model.embed_tokens.weight", "embed_tokens.weight"),
     *("language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
@@ -46,7 +50,7 @@ def read_hf_config(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {folder}: not a Hugging Face model folder")
     hf = read_json(path)
-    config = config_from_hf(hf)
+    config = config_from_hf(hf, str(path))
     return with_generation_ends(config, folder), hf
 
 
@@ -63,6 +67,10 @@ def with_generation_ends(config: ModelConfig, folder: pathlib.Path) -> ModelConf
     """
     generation = folder / GENERATION
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    if not END_TOKENS.holds(eos):
+        raise ValueError(
+            f"{generation}: eos_token_id must be {END_TOKENS.name}, got {reprlib.repr(eos)}"
+        )
     if eos is None:
         return config
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
@@ -132,6 +140,7 @@ class HFCheckpoint:
                         f"of {self.path}"
                     )
                 self._tensors[name] = tensor
+        self._check_layers(config)
         stated = quantization_config(self.path, hf)
         self.kv_scheme = scheme_of(stated)
         self._quantized = self._find_quantized(stated)
@@ -185,6 +194,15 @@ class HFCheckpoint:
         if reason is not None:
             _log.warning("%s: its scales of a KV cache are not used: %s", self.path, reason)
         return dataclasses.replace(config, static_kv=static)
+
+    def _check_layers(self, config: ModelConfig) -> None:
+        """Raises ValueError if the config has more layers than the files; before any are built."""
+        found = {match[1] for name in self._tensors if (match := _LAYER.search(name))}
+        if config.num_layers > len(found):
+            raise ValueError(
+                f"{self.path}/config.json: num_hidden_layers is {config.num_layers}, but the "
+                f"safetensors files have {len(found)} layers"
+            )
 
     def _find_quantized(self, stated: Mapping[str, Any] | None) -> QuantizedModules | None:
         tensors = self._tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import reprlib
 from collections.abc import Sequence
 
 from jinfer.weights.default_model import DEFAULT_MODEL, default_model_path
@@ -22,7 +23,7 @@ def locate(
       ValueError: a file of another kind, an ambiguous folder, or a `revision` for something local.
     """
     name = os.fspath(path_or_name)
-    path = pathlib.Path(name).expanduser()
+    path = expanded(name)
     if name and (path.exists() or name == DEFAULT_MODEL):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for names on the hub, {name!r} is local")
@@ -31,6 +32,23 @@ def locate(
     if looks_like_path or path.suffix in (".gguf", ".safetensors") or not name:
         raise FileNotFoundError(f"no model at {name!r}: there is no such file or folder")
     return None
+
+
+def expanded(name: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns `name` as a path that can be asked for, "~" as the home it stands for.
+
+    Raises:
+      FileNotFoundError: no file can have that name: it is too long, or of an unknown user.
+    """
+    try:
+        path = pathlib.Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # the latter: "~nobody"
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise FileNotFoundError(
+            f"no model at {reprlib.repr(os.fspath(name))}: no file can be there ({reason})"
+        ) from error
+    return path
 
 
 def _local(path: pathlib.Path) -> pathlib.Path:

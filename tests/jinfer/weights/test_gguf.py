@@ -372,7 +372,7 @@ def test_where_a_text_goes_on_after_a_message_its_end_is_none(marks, ends_of):
 
 @pytest.mark.parametrize("wrong", [[2, 96], [-1], ["</s>"], [1.5], "2", True])
 def test_a_list_of_ends_that_is_none_is_refused(wrong, ends_of):
-    with pytest.raises(ValueError, match=r"eos_token_ids of .*m\.gguf must be token ids below 96"):
+    with pytest.raises(ValueError, match=r"m\.gguf: tokenizer\.ggml\.eos_token_ids must be"):
         ends_of([], eos_token_ids=wrong)
 
 
