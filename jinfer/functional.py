@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jinfer import ops, sampling
-from jinfer.fields import read_int, read_token_ids, shown
+from jinfer.fields import read_int, read_token_ids
+from jinfer.models import inputs
 from jinfer.models.model import Model
 from jinfer.sampling import SampleArgs
 from jinfer.typing import Params
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
+
+
+_MOST = float(jnp.finfo(jnp.float32).max)
 
 
 @jax.tree_util.register_dataclass
@@ -78,14 +81,14 @@ def generate(
       `Generated`.
 
     Raises:
-      ValueError: `tokens` is not [B, T], `prompt_lens` not [B], n is not positive, a number (if it
-        is known while tracing) is outside its range, or the key is missing.
+      ValueError: `tokens` is not [B, T], `prompt_lens` not [B], n is not positive, the key is
+        missing, or a value that is not traced is out of range.
+      TypeError: an argument is of another kind.
     """
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens must be [B, T] with T >= 1, got {list(tokens.shape)}")
+    tokens = inputs.read_tokens(tokens, model.config.vocab_size)
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise ValueError(f"tokens must be [B, T], neither 0, got {list(tokens.shape)}")
     max_new_tokens = read_int("max_new_tokens", max_new_tokens)
-    eos_token_ids = read_token_ids("eos_token_ids", eos_token_ids)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     is_greedy = isinstance(temperature, (int, float)) and temperature == 0
@@ -93,12 +96,16 @@ def generate(
         if not is_greedy:
             raise ValueError("sampling needs key=jax.random.key(...); temperature=0 is greedy")
         key = jax.random.key(0)
+    inputs.check_key(key)
+    eos_token_ids = read_token_ids("eos_token_ids", eos_token_ids)
     num_rows, prompt_width = tokens.shape
-    lens = jnp.full((num_rows,), prompt_width) if prompt_lens is None else jnp.asarray(prompt_lens)
-    lens = lens.astype(jnp.int32)
+    lens = jnp.full((num_rows,), prompt_width, jnp.int32)
+    if prompt_lens is not None:
+        lens = inputs.read_integers(
+            "prompt_lens", prompt_lens, "tokens of each prompt", low=1, high=prompt_width
+        )
     if lens.shape != (num_rows,):
         raise ValueError(f"prompt_lens must be [B] = [{num_rows}], got {list(lens.shape)}")
-    _check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     args = _sample_args(num_rows, temperature, top_k, top_p, min_p)
     row_keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(num_rows))
 
@@ -136,35 +143,15 @@ def generate(
     )
 
 
-_RANGES = {
-    "temperature": (lambda x: (x >= 0) & (x < np.inf), "finite and not negative"),
-    "top_k": (lambda x: (x >= 0) & (x < 2**31), "0 for all, or positive"),
-    "top_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
-    "min_p": (lambda x: (x >= 0) & (x <= 1), "in [0, 1]"),
-}
-
-
-def _check_sampling(**values: Any) -> None:
-    """Refuses values outside their ranges, as far as they are known while tracing."""
-    for name, value in values.items():
-        is_inside, expected = _RANGES[name]
-        try:
-            numbers = np.asarray(value)
-        except jax.errors.TracerArrayConversionError:
-            continue
-        except ValueError:  # lists of unequal length
-            numbers = np.array("")
-        if numbers.dtype.kind not in "iufV" or not is_inside(numbers.astype(np.float64)).all():
-            raise ValueError(f"{name} must be {expected}, got {shown(value)}")
-
-
 def _sample_args(num_rows: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> SampleArgs:
-    def column(value: Any, dtype: Any) -> Array:
-        return jnp.broadcast_to(jnp.asarray(value).astype(dtype), (num_rows,))
-
     zeros, ones = jnp.zeros((num_rows,), jnp.float32), jnp.ones((num_rows,), jnp.float32)
-    floats = [column(x, jnp.float32) for x in (temperature, top_p, min_p)]
-    ints = [column(top_k, jnp.uint32)] + [jnp.zeros((num_rows,), jnp.uint32)] * 4
+    floats = [
+        inputs.read_floats("temperature", temperature, num_rows, low=0, high=_MOST),
+        inputs.read_floats("top_p", top_p, num_rows, low=0, high=1, above=True),
+        inputs.read_floats("min_p", min_p, num_rows, low=0, high=1),
+    ]
+    ints = [inputs.read_counts("top_k", top_k, num_rows)]
+    ints += [jnp.zeros((num_rows,), jnp.uint32)] * 4
     return SampleArgs(
         floats=jnp.stack([*floats, zeros, zeros, ones], axis=1), ints=jnp.stack(ints, axis=1)
     )

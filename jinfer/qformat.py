@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jinfer.config import require
+from jinfer.fields import check_kinds, require
 
 Grid = Literal["full", "restricted"]
 
@@ -39,7 +39,7 @@ CODEBOOKS = {
 ACTS = ("dyn", "dyn-full", "static", "outlier")
 _FORMAT = re.compile(
     r"(?:int(?P<bits>[2-8])|(?P<kind>fp8-e4m3|fp8-e5m2|nf4|fp4))"
-    r"-(?:g(?P<group>[1-9]\d*)|(?P<whole>channel|tensor)|block(?P<block>[1-9]\d*))"
+    r"-(?:g(?P<group>[1-9][0-9]{0,8})|(?P<whole>channel|tensor)|block(?P<block>[1-9][0-9]{0,8}))"
     r"(?P<asym>-asymf|-asym)?(?P<dq>-dq)?(?::(?P<act>[a-z-]+))?"
 )
 
@@ -74,6 +74,13 @@ class QFormat:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
+        check_kinds(
+            vars(self),
+            ints=("bits", "group", "block"),
+            flags=("symmetric", "float_zero", "double_quant"),
+            texts=("kind", "act"),
+            optional=("act",),
+        )
         bits = {"int": range(2, 9), "nf4": (4,), "fp4": (4,)}.get(self.kind, (8,))
         require(
             self.kind == "int" or self.kind in FP8_DTYPES or self.kind in CODEBOOKS,
@@ -117,7 +124,7 @@ class QFormat:
     @classmethod
     def parse(cls, text: str) -> QFormat:
         """Reads what `str` prints; raises ValueError naming the grammar."""
-        found = _FORMAT.fullmatch(text)
+        found = _FORMAT.fullmatch(text) if isinstance(text, str) else None
         require(
             found is not None,
             f"format {text!r} is not understood; write <int2..int8|fp8-e4m3|fp8-e5m2|nf4|fp4>-"

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jinfer.config import require
+from jinfer.fields import require, shown
 from jinfer.qformat import (
     CODEBOOKS,
     FP8_DTYPES,
@@ -272,6 +272,41 @@ def concat_outputs(weights: Sequence[QTensor]) -> QTensor:
     return dataclasses.replace(first, **fields)
 
 
+def check_weight(w: Any, name: str = "weight") -> None:
+    """Raises TypeError unless `w` is an array of floats, ValueError if it is no [..., I, O]."""
+    is_array = isinstance(w, (Array, np.ndarray))
+    if not is_array or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"{name} must be an array of floats, got {shown(w)}")
+    require(w.ndim >= 2, f"a {name} is [..., I, O], got shape {list(w.shape)}")
+    require(w.size > 0, f"{name} is empty: {list(w.shape)}")
+
+
+def read_target(fmt: Any, scale_dtype: Any, grid: Any = "full") -> jnp.dtype:
+    """Checks what a weight is to be rounded to; returns the dtype of its scales.
+
+    Raises:
+      TypeError: `fmt` is no QFormat, or `scale_dtype` no dtype of floats.
+      ValueError: an unknown grid.
+    """
+    if not isinstance(fmt, QFormat):
+        raise TypeError(
+            f'fmt must be a QFormat such as QFormat.parse("int4-g64"), got {shown(fmt)}'
+        )
+    is_known = isinstance(grid, str) and grid in ("full", "restricted")
+    require(is_known, f"grid must be full or restricted, got {shown(grid)}")
+    try:
+        found = (
+            None if isinstance(scale_dtype, Array | np.ndarray | None) else jnp.dtype(scale_dtype)
+        )
+    except (TypeError, ValueError):
+        found = None
+    if found is None or found not in (jnp.float16, jnp.bfloat16, jnp.float32):
+        raise TypeError(
+            f"scale_dtype must be float16, bfloat16 or float32, got {shown(scale_dtype)}"
+        )
+    return found
+
+
 def check_finite(x: Array, what: str) -> None:
     """Raises ValueError if a concrete array holds NaN or infinity (integer casts would hide it)."""
     if not isinstance(x, Tracer):
@@ -293,9 +328,10 @@ def quantize(
     Raises:
       ValueError: `w` holds NaN or infinity (checked when not traced), or has fewer than 2 axes.
     """
-    require(w.ndim >= 2, f"a weight is [..., I, O], got shape {list(w.shape)}")
+    check_weight(w)
+    scale_dtype = read_target(fmt, scale_dtype, grid)
     check_finite(w, "weight")
-    w = w.astype(jnp.float32)
+    w = jnp.asarray(w).astype(jnp.float32)
     scale, zero = find_scales(w, fmt, grid=grid, scale_dtype=scale_dtype)
     stored = DoubleScale.encode(scale) if fmt.double_quant else scale
     if isinstance(stored, DoubleScale):

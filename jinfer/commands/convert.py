@@ -10,7 +10,7 @@ from jinfer.commands import quantize
 from jinfer.commands.terminal import progress, say
 
 SUMMARY = "write weights in another format, without loss or as a GGUF type"
-_CALIBRATION = {"num_sequences": 32, "length": 512, "seed": 0}
+_CALIBRATION = {"num_sequences": 32, "length": None, "seed": 0}
 TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K")
 
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs matter when rounding (all alike)",
     )
     gguf.add_argument("--num-sequences", type=int, help="of calibration (32)")
-    gguf.add_argument("--length", type=int, help="tokens a sequence (512)")
+    gguf.add_argument("--length", type=int, help="tokens a sequence (512, if the model has them)")
     gguf.add_argument("--seed", type=int, help="of the choice of sequences (0)")
     parser.set_defaults(held_out=0)
 

@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from jinfer.commands.flags import DEFAULT_MODEL, check_positions
+from jinfer.commands.flags import DEFAULT_MODEL, check_positions, fit_positions
 from jinfer.commands.terminal import progress, say
 
 SUMMARY = "score a model on a text"
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
     parser.add_argument("--dtype", default="float32", help="of float weights (float32)")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8, or .gz")
-    parser.add_argument("--context", type=int, default=1024, help="tokens a window (1024)")
+    parser.add_argument("--context", type=int, help="tokens a window (1024, if the model has them)")
     parser.add_argument("--windows", type=int, metavar="N", help="how many (all that there are)")
     parser.add_argument(
         "--against", metavar="MODEL", help="a reference: KL and top-1 agreement with it"
@@ -41,12 +41,14 @@ def run(args: argparse.Namespace) -> int:
     from jinfer.quant import texts
     from jinfer.quant.evaluate import evaluate
     from jinfer.tokenizer import load_tokenizer
+    from jinfer.weights.load import load_config
 
-    if args.context < 2:
+    if args.context is not None and args.context < 2:
         raise ValueError(f"--context must be at least 2 tokens, got {args.context}")
     if args.windows is not None and args.windows < 1:
         raise ValueError(f"--windows must be positive, got {args.windows}")
     enable_compilation_cache()
+    args.context = fit_positions(args.context, 1024, load_config(args.model), "context")
     text = "\n\n".join(texts.read_texts(args.text))
     tokenizer = load_tokenizer(args.model)
     windows = texts.windows(
@@ -58,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
     if args.against is not None:
         _check_tokenizers(args.model, tokenizer, args.against, load_tokenizer(args.against), text)
     model, params = load(args.model, dtype=args.dtype)
-    check_positions(model.config, args.context, "context")
     reference = None if args.against is None else load(args.against, dtype=args.dtype)
     if reference is not None:
         check_positions(reference[0].config, args.context, "context")

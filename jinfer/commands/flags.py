@@ -43,6 +43,18 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def fit_positions(given: int | None, default: int, config: Any, flag: str) -> int:
+    """Returns the tokens of a sequence: what was given, else the default or what the model allows.
+
+    Raises:
+      ValueError: more were given than the model was made for.
+    """
+    if given is None:
+        return min(default, config.max_context_len)
+    check_positions(config, given, flag)
+    return given
+
+
 def check_positions(config: Any, num_tokens: int, flag: str) -> None:
     """Raises ValueError, naming the flag, for sequences longer than a model was made for."""
     if num_tokens > config.max_context_len:

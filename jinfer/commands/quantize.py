@@ -7,12 +7,13 @@ import pathlib
 import time
 from typing import Any
 
-from jinfer.commands.flags import DEFAULT_MODEL, check_positions
+from jinfer.commands.flags import DEFAULT_MODEL, fit_positions
 from jinfer.commands.terminal import progress, say
 
 SUMMARY = "quantize a model and report what it cost"
 METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
 EXPORTS = ("native", "gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes", "gguf")
+_LENGTH = 512  # tokens of a sequence, where the model has so many positions
 _MEASURED_TOKENS = 1024  # of the calibration text, for --target-bits
 _OPTIONS = ("scales", "order", "damp", "alpha", "clip", "correct")
 
@@ -85,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text or JSONL, plain or .gz; self (default): text that the model generates",
     )
     text.add_argument("--num-sequences", type=int, default=128, help="(128)")
-    text.add_argument("--length", type=int, default=512, help="tokens a sequence (512)")
+    text.add_argument("--length", type=int, help="tokens a sequence (512, if the model has them)")
     text.add_argument("--seed", type=int, default=0, help="(0)")
     text.add_argument(
         "--held-out",
@@ -211,14 +212,16 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def check_sequences(args: argparse.Namespace, config: Any) -> None:
-    """Raises ValueError for sequences that cannot be had; before any time is spent.
+    """Settles --length; raises ValueError for sequences that cannot be had, before any work.
 
-    Without a config, no sequence is read and --length may be its default.
+    Without a config, no sequence is read.
     """
+    if config is not None:
+        args.length = fit_positions(args.length, _LENGTH, config, "length")
+    elif args.length is None:
+        args.length = _LENGTH
     if args.num_sequences < 1 or args.held_out < 0 or args.length < 2:
         raise ValueError("--num-sequences must be positive, --held-out not negative, --length >= 2")
-    if config is not None:
-        check_positions(config, args.length, "length")
 
 
 def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: bool) -> Any:

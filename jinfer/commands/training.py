@@ -16,6 +16,7 @@ from jinfer.commands.terminal import progress, say, timed
 from jinfer.prompts import apply_chat_template, read_prompt
 from jinfer.weights.files import writing
 
+_WINDOW = 256  # tokens of a window, where the model has so many positions
 # Flags of the engine that generates texts.
 _WRITING_FLAGS = ("max-model-len", "max-num-seqs", "max-num-batched-tokens")
 # What a line of --data may have, the first that it has being taken.
@@ -56,7 +57,9 @@ def add_arguments(
     parser.add_argument(
         "--batch-size", type=positive, default=batch_size, help=f"{example} a step ({batch_size})"
     )
-    parser.add_argument("--window", type=positive, default=256, help="tokens a window (256)")
+    parser.add_argument(
+        "--window", type=positive, help=f"tokens a window ({_WINDOW}, if the model has them)"
+    )
     parser.add_argument(
         "--learning-rate", type=float, default=learning_rate, help=f"peak ({learning_rate:g})"
     )
@@ -78,7 +81,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     from jinfer import load
 
     model, params = load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
-    flags.check_positions(model.config, args.window, "window")
+    args.window = flags.fit_positions(args.window, _WINDOW, model.config, "window")
     return model, params
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jinfer import ops
 from jinfer.config import ModelConfig
-from jinfer.models import block, rope
+from jinfer.models import block, inputs, rope
 from jinfer.models.block import Attend, Rope, Taps
 from jinfer.qtensor import QTensor
 from jinfer.typing import Params
@@ -162,7 +162,14 @@ class Model:
         Pure, and safe under jit, vmap and grad. Texts of unequal lengths may be padded on the
         right: what stands after a token never changes it, save under the two rope scalings that
         look at the length T.
+
+        Raises:
+          TypeError: `tokens` are no integers.
+          ValueError: they have no axis, or one that is not traced is outside the vocabulary.
         """
+        tokens = inputs.read_tokens(tokens, self.config.vocab_size)
+        if tokens.ndim == 0 or tokens.size == 0:
+            raise ValueError(f"tokens must be [..., T] with T >= 1, got {list(tokens.shape)}")
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         context_lens = jnp.full_like(positions, tokens.shape[-1])
         hidden, _ = self.apply(

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.config import require
+from jinfer.fields import read_bool, read_float, require, shown
 from jinfer.qformat import TENSOR, Grid, QFormat, decode, encode, find_scales
-from jinfer.qtensor import QTensor, check_finite, from_codes
+from jinfer.qtensor import QTensor, check_finite, check_weight, from_codes, read_target
 from jinfer.quant.factor import dot_transposed, inverse_factor
 from jinfer.quant.rtn import search_scales
 
@@ -89,19 +89,25 @@ def quantize_gptq(
       ValueError: shapes disagree, NaN or infinity in `w` or `hessian`, or a format whose outputs
         share scales.
     """
+    check_weight(w)
+    dtype = read_target(fmt, scale_dtype, grid)
     require(w.ndim == 2, f"a weight is [I, O], got shape {list(w.shape)}")
+    check_weight(hessian, "hessian")
     num_inputs = w.shape[0]
     require(
         hessian.shape == (num_inputs, num_inputs),
         f"hessian must be [{num_inputs}, {num_inputs}] for a weight {list(w.shape)}, "
         f"got {list(hessian.shape)}",
     )
-    require(order in ("none", "act", "group"), f"order must be none, act or group, got {order!r}")
-    require(
-        scales in ("extremes", "mse", "hessian"),
-        f"scales must be extremes, mse or hessian, got {scales!r}",
-    )
-    require(damp > 0, f"damp must be positive, got {damp}")
+    for name, value, known in (
+        ("order", order, ("none", "act", "group")),
+        ("scales", scales, ("extremes", "mse", "hessian")),
+    ):
+        is_known = isinstance(value, str) and value in known
+        require(is_known, f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+    read_bool("static_groups", static_groups)
+    damp = read_float("damp", damp)
+    require(0 < damp < math.inf, f"damp must be positive and finite, got {damp}")
     require(
         fmt.block == 1 and fmt.group != TENSOR and not fmt.double_quant and not fmt.float_zero,
         f"{fmt}: GPTQ needs one scale an output and group, with an integer zero or none",
@@ -114,7 +120,6 @@ def quantize_gptq(
     check_finite(hessian, "hessian")
     num_groups = fmt.num_groups(num_inputs)
     turns = _take_turns_jit(hessian, order, fmt.group_size(num_inputs), num_groups, damp)
-    dtype = jnp.dtype(scale_dtype)
     return _round_jit(w, turns, fmt, order, static_groups, scales, grid, dtype), turns.info
 
 

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jinfer.config import require
+from jinfer.fields import one_line, require, shown
 from jinfer.qformat import QFormat
 
 FOLDS = ("none", "awq", "smoothquant")
@@ -65,10 +65,12 @@ class Method:
             ("scale_dtype", ("float16", "bfloat16", "float32")),
         ):
             value = getattr(self, field)
-            require(value in allowed, f"{field} must be one of {allowed}, got {value!r}")
+            is_known = isinstance(value, str) and value in allowed
+            require(is_known, f"{field} must be one of {allowed}, got {value!r}")
         for field in ("damp", "correct", "alpha"):
             value = getattr(self, field)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            is_number = is_number and value == value
             require(is_number, f"{field} must be a number, got {value!r}")
         for field in ("static_groups", "clip"):
             value = getattr(self, field)
@@ -147,7 +149,8 @@ def make_method(name: str, fmt: str | QFormat | None = None, /, **options: Any) 
     Raises:
       ValueError: an unknown method or option, or a format that the method cannot take.
     """
-    require(name in _PRESETS, f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    is_known = isinstance(name, str) and name in _PRESETS
+    require(is_known, f"method must be one of {', '.join(METHODS)}, got {name!r}")
     default, fields = _PRESETS[name]
     require(
         fmt is None or isinstance(fmt, str | QFormat),
@@ -181,6 +184,7 @@ def parse_quantization(text: str) -> Method:
     Raises:
       ValueError: not understood, or a method that needs calibration.
     """
+    require(isinstance(text, str), f"quantization must be a text such as fp8, got {shown(text)}")
     head, _, tail = text.rpartition(":")
     try:
         if text == "int8":
@@ -193,10 +197,9 @@ def parse_quantization(text: str) -> Method:
         else:
             method = make_method("rtn", text)
     except ValueError as error:
-        raise ValueError(
-            f"quantization must be fp8, int8, nf4, hqq, or a format and a method such as "
-            f"int4-g64:rtn, got {text!r} ({error})"
-        ) from error
+        expected = "fp8, int8, nf4, hqq, or a format and a method such as int4-g64:rtn"
+        message = f"quantization must be {expected}, got {text[:100]!r} ({error})"
+        raise ValueError(one_line(message)) from error
     require(
         not method.needs_calibration,
         f"quantization {text!r} needs calibration: run `jinfer quantize` and load its output (a "

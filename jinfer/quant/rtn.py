@@ -21,7 +21,14 @@ from jinfer.qformat import (
     reduce_groups,
     scales_from_range,
 )
-from jinfer.qtensor import QTensor, check_finite, from_codes, quantize
+from jinfer.qtensor import (
+    QTensor,
+    check_finite,
+    check_weight,
+    from_codes,
+    quantize,
+    read_target,
+)
 
 NUM_SHRINKS = 80  # ranges tried: 100 %, 99 %, .. 21 % of the extremes
 SHRINK_STEP = 0.01
@@ -96,14 +103,15 @@ def quantize_rtn(
       ValueError: NaN or infinity in `w`; `importance` without `mse`; `mse` with double scales.
     """
     require(importance is None or mse, "importance weighs the search: it needs mse=True")
+    check_weight(w)
+    scale_dtype = read_target(fmt, scale_dtype, grid)
     if not mse:
-        require(w.ndim >= 2, f"a weight is [..., I, O], got shape {list(w.shape)}")
         check_finite(w, "weight")
-        return _round(w, fmt, grid, jnp.dtype(scale_dtype))
+        return _round(w, fmt, grid, scale_dtype)
     require(not fmt.double_quant, f"{fmt}: double scales round after any search; use mse=False")
     require(w.ndim == 2, f"a weight is [I, O], got shape {list(w.shape)}")
     check_finite(w, "weight")
-    return _search_and_round(w, importance, fmt, grid, jnp.dtype(scale_dtype))
+    return _search_and_round(w, importance, fmt, grid, scale_dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -81,9 +81,7 @@ def resolve_dtype(dtype: Any, stored: str) -> np.dtype[Any]:
         dtype = "float32" if jax.default_backend() == "cpu" else stored
     try:
         # An array is no dtype, though numpy would take its own for one.
-        found = (
-            None if hasattr(dtype, "shape") and not isinstance(dtype, type) else jnp.dtype(dtype)
-        )
+        found = None if isinstance(dtype, jax.Array | np.ndarray) else jnp.dtype(dtype)
     except (TypeError, ValueError):
         found = None
     if found is None or found.name not in DTYPES:

@@ -138,16 +138,16 @@ def test_a_number_of_functional_generate_is_applied_or_refused_by_name(name):
     for value in NUMBERS:
         if isinstance(value, Opaque) or value is None:
             continue
-        fields = {"temperature": 1.0, name: value}
+        fields = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, name: value}
         out = None
         try:
-            functional._check_sampling(**fields)
-        except ValueError as error:
+            functional._sample_args(1, **fields)
+        except (ValueError, TypeError) as error:
             assert name in str(error) and "\n" not in str(error)
             out = error
         assert out is not None or np.isfinite(np.asarray(value).astype(np.float64)).all()
     for value in (math.nan, -1, "x"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises((ValueError, TypeError), match=name):
             fields = {"temperature": 1.0, name: value}
             functional.generate(MODEL, params, [PROMPT], max_new_tokens=1, key=key, **fields)
 

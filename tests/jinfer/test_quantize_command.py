@@ -259,3 +259,19 @@ def test_errors_that_name_a_file_or_no_disk_pass_unchanged(tmp_path):
         with pytest.raises(type(error)) as raised, writing(tmp_path, left="nothing"):
             raise error
         assert raised.value is error
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_a_default_length_is_one_that_the_model_has(params, tmp_path, monkeypatch, command):
+    """The defaults, 512 and 1024, are more than this model's 64 positions."""
+    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda *_, **__: Characters())
+    save_folder(tmp_path / "m", MODEL, params, HF, dtype="float32")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 20)
+    argv = {
+        "quantize": ["--method", "rtn", "--format", "int4-g32", "--held-out", 1],
+        "eval": ["--text", text],
+    }[command]
+    if command == "quantize":
+        argv = [*argv, "--calibration", text, "--output", tmp_path / "out"]
+    assert cli.main([command, "--model", str(tmp_path / "m"), *map(str, argv)]) == 0

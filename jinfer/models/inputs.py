@@ -1,0 +1,113 @@
+"""What research code hands to models and to `generate`: arrays of the right kind, shape and range.
+
+Values are checked where they are there; under jit, vmap and grad only kinds and shapes are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from jinfer.fields import require, shown
+
+
+def _as_array(name: str, value: Any, what: str) -> Any:
+    """A numpy or jax array of `value`, which may hold tracers."""
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return value
+    try:
+        return np.asarray(value)
+    except Exception:  # ragged rows, objects with ideas of their own; tracers
+        try:
+            return jnp.asarray(value)
+        except Exception:
+            raise ValueError(f"{name} must be {what}, got {shown(value)}") from None
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether the values of an array are there to look at."""
+    return not isinstance(x, Tracer)
+
+
+def read_integers(name: str, value: Any, what: str, *, low: int, high: int) -> Array:
+    """Returns integers as int32.
+
+    Args:
+      name: of what the value was given for.
+      value: an array, or nested lists of numbers.
+      what: is expected, for the message.
+      low, high: the least and the greatest that may be.
+
+    Raises:
+      TypeError: no integers.
+      ValueError: rows of different lengths, or a value out of range.
+    """
+    x = _as_array(name, value, what)
+    if not jnp.issubdtype(x.dtype, jnp.integer) and x.size:
+        raise TypeError(f"{name} must be {what}, got {shown(value)} of {x.dtype}")
+    if x.size and is_concrete(x):
+        values = np.asarray(x)  # not in the trace of an enclosing jit
+        least, most = int(values.min()), int(values.max())
+        require(
+            low <= least and most <= high,
+            f"{name} must be {what} in {low}..{high}, got values in {least}..{most}",
+        )
+    return jnp.asarray(x).astype(jnp.int32)
+
+
+def read_tokens(tokens: Any, vocab_size: int) -> Array:
+    """Returns token ids as int32; raises as `read_integers`."""
+    return read_integers("tokens", tokens, "token ids", low=0, high=vocab_size - 1)
+
+
+def read_floats(
+    name: str, value: Any, num_rows: int, *, low: float, high: float, above: bool = False
+) -> Array:
+    """Returns [num_rows] float32 of one number or one a row; raises as `read_integers`.
+
+    The greatest is `high`, the least `low`, or with `above` what is greater than that.
+    """
+    x = _as_array(name, value, "a number")
+    if not (jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)):
+        raise TypeError(f"{name} must be a number, or one a row, got {shown(value)}")
+    _check_rows(name, x, num_rows)
+    if is_concrete(x):
+        values = np.asarray(x, np.float64)
+        is_right = (
+            np.isfinite(values) & (values <= high) & (values > low if above else values >= low)
+        )
+        end = "" if high == math.inf else f" and at most {high:g}"
+        require(
+            bool(is_right.all()),
+            f"{name} must be {'above' if above else 'at least'} {low:g}{end}, got {shown(value)}",
+        )
+    return jnp.broadcast_to(jnp.asarray(x).astype(jnp.float32), (num_rows,))
+
+
+def read_counts(name: str, value: Any, num_rows: int) -> Array:
+    """Returns [num_rows] uint32 of one number or one a row, not negative; raises likewise."""
+    x = read_integers(name, value, "an integer, or one a row,", low=0, high=2**31 - 1)
+    _check_rows(name, x, num_rows)
+    return jnp.broadcast_to(x.astype(jnp.uint32), (num_rows,))
+
+
+def _check_rows(name: str, x: Any, num_rows: int) -> None:
+    require(
+        x.shape in ((), (1,), (num_rows,)),
+        f"{name} must be one number or one for each of {num_rows} rows, got {list(x.shape)}",
+    )
+
+
+def check_key(key: Any) -> None:
+    """Raises TypeError unless `key` is one random key, of either of JAX's forms."""
+    is_array = isinstance(key, (jax.Array, np.ndarray))
+    is_typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    is_raw = is_array and key.dtype == np.uint32 and key.ndim == 1 and key.size in (2, 4)
+    if not (is_typed or is_raw):
+        raise TypeError(f"key must be one random key, jax.random.key(seed), got {shown(key)}")

@@ -1,0 +1,120 @@
+"""What research code hands to pure functions: arrays of any kind, shape and range."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import make_model
+
+import jinfer
+from jinfer import qtensor
+from jinfer.qformat import QFormat
+from jinfer.quant.gptq import quantize_gptq
+from jinfer.quant.hqq import quantize_hqq
+from jinfer.quant.recipe import Method, make_method, parse_quantization
+from jinfer.quant.rtn import quantize_rtn
+from jinfer.weights.fill import resolve_dtype
+
+VOCAB = 31
+KEY = jax.random.key(0)
+MODEL = make_model(VOCAB, num_layers=1)
+W = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
+FMT = QFormat.parse("int4-g32")
+ODD = [None, True, 5, "", "ab", object(), {}, [[1, "a"]], 1 + 2j, np.array(["a"]), np.zeros((2, 0))]
+ODD += [b"ab", [], [[1], [2, 3]], np.array([None]), np.ones((2, 3), bool), jnp.zeros((0, 2))]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(0))
+
+
+def refused(call, *names):
+    with pytest.raises((ValueError, TypeError)) as error:
+        call()
+    text = str(error.value)
+    assert type(error.value) in (ValueError, TypeError), text
+    assert len(text.splitlines()) == 1 and len(text) < 1500 and any(n in text for n in names), text
+
+
+@pytest.mark.parametrize("tokens", [[[VOCAB]], [[-1]], [[2**40]], [[1.0]], *ODD], ids=str)
+def test_tokens_that_are_none_are_named(params, tokens):
+    if isinstance(tokens, int) and not isinstance(tokens, bool):
+        tokens = np.zeros((), int)
+    refused(lambda: MODEL.logits(params, tokens), "tokens")
+    refused(lambda: jinfer.generate(MODEL, params, tokens, max_new_tokens=1), "tokens")
+
+
+def test_tokens_of_all_kinds_of_integers_give_the_same_logits(params):
+    expected = MODEL.logits(params, jnp.array([[1, 2, 3]]))
+    for tokens in ([[1, 2, 3]], ((1, 2, 3),), np.array([[1, 2, 3]], np.uint8)):
+        assert np.array_equal(MODEL.logits(params, tokens), expected)
+    traced = jax.jit(lambda a, b, c: MODEL.logits(params, [[a, b, c]]))(1, 2, 3)
+    np.testing.assert_allclose(traced, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", [-1.0, np.nan, np.inf, [0.5, 0.5, 0.5], "1", True, None, [[1.0]], 1j]),
+        ("top_p", [0.0, -1, 1.5, np.nan, "a", None]),
+        ("min_p", [-0.1, 1.1, np.nan, [], None]),
+        ("top_k", [-1, 1.5, 2**40, 10**30, "a", None, [1, 2, 3], True]),
+        ("prompt_lens", [[0, 1], [1, 4], [1], 2, [1.0, 2.0], "ab", [[1, 2]]]),
+        ("max_new_tokens", [0, -1, 1.0, True, None, "3", np.array([1, 2])]),
+        ("eos_token_ids", [5, "a", [1.5], [None], None, [[1]], [-1], {1: 2}]),
+        (
+            "key",
+            [7, "a", jnp.zeros(2), np.zeros(3, np.uint32), jax.random.split(KEY)],
+        ),
+    ],
+)
+def test_an_argument_of_generate_is_refused_by_its_name(params, name, values):
+    fields = {"tokens": [[1, 2, 3], [4, 5, 6]], "max_new_tokens": 1, "key": KEY}
+    fields |= {"temperature": 1.0}
+    for value in values:
+        refused(lambda v=value: jinfer.generate(MODEL, params, **{**fields, name: v}), name)
+
+
+@pytest.mark.parametrize("quantize", [qtensor.quantize, quantize_rtn, quantize_hqq, quantize_gptq])
+def test_a_quantizer_names_what_it_cannot_take(quantize):
+    fmt = QFormat.parse("int4-g32-asym" if quantize is quantize_hqq else "int4-g32")
+    rest = {"hessian": np.eye(32, dtype=np.float32)} if quantize is quantize_gptq else {}
+    for w in [*ODD, W[0], W.astype(np.int32), W.astype(complex), W * np.nan]:
+        refused(lambda w=w: quantize(w=w, fmt=fmt, **rest), "weight")
+    for odd in ("int4-g32", None, 4):
+        refused(lambda odd=odd: quantize(w=W, fmt=odd, **rest), "fmt")
+    for odd in ("int8", "x", None, W, [], object(), float):
+        refused(lambda odd=odd: quantize(w=W, fmt=fmt, scale_dtype=odd, **rest), "scale_dtype")
+    if quantize is not quantize_hqq:
+        for odd in ("half", None, W):
+            refused(lambda odd=odd: quantize(w=W, fmt=fmt, grid=odd, **rest), "grid")
+    if rest:
+        for odd in (None, "a", W, rest["hessian"] * np.nan, rest["hessian"].astype(int)):
+            refused(lambda odd=odd: quantize(w=W, fmt=fmt, hessian=odd), "hessian")
+        for name, odd in (("damp", W), ("damp", np.nan), ("order", W), ("scales", [])):
+            refused(lambda n=name, o=odd: quantize(w=W, fmt=fmt, **rest, **{n: o}), name)
+
+
+def test_formats_and_methods_name_values_of_another_kind():
+    odd = [1.5, True, "a", [], {}, W, jnp.ones(3), object(), 10**30]
+    for name in QFormat.__dataclass_fields__:
+        is_flag = name in ("symmetric", "float_zero", "double_quant")
+        for value in odd:
+            if not (is_flag and value is True) and not (name == "group" and value is odd[-1]):
+                refused(lambda n=name, v=value: QFormat(**{n: v}), name, "zero", "bits", "blocks")
+    for value in [*odd, None, "int4-g0", "int4-g٣", "int4-g" + "9" * 5000]:
+        refused(lambda v=value: QFormat.parse(v), "format")
+        refused(lambda v=value: parse_quantization(v), "quantization")
+    for name in ("fold", "solver", "order", "scales", "grid", "scale_dtype", "damp", "alpha"):
+        for value in [W, [], {}, object(), float("nan"), jnp.ones(3)]:
+            refused(lambda n=name, v=value: Method(name="x", format=FMT, **{n: v}), name)
+    for value in (W, [], None, 5):
+        refused(lambda v=value: make_method(v), "method")
+
+
+def test_dtypes_of_all_spellings_load_and_arrays_are_none():
+    for dtype in ("bfloat16", jnp.bfloat16, jnp.dtype("bfloat16"), np.dtype("bfloat16")):
+        assert resolve_dtype(dtype, "float32").name == "bfloat16"
+    for odd in (jnp.ones(3), W, 5, [], {}, object(), "int8", "x", 1j):
+        refused(lambda odd=odd: resolve_dtype(odd, "float32"), "dtype")
