@@ -64,27 +64,11 @@ def place(params: Params, layouts: Any, *, is_owner: bool = False) -> Any:
     return jax.tree.map(put, layouts, params, is_leaf=lambda x: x is None)
 
 
-def like(params: Params, present: Params) -> Any:
-    """Returns params laid out as `present` ones of the same shapes are."""
-
-    def put(x: Any, old: Any) -> Any:
-        if not _is_bound(old):
-            return x
-        is_alike = getattr(x, "format", None) == old.format
-        return jax.device_put(x, old.sharding if is_alike else old.format)
-
-    return jax.tree.map(put, params, present)
+def of(params: Params) -> Any:
+    """Returns the format of each array, which one that was donated or deleted no longer tells."""
+    return jax.tree.map(lambda x: x.format, params)
 
 
-def beside(arrays: Any, params: Params) -> Any:
-    """Returns arrays bound to the device that weights are bound to, as they are if none is.
-
-    Weights in a layout of their own are bound; the results of steps then are, too, and jit has
-    other programs for arrays that are not.
-    """
-    bound = [x for x in jax.tree.leaves(params) if _is_bound(x)]
-    return jax.device_put(arrays, bound[0].sharding) if bound else arrays
-
-
-def _is_bound(x: Any) -> bool:
-    return isinstance(x, jax.Array) and x.committed
+def like(params: Params, formats: Any) -> Any:
+    """Returns params in the formats of others of the same shapes on the same device."""
+    return jax.tree.map(lambda x, f: x if x.format == f else jax.device_put(x, f), params, formats)

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinfer import beam_search as beams
 from jinfer import llm_options as options
+from jinfer import params as weights
 from jinfer.beam_params import BeamSearchParams
 from jinfer.drafting import take_drafter
 from jinfer.engine.compile_counter import compile_counter
@@ -23,6 +24,7 @@ from jinfer.outputs import BeamSearchOutput, RequestOutput
 from jinfer.prompts import as_list, chat_prompts, read_prompt
 from jinfer.refusals import CALL_ARGUMENTS, LLM_ARGUMENTS, refuse
 from jinfer.sampling_params import RequestOutputKind, SamplingParams
+from jinfer.tracing import refuse_tracing
 from jinfer.typing import Params
 from jinfer.weights.fill import resolve_dtype
 from pallas_kernels.dispatch import Decisions
@@ -57,7 +59,7 @@ class LLM:
     Args:
       model: a Hugging Face folder or hub name, a GGUF file, "smollm2" (the embedded default), or a
         `Model` together with `params`.
-      params: weights of a `Model`; floats are served as they are, with no copy.
+      params: weights of a `Model`: JAX's arrays are shared, not copied; numpy's are copied.
       tokenizer: a tokenizer, or where to load one from; default: the model's own.
       skip_tokenizer_init: serve token ids only.
       chat_template: Jinja template to use instead of the tokenizer's.
@@ -130,6 +132,7 @@ class LLM:
         **refused: Any,
     ) -> None:
         refuse("LLM", refused, LLM_ARGUMENTS, LLM.__init__.__annotations__)
+        refuse_tracing()
         check_kinds(locals(), **_KINDS)
         if not isinstance(dtype, str):
             dtype = "auto" if dtype is None else resolve_dtype(dtype, "").name
@@ -222,12 +225,15 @@ class LLM:
     def update_weights(self, params: Params) -> None:
         """Serves `params` from the next step on, quantized first if `quantization` says so.
 
-        No float is copied unless the device has its own layout, no step compiles; KV is forgotten.
+        They are brought to the engine's device. Arrays of JAX that lie there already are shared,
+        not copied, unless the device has its own layout: do not donate them while they are served.
+        Arrays of numpy are copied. No step compiles; KV is forgotten.
 
         Raises:
-          ValueError: tree, shapes or dtypes differ from the present weights'.
+          ValueError: tree, shapes or dtypes differ from the present weights', which stay, or an
+            array was donated or deleted. TypeError: a leaf is no array.
         """
-        params = self._prepare(params)
+        params = self._prepare(weights.take(self.model, params, self._runner.device))
         with self._open.lock:
             self._engine.update_weights(params)
 

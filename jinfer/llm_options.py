@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jinfer import formats, kv_cache, memory, qkernels
+from jinfer import params as weights
 from jinfer.config import (
     KV_BITS,
     CacheConfig,
@@ -188,14 +189,13 @@ def take_model(
       ValueError: a Model came without weights, or weights with a path.
     """
     if isinstance(model, Model):
-        if params is None:
-            raise ValueError("a Model needs its weights: pass params=")
         if quantization == "gguf":
             raise ValueError("quantization 'gguf' keeps the types of a GGUF file: pass its path")
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r} is for names on the hub, this one is in memory"
             )
+        params = weights.take(model, params)
         own_dtype = str(params["embed"]["w"].dtype)
         if dtype not in ("auto", own_dtype):
             raise ValueError(

@@ -144,6 +144,7 @@ class BeamSearcher:
 
         Raises:
           RuntimeError: logits are not finite. After this or any other exception call `close`.
+          ValueError: a weight was donated or deleted.
         """
         self._has_failed = True  # until the end is reached
         over = self._step()
@@ -154,6 +155,7 @@ class BeamSearcher:
         if self._active and self.engine.num_failed_steps != self._num_failed_steps:
             raise RuntimeError("a step of the engine failed and took the beams' KV along")
         self._num_failed_steps = self.engine.num_failed_steps
+        self.engine.runner.check_weights()
         while self._waiting and len(self._active) < self._sizes[-1]:
             if not self._start(self._waiting[0]):
                 break

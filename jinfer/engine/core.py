@@ -26,6 +26,7 @@ from jinfer.engine.watchdog import Watchdog
 from jinfer.models.rope import needs_context_lens
 from jinfer.sampling import check_request
 from jinfer.sampling_params import SamplingParams, child_seed
+from jinfer.tracing import refuse_tracing
 from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,8 @@ class Engine:
         bad_words_token_ids: Sequence[Sequence[int]] = (),
     ) -> None:
         """Raises ValueError if the request cannot be served."""
+        refuse_tracing()
+        self.runner.check_weights()
         vocab_size = self.runner.vocab_size
         if not len(prompt_token_ids):
             raise ValueError("the prompt is empty: it must have at least one token")
@@ -168,6 +171,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets the KV of all past texts; running requests keep their own."""
+        refuse_tracing()
         self._change(self.scheduler.prefix.reset)
 
     def update_weights(self, params: Params) -> None:
@@ -222,7 +226,11 @@ class Engine:
 
         Returns:
           What each of that step's requests gained, and which requests ended with an error.
+
+        Raises:
+          ValueError: a weight was donated or deleted, or JAX is tracing.
         """
+        refuse_tracing()
         self.watchdog.observe()
         return self._change(self._step)
 
@@ -295,7 +303,8 @@ class Engine:
         )
 
     def _recover(self, plan: Plan, error: Exception) -> list[Progress]:
-        """Makes pool and books anew after a step that failed."""
+        """Makes pool and books anew after a step that failed; weights given away are raised."""
+        self.runner.check_weights()
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         logger.warning("step %d failed and is repeated: %s", plan.step_id, reason, exc_info=error)
         return self.lose_steps(plan, reason)

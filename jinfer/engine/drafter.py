@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from jinfer import draft_steps, formats, kv_cache
+from jinfer import draft_steps, kv_cache
+from jinfer import params as weights
 from jinfer.batch import StepBatch
 from jinfer.config import CacheConfig, ModelConfig
 from jinfer.engine.fed_pages import FedPages
@@ -58,7 +59,8 @@ class Drafter:
         """Makes an empty pool, if it has its own; the old one goes first."""
         self.kv = None
         if self.has_own_kv:
-            self.kv = formats.beside(kv_cache.init(self.model.config, cache), self.params)
+            device = weights.device_of(self.params)
+            self.kv = weights.bind(kv_cache.init(self.model.config, cache), device)
             self.fed = FedPages(cache.num_pages, cache.page_size)
 
     def update_weights(self, params: Params) -> None:

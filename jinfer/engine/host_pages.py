@@ -38,23 +38,16 @@ class HostPages:
 
     Args:
       num_slots: how many.
+      device: where the pool lies.
     """
 
-    def __init__(self, num_slots: int) -> None:
-        device = jax.local_devices()[0]
+    def __init__(self, num_slots: int, device: Any = None) -> None:
+        device = device or jax.local_devices()[0]
         kinds = {m.kind for m in device.addressable_memories()}
         self.memory_kind = "pinned_host" if "pinned_host" in kinds else "numpy"
         self._on_device = SingleDeviceSharding(device)
         self._slots: list[Any] = [None] * num_slots  # what `kv_cache.read_pages` gives of a page
         self._blank: Any = None  # a page of zeros on the device, to fill up batches with
-
-    def bind(self, arrays: Any) -> Any:
-        """Returns arrays bound to the device; without slots as they are.
-
-        What pages from the host are written into is bound from then on, and jit has other programs
-        for arrays that are not: so all of them are from the start.
-        """
-        return jax.device_put(arrays, self._on_device) if self._slots else arrays
 
     def save(self, kv: KVCache, moves: Sequence[tuple[int, int]]) -> None:
         """Copies pages of the pool to slots, as they are after all steps dispatched so far.

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jinfer import formats, kv_cache, qkernels, sampling, steps, tree_steps
+from jinfer import params as weights
 from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.config import CacheConfig, EngineConfig
 from jinfer.engine import buckets, ragged_batch, results, tree_batch
@@ -28,6 +28,7 @@ from jinfer.kv_cache import KVCache
 from jinfer.models.model import Model
 from jinfer.sampling import ArgRow, SampleArgs
 from jinfer.sampling_params import SamplingParams
+from jinfer.tracing import refuse_tracing
 from jinfer.typing import Params
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ class Runner:
 
     Args:
       model: the model.
-      params: its weights; used as they are, no copy, but for quantized ones where kernels want
-        them laid out anew.
+      params: its weights; used as they are, no copy, but for numpy's arrays and for quantized
+        ones where kernels want them laid out anew. All lies on the device of the first.
       cache: size of the KV pool.
       config: engine limits.
       heads: Medusa heads, if `config.speculation` is with them.
@@ -59,17 +60,23 @@ class Runner:
         drafter: Drafter | None = None,
     ) -> None:
         self.model = model
-        self.params = qkernels.prepare_params(params, impl=config.linear_impl)
+        self.device = weights.device_of(params)
+        params = qkernels.prepare_params(params, impl=config.linear_impl)
+        self.params = weights.bind(params, self.device)
+        self._formats = formats.of(self.params)
         self.cache = cache
         self.config = config
         self.drafter = drafter
+        if drafter is not None:
+            drafter.params = weights.bind(drafter.params, self.device)
+        self._note_weights()
         self._own_kv = drafter is not None and drafter.has_own_kv
         self.buckets = buckets.Buckets.of(config)
         self.max_pages = -(-config.max_model_len // cache.page_size)
         self.vocab_size = model.config.vocab_size
         self.top_k = min(config.max_logprobs, self.vocab_size)
         self._num_rows = config.max_num_seqs
-        self._heads = heads
+        self._heads = None if heads is None else weights.bind(heads, self.device)
         self._is_tree = config.speculation is not None and config.speculation.is_tree
         self._arg_rows: weakref.WeakKeyDictionary[Request, ArgRow] = weakref.WeakKeyDictionary()
         self.reset()
@@ -82,9 +89,8 @@ class Runner:
             self.drafter.reset(self.cache)
         self.kv = kv_cache.init(self.model.config, self.cache)
         self.state = sampling.init_state(self._num_rows, self.vocab_size)
-        self.host = HostPages(self.config.num_host_pages)
-        pools = self.host.bind((self.kv, self.state))
-        self.kv, self.state = formats.beside(pools, self.params)
+        self.host = HostPages(self.config.num_host_pages, self.device)
+        self.kv, self.state = weights.bind((self.kv, self.state), self.device)
 
     @property
     def kv_bytes(self) -> int:
@@ -346,6 +352,7 @@ class Runner:
 
         The programs run once with nothing but padding, which leaves pool and state as they were.
         """
+        refuse_tracing()
         begin = time.perf_counter()
         may_rest = self.config.speculation is not None and self.config.speculation.adaptive
         for size in self.buckets.decode:
@@ -404,25 +411,27 @@ class Runner:
         """Serves `params` from the next step on, laid out like the present ones.
 
         Raises:
-          ValueError: their tree, shapes or dtypes differ from the present weights'.
+          ValueError: their tree, shapes or dtypes differ from the present weights', or an array
+            was donated or deleted.
         """
+        params = weights.bind(params, self.device)
         params = qkernels.prepare_params(params, impl=self.config.linear_impl)
-        old, new = (jax.tree_util.tree_flatten_with_path(p) for p in (self.params, params))
-        if old[1] != new[1]:
-            raise ValueError(
-                "the new weights' tree differs from the present one's: expected "
-                f"{old[1].num_leaves} leaves, got {new[1].num_leaves}, or other names"
-            )
-        for (path, before), (_, after) in zip(old[0], new[0]):
-            if (before.shape, before.dtype) != (jnp.shape(after), after.dtype):
-                raise ValueError(
-                    f"weight {jax.tree_util.keystr(path)} must be {before.dtype}"
-                    f"{list(before.shape)}, got {after.dtype}{list(jnp.shape(after))}"
-                )
-        params = formats.like(params, self.params)
+        weights.check_alike(self.params, params)
+        params = formats.like(params, self._formats)
         if self.drafter is not None:
             self.drafter.update_weights(params)
         self.params = params
+        self._note_weights()
+
+    def check_weights(self) -> None:
+        """Raises ValueError, naming it, if a weight was donated or deleted since it came."""
+        weights.check_alive(self._weights)
+
+    def _note_weights(self) -> None:
+        drafts = None if self.drafter is None else self.drafter.params
+        trees = (self.params, drafts)
+        flat = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in trees]
+        self._weights = [pair for pairs in flat for pair in pairs]
 
 
 def _int32(value: Any) -> Any:
