@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +25,16 @@ from typing import Any, Protocol
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
 MAX_REPORTED_LINES = 20
 _RECORD_START = b'{"line": '
+_GZIP = b"\x1f\x8b"
+_MAX_UNPACKED = 1040  # bytes that a byte of gzip can become
+_OTHER_KINDS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x28\xb5\x2f\xfd": "packed with zstd",
+    b"BZh": "packed with bzip2",
+    b"\xfd7zXZ": "packed with xz",
+    b"PK\x03\x04": "a zip archive",
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,12 +74,32 @@ class Summary:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number from 1, raw line) of every line that is not blank."""
+    """Yields (line number from 1, raw line) of every line that is not blank, unpacked from gzip.
+
+    Raises:
+      ValueError: the file is packed otherwise, or damaged, or no text in UTF-8.
+    """
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            raw = raw.strip()
-            if raw:
-                yield number, raw
+        is_packed = file.read(2) == _GZIP
+        file.seek(0)
+        with gzip.open(file) if is_packed else contextlib.nullcontext(file) as lines:
+            try:
+                _refuse_other_kinds(path, lines.read(6))
+                lines.seek(0)
+                for number, raw in enumerate(lines, 1):
+                    raw = raw.strip()
+                    if raw:
+                        yield number, raw
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise ValueError(f"{path} is damaged, or cut short: {error}") from None
+
+
+def _refuse_other_kinds(path: Path, start: bytes) -> None:
+    kind = next((kind for magic, kind in _OTHER_KINDS.items() if start.startswith(magic)), None)
+    if kind is None and b"\0" in start[:4]:
+        kind = "UTF-16 or UTF-32"
+    if kind is not None:
+        raise ValueError(f"{path} is {kind}: it must be JSON lines in UTF-8, plain or .gz")
 
 
 def line_key(raw: bytes, settings: bytes) -> int:
@@ -80,18 +112,25 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def parse_json(raw: bytes) -> Any:
+    """Reads one line of JSON in UTF-8; raises ValueError for anything else."""
+    try:
+        return json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
 def parse_line(raw: bytes, number: int) -> Line:
     """Reads one input line; its id defaults to its line number.
 
     Raises:
       ValueError: the line is no JSON object of the known keys, with what is wrong.
     """
-    try:
-        fields = json.loads(raw, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+    fields = parse_json(raw)
     if not isinstance(fields, dict):
         raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
     unknown = [key for key in fields if key not in (*PROMPT_KEYS, "id", "sampling_params")]
@@ -119,7 +158,8 @@ def parse_line(raw: bytes, number: int) -> Line:
     line_id = number if fields.get("id") is None else fields["id"]
     if not isinstance(line_id, (str, int)) or isinstance(line_id, bool):
         raise ValueError(f"id must be a string or an integer, got {line_id!r}")
-    params = fields.get("sampling_params") or {}
+    params = fields.get("sampling_params")
+    params = {} if params is None else params
     if not isinstance(params, dict):
         raise ValueError(f"sampling_params must be an object, got {type(params).__name__}")
     if "output_kind" in params:
@@ -143,6 +183,7 @@ class Job:
     Attributes:
       num_lines: input lines that are not blank.
       num_done: of those, the ones that the output file answers already.
+      num_appended: lines that came later; another run does them.
     """
 
     def __init__(self, input_path: Path, output_path: Path, settings: Mapping[str, Any]) -> None:
@@ -164,6 +205,11 @@ class Job:
             raise ValueError(f"{input_path}: no such file")
         if not input_path.is_file():
             raise ValueError(f"{input_path}: not a regular file; a batch job reads it twice")
+        if output_path.suffix == ".gz":
+            raise ValueError(
+                f"{output_path}: results are written as plain lines, so that a job can go on after "
+                f"a kill: name a file without .gz"
+            )
         if output_path.exists() and output_path.samefile(input_path):
             raise ValueError(f"{output_path}: the output would overwrite the input")
         self._fd = os.open(output_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -173,6 +219,7 @@ class Job:
             if self._is_regular:
                 self._lock()
                 self._recover()
+            self._last_number = self.num_appended = 0
             self.num_lines, self.num_done = self._check_input()
         except BaseException:
             os.close(self._fd)
@@ -185,9 +232,12 @@ class Job:
         os.close(self._fd)
 
     def open_lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yields the (number, raw line) pairs that have no result yet."""
+        """Yields the (number, raw line) pairs of the counted lines that have no result yet."""
+        self.num_appended = 0
         for number, raw in read_lines(self.input_path):
-            if number >= len(self._done) or not self._done[number]:
+            if number > self._last_number:
+                self.num_appended += 1
+            elif number >= len(self._done) or not self._done[number]:
                 yield number, raw
 
     def key(self, raw: bytes) -> int:
@@ -253,13 +303,18 @@ class Job:
         except (ValueError, KeyError, TypeError):
             raise self._foreign(f"line {number} is no record") from None
         # An input has fewer lines than bytes: a wild number must not become an allocation.
-        if line > self.input_path.stat().st_size:
+        if line > self._most_lines():
             raise self._foreign(f"line {number} answers input line {line}, which is not there")
         if line >= len(self._done):
             self._done.frombytes(bytes(8 * (line + 1 - len(self._done))))
         if self._done[line]:
             raise self._foreign(f"line {number} answers input line {line} a second time")
         self._done[line] = key
+
+    def _most_lines(self) -> int:
+        with self.input_path.open("rb") as file:
+            is_packed = file.read(2) == _GZIP
+        return self.input_path.stat().st_size * (_MAX_UNPACKED if is_packed else 1)
 
     def _foreign(self, reason: str) -> ValueError:
         return ValueError(
@@ -272,6 +327,7 @@ class Job:
         num_lines = num_done = 0
         for number, raw in read_lines(self.input_path):
             num_lines += 1
+            self._last_number = number
             done = self._done[number] if number < len(self._done) else 0
             if done and done != self.key(raw):
                 raise self._foreign(

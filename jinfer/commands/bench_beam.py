@@ -17,6 +17,7 @@ from typing import Any
 
 from jinfer.commands.bench_report import Row, finish
 from jinfer.commands.flags import DEFAULT_MODEL
+from jinfer.commands.terminal import check
 
 SUMMARY = "beam search, and a loop of one-token requests"
 GOAL = 3.0
@@ -109,7 +110,7 @@ def search_on_pages(
     from jinfer import BeamSearchParams
 
     params = BeamSearchParams(beam_width=num_beams, max_tokens=num_tokens, ignore_eos=True)
-    outputs = llm.beam_search([{"prompt_token_ids": p} for p in prompts], params)
+    outputs = check(llm.beam_search([{"prompt_token_ids": p} for p in prompts], params))
     return [output.sequences[0].output_token_ids for output in outputs]
 
 
@@ -125,7 +126,7 @@ def search_by_requests(
     beams: list[list[tuple[float, list[int]]]] = [[(0.0, prompt)] for prompt in prompts]
     for _ in range(num_tokens):
         texts = [{"prompt_token_ids": text} for group in beams for _, text in group]
-        outputs = iter(llm.generate(texts, params, use_tqdm=False))
+        outputs = iter(check(llm.generate(texts, params, use_tqdm=False)))
         for i, group in enumerate(beams):
             longer = [
                 (total + entry.logprob, [*text, token])

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinfer.commands.bench_report import Row, finish
 from jinfer.commands.flags import DEFAULT_MODEL
+from jinfer.commands.terminal import check
 
 SUMMARY = "perplexity and bytes of quantized K and V"
 # Perplexity may rise by these shares.
@@ -108,7 +109,7 @@ def score(model: Any, params: Any, windows: list[list[int]], kv_cache_dtype: str
     )
     asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     begin = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": w} for w in windows], asked, use_tqdm=False)
+    outputs = check(llm.generate([{"prompt_token_ids": w} for w in windows], asked, use_tqdm=False))
     seconds = time.perf_counter() - begin
     logprobs = []
     for window, output in zip(windows, outputs, strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 
 from jinfer.commands.bench_report import Row, finish
 from jinfer.commands.flags import DEFAULT_MODEL
+from jinfer.commands.terminal import check
 
 SUMMARY = "time between tokens while a long prompt arrives, with chunked prefill and without"
 GOAL = 3.0
@@ -139,7 +140,7 @@ def serve(llm: Any, args: argparse.Namespace) -> Served:
         if not arrived and fewest >= args.arrives_after:
             arrived = time.perf_counter()
             add("long", args.long_tokens, 1)
-        for output in llm.step():
+        for output in check(llm.step()):
             now, count = time.perf_counter(), len(output.outputs[0].token_ids)
             if count > counts.get(output.request_id, 0):
                 counts[output.request_id] = count

@@ -16,6 +16,7 @@ from typing import Any
 
 from jinfer.commands.bench_report import Row, finish
 from jinfer.commands.flags import DEFAULT_MODEL
+from jinfer.commands.terminal import check
 
 SUMMARY = "the prefix cache, on and off, and its host tier"
 CASES = ("shared", "cold", "host", "tree")
@@ -214,11 +215,11 @@ def _serve(
     texts = [{"prompt_token_ids": p} for p in prompts]
     llm.reset_prefix_cache()
     for _ in range(num_passes - 1):
-        llm.generate(texts, params, use_tqdm=False)
+        check(llm.generate(texts, params, use_tqdm=False))
     before = llm.get_metrics()
     gc.collect()
     begin = time.perf_counter()
-    llm.generate(texts, params, use_tqdm=False)
+    check(llm.generate(texts, params, use_tqdm=False))
     seconds = time.perf_counter() - begin
     gained = {name: value - before[name] for name, value in llm.get_metrics().items()}
     # The last chunk of a prompt samples a token as well; every other sampled token is a decode.

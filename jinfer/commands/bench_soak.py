@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jinfer.commands.bench_report import Row, finish
+from jinfer.commands.terminal import check
 
 SUMMARY = "random arrivals, aborts and failures in a tiny memory"
 POISON = 1  # a token whose embedding is NaN
@@ -127,7 +128,7 @@ class _Soak:
         for _ in range(_NUM_KNOWN):
             prompt = self.draw.choice(beginnings) + self._tokens(self.draw.randint(1, 12))
             params = self._params(self.draw.randint(1, 40), temperature=0)
-            [output] = self.llm.generate([prompt], params, use_tqdm=False)
+            [output] = check(self.llm.generate([prompt], params, use_tqdm=False))
             self.known.append((prompt, params, output.outputs[0].token_ids))
         self.llm.reset_prefix_cache()
         self.num_compiled = self.llm.num_compilations

@@ -23,7 +23,7 @@ from typing import Any
 from jinfer import jsonl
 from jinfer.commands.bench_report import Row, finish
 from jinfer.commands.flags import DEFAULT_MODEL
-from jinfer.commands.terminal import say
+from jinfer.commands.terminal import check, say
 
 SUMMARY = "speculative decoding beside plain decoding"
 METHODS: dict[str, dict[str, Any]] = {
@@ -242,7 +242,7 @@ def _generate(llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: i
     for i in range(0, len(prompts), batch_size):
         batch = [{"prompt_token_ids": prompt} for prompt in prompts[i : i + batch_size]]
         begin = time.perf_counter()
-        outputs = llm.generate(batch, params, use_tqdm=False)
+        outputs = check(llm.generate(batch, params, use_tqdm=False))
         counts.seconds += time.perf_counter() - begin
         for output in outputs:
             tokens.append(output.outputs[0].token_ids)

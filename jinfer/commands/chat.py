@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from jinfer.commands import flags
-from jinfer.commands.terminal import chat_prompt, one_line, print_stream, say
+from jinfer.commands.terminal import GenerationError, chat_prompt, one_line, print_stream, say
 
 SUMMARY = "talk to a model in the terminal"
 
@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Talks to a model, turn by turn, over stdin and stdout.
 
     /reset forgets the conversation, /exit (or the end of the input) leaves; Ctrl-C stops an answer.
+    A turn that fails is forgotten, and the exit status is then 1.
     """
     params = flags.make_text_params(flags.sampling_fields(args))
     if params.n != 1:
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if not getattr(llm.get_tokenizer(), "chat_template", None):
         raise ValueError(f"{args.model} has no chat template; use jinfer generate --raw")
     start = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(start)
+    messages, status = list(start), 0
     for text in _read_turns():
         if text == "/exit":
             break
@@ -43,15 +44,16 @@ def run(args: argparse.Namespace) -> int:
         try:
             prompt = chat_prompt(llm, [*messages, turn])
             print(print_stream(llm, prompt, params, pieces), file=sys.stderr)
-        except ValueError as error:  # too long for the context: this turn is forgotten
+        except (ValueError, GenerationError) as error:  # too long, NaN: this turn is forgotten
             if args.debug:
                 raise
             say(f"error: {one_line(error)}; /reset starts anew")
+            status = 1
             continue
         except KeyboardInterrupt:
             say("stopped")
         messages += [turn, {"role": "assistant", "content": "".join(pieces)}]
-    return 0
+    return status
 
 
 def _read_turns() -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinfer import jsonl
 from jinfer.commands import flags
-from jinfer.commands.terminal import chat_prompt, format_rate, print_stream, say
+from jinfer.commands.terminal import chat_prompt, check, format_rate, print_stream, say
 
 SUMMARY = "complete one prompt, or every line of a JSONL file"
 
@@ -70,7 +70,9 @@ def _generate_one(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
         begin = time.perf_counter()
         output = llm.generate([prompt], params, use_tqdm=False)[0]
         for completion in output.outputs:
-            print(f"[{completion.index + 1}] {completion.text}")
+            if completion.error is None or completion.text:
+                print(f"[{completion.index + 1}] {completion.text}")
+        check([output])
         num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
         summary = format_rate(num_tokens, time.perf_counter() - begin)
     print(summary, file=sys.stderr)
@@ -90,7 +92,7 @@ def _search(args: argparse.Namespace, params: Any) -> int:
     llm = flags.load_llm(args)
     prompt = _prompt(args, llm)
     begin = time.perf_counter()
-    texts = llm.beam_search(prompt, params)[0].sequences
+    texts = check(llm.beam_search(prompt, params))[0].sequences
     seconds = time.perf_counter() - begin
     for i, text in enumerate(texts, 1):
         print(text.output_text if params.num_returned == 1 else f"[{i}] {text.output_text}")
@@ -154,6 +156,8 @@ def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
         num_done = job.num_done + summary.num_done
         rate = format_rate(summary.num_output_tokens, time.perf_counter() - begin)
         say(f"{num_done} of {job.num_lines} lines done ({rate})")
+        if job.num_appended:
+            say(f"{job.num_appended} lines came during the run: the same command does them")
     if not summary.num_failed:
         return 0
     shown = ", ".join(map(str, summary.failed_lines))

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 PROG = "jinfer"
@@ -74,13 +74,31 @@ class _Log:
         say(f"{self.what}: {self.unit} {self.n} of {self.total}, {elapsed}{self.postfix}")
 
 
+class GenerationError(RuntimeError):
+    """A text ended with an error of the engine, such as NaN in the weights."""
+
+
+def check(outputs: Sequence[Any]) -> Sequence[Any]:
+    """Returns what `generate`, `step` or `beam_search` gave.
+
+    Raises:
+      GenerationError: one of them ended with an error.
+    """
+    for output in outputs:
+        of_completions = [c.error for c in getattr(output, "outputs", ())]
+        error = next(filter(None, of_completions), None) or getattr(output, "error", None)
+        if error is not None:
+            raise GenerationError(error)
+    return outputs
+
+
 def one_line(error: Exception) -> str:
     """Says what an error means to a user, in one line; names its type when it is unexpected."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError, GenerationError)):
         return text
     return f"{type(error).__name__}: {text[:500]} (--debug shows where)"
 
@@ -99,10 +117,15 @@ def chat_prompt(llm: Any, messages: list[dict[str, Any]]) -> dict[str, list[int]
 
 
 def print_stream(llm: Any, prompt: Any, params: Any, pieces: list[str]) -> str:
-    """Prints deltas as they come, keeps them in `pieces`; returns a line on tokens and times."""
+    """Prints deltas as they come, keeps them in `pieces`; returns a line on tokens and times.
+
+    Raises:
+      GenerationError: the text ended with an error; what there was of it is printed.
+    """
     begin = time.perf_counter()
     first_s = 0.0
     num_tokens = 0
+    error = None
     with contextlib.closing(llm.stream(prompt, params)) as stream:  # closed: the request is freed
         try:
             for output in stream:
@@ -112,8 +135,11 @@ def print_stream(llm: Any, prompt: Any, params: Any, pieces: list[str]) -> str:
                 num_tokens += len(delta.token_ids)
                 pieces.append(delta.text)
                 print(delta.text, end="", flush=True)
+                error = error or delta.error
         finally:
-            if pieces:
+            if any(pieces) or (pieces and error is None):
                 print(flush=True)
+    if error is not None:
+        raise GenerationError(error)
     rate = format_rate(num_tokens, time.perf_counter() - begin)
     return f"{rate}, first token after {first_s:.2f} s"

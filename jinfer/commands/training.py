@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from jinfer import jsonl
 from jinfer.commands import flags
-from jinfer.commands.terminal import progress, say, timed
+from jinfer.commands.terminal import check, progress, say, timed
 from jinfer.prompts import apply_chat_template, read_prompt
+from jinfer.quant.texts import read_texts
 from jinfer.weights.files import writing
 
 _WINDOW = 256  # tokens of a window, where the model has so many positions
@@ -216,11 +217,8 @@ def _texts(args: argparse.Namespace, llm: Any) -> Iterator[tuple[list[int], int]
             start = tokenizer.eos_token_id
         yield from _answers(args, llm, [[start]] * args.max_texts)
         return
-    if args.data.suffix != ".jsonl":
-        try:
-            yield tokenizer.encode(args.data.read_text(encoding="utf-8")), 0
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.data} is not a text file in UTF-8 ({error})") from None
+    if ".jsonl" not in args.data.suffixes:
+        yield from ((tokenizer.encode(text), 0) for text in read_texts(args.data))
         return
     prompts, numbers = [], []
     for number, raw in itertools.islice(jsonl.read_lines(args.data), args.max_texts):
@@ -238,10 +236,7 @@ def _texts(args: argparse.Namespace, llm: Any) -> Iterator[tuple[list[int], int]
 
 def _read_line(raw: bytes, tokenizer: Any) -> tuple[str, list[int]]:
     """Returns what a line of --data has, and its token ids."""
-    try:
-        entry = json.loads(raw)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+    entry = jsonl.parse_json(raw)
     kinds = [kind for kind in _KINDS if isinstance(entry, dict) and kind in entry]
     if not kinds:
         got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
@@ -282,7 +277,7 @@ def _answers(
                     where = f"{args.data} line {numbers[i]}: " if numbers else ""
                     raise ValueError(f"{where}{error}") from error
         while llm.has_unfinished_requests():
-            for output in filter(lambda output: output.finished, llm.step()):
+            for output in filter(lambda output: output.finished, check(llm.step())):
                 i, token_ids = int(output.request_id), list(output.outputs[0].token_ids)
                 answers[i] = token_ids
                 lines.write(json.dumps([i, token_ids]) + "\n")

@@ -108,6 +108,7 @@ class FakeLLM:
                 token_ids=[ord(char) for char in text],
                 finish_reason="stop" if is_finished else None,
                 stop_reason=None,
+                error=None,
                 logprobs=None,
                 cumulative_logprob=None,
             )

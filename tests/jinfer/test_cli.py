@@ -448,8 +448,75 @@ def test_a_turn_that_does_not_fit_is_forgotten_and_the_chat_goes_on(jinfer, monk
     with turns.open() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         status, out, err = jinfer("chat")
-    assert (status, out) == (0, "USER:B;ASSISTANT:\n")
+    assert (status, out) == (1, "USER:B;ASSISTANT:\n")
     assert "more than max_model_len (500); /reset starts anew" in err
+
+
+def fail_on(monkeypatch, words, tokens=0):
+    """Has texts of prompts with one of `words` end with an error after so many tokens."""
+    make_output = fake_llm.FakeLLM._output
+
+    def fail(self, request, start):
+        output = make_output(self, request, start)
+        prompt = "".join(map(chr, request.ids))
+        if request.num_out > tokens and any(word in prompt for word in words):
+            request.num_out = len(request.answer)
+            output.finished = True
+            for completion in output.outputs:
+                completion.text, completion.token_ids = "", []
+                completion.finish_reason = "error"
+                completion.error = "request x: the model computed NaN or infinity"
+        return output
+
+    monkeypatch.setattr(fake_llm.FakeLLM, "_output", fail)
+
+
+@pytest.mark.parametrize(("tokens", "text"), [(0, ""), (3, "BAD\n")])
+@pytest.mark.parametrize("samples", [(), ("--n", 2, "--temperature", 1)])
+def test_a_text_that_ends_with_an_error_is_no_success(jinfer, monkeypatch, tokens, text, samples):
+    fail_on(monkeypatch, ["bad"], tokens)
+    status, out, err = jinfer("generate", "--raw", "--prompt", "bad weights", *samples)
+    assert status == 1
+    assert out == ("" if samples else text)
+    assert err == "jinfer: error: request x: the model computed NaN or infinity\n"
+
+
+def test_a_beam_search_that_finds_nothing_is_no_success(jinfer, llm, monkeypatch):
+    found = types.SimpleNamespace(sequences=[], error="beam search over prompt 0: no token left")
+    monkeypatch.setattr(llm, "beam_search", lambda *_: [found])
+    status, out, err = jinfer("generate", "--raw", "--prompt", "hi", "--num-beams", 2)
+    assert (status, out, err) == (1, "", f"jinfer: error: {found.error}\n")
+
+
+def test_a_turn_that_ends_with_an_error_is_forgotten(jinfer, monkeypatch, tmp_path):
+    fail_on(monkeypatch, ["bad"])
+    turns = tmp_path / "turns"
+    turns.write_text("a\nbad\nb\n")
+    with turns.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, out, err = jinfer("chat")
+    assert status == 1
+    assert out.splitlines() == [
+        "USER:A;ASSISTANT:",
+        "USER:A;ASSISTANT:USER:A;ASSISTANT:;USER:B;ASSISTANT:",
+    ]
+    assert "jinfer: error: request x: the model computed NaN or infinity; /reset" in err
+
+
+def test_lines_that_come_during_a_job_are_counted_apart(jinfer, llm, monkeypatch, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "one"}\n')
+
+    def append(self, *args, **kwargs):
+        Spy.__init__(self, *args, **kwargs)
+        with source.open("a") as file:
+            file.write('{"prompt": "two"}\n')
+
+    late = type("Late", (Spy,), {"__init__": append})
+    monkeypatch.setitem(sys.modules, "jinfer.llm", types.SimpleNamespace(LLM=late))
+    status, _, err = jinfer("generate", "--input", source, "--output", target)
+    assert status == 0 and "jinfer: 1 of 1 lines done" in err
+    assert "1 lines came during the run: the same command does them" in err
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(jinfer, llm, monkeypatch, tmp_path):

@@ -1,8 +1,11 @@
 """Batch jobs: every line exactly once, whatever happens, and never a half-written one."""
 
+import bz2
 import errno
+import gzip
 import importlib.util
 import json
+import lzma
 import os
 import resource
 import signal
@@ -146,6 +149,10 @@ BAD_LINES = [
     ('{"prompt": "x", "id": NaN}', "NaN is not JSON"),
     ('{"prompt": "x", "id": [1]}', "id must be a string or an integer"),
     ('{"prompt": "x", "sampling_params": [1]}', "sampling_params must be an object"),
+    ('{"prompt": "x", "sampling_params": []}', "sampling_params must be an object, got list"),
+    ('{"prompt": "x", "sampling_params": ""}', "sampling_params must be an object, got str"),
+    ('{"prompt": "x", "sampling_params": 0}', "sampling_params must be an object, got int"),
+    ('{"prompt": "x", "sampling_params": false}', "sampling_params must be an object, got bool"),
     ('{"prompt": "x", "sampling_params": {"output_kind": 1}}', "output_kind cannot be chosen"),
     ('{"prompt": "\\ud800"}', "half a surrogate pair"),
     ('{"prompt": ""}', "the prompt is empty"),
@@ -161,7 +168,7 @@ def test_bad_lines_are_named_and_the_rest_is_done(tmp_path):
     summary, errors, _ = run(source, target)
     assert summary.num_done == len(BAD_LINES)
     assert summary.num_failed == len(BAD_LINES) + 1
-    assert summary.failed_lines == list(range(1, len(lines) + 2, 2))
+    assert summary.failed_lines == list(range(1, len(lines) + 2, 2))[: jsonl.MAX_REPORTED_LINES]
     for i, (bad, message) in enumerate(BAD_LINES):
         assert message in errors[2 * i + 1], bad[:80]
     assert sorted(by_line(target)) == list(range(2, len(lines) + 1, 2))
@@ -235,6 +242,93 @@ def test_input_and_output_must_be_sensible_files(tmp_path):
         run(tmp_path, tmp_path / "out.jsonl")
     with pytest.raises(FileNotFoundError):
         run(source, tmp_path / "missing" / "out.jsonl")
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.jsonl"])
+def test_packed_input_gives_the_same_results(finished, tmp_path, name):
+    source, target = tmp_path / name, tmp_path / "out.jsonl"
+    source.write_bytes(gzip.compress((finished / "in.jsonl").read_bytes()))
+    run(source, target)
+    assert by_line(target) == by_line(finished / "out.jsonl")
+    assert run(source, target)[0].num_done == 0
+
+
+def test_a_packed_input_may_have_more_lines_than_bytes(tmp_path):
+    source, target = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
+    source.write_bytes(gzip.compress(b"\n" * 20_000 + b'{"prompt": "x"}\n'))
+    run(source, target)
+    assert run(source, target)[0].num_done == 0 and list(by_line(target)) == [20_001]
+
+
+def test_damaged_packed_input_is_one_line_and_leaves_no_output_behind_lines(tmp_path):
+    source, target = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
+    whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % i for i in range(500)))
+    damaged = [whole[:-5], whole[:100], whole[:60] + b"\xff\x00" * 9 + whole[78:], whole + b"junk"]
+    for content in (*damaged, whole[:-8] + bytes(8)):
+        source.write_bytes(content)
+        with pytest.raises(ValueError, match=r"in\.jsonl\.gz is damaged, or cut short: .+"):
+            run(source, target)
+
+
+@pytest.mark.parametrize(
+    ("encode", "reason"),
+    [
+        (lambda text: text.encode("utf-16"), "is UTF-16"),
+        (lambda text: text.encode("utf-16-le"), "is UTF-16 or UTF-32"),
+        (lambda text: text.encode("utf-16-be"), "is UTF-16 or UTF-32"),
+        (lambda text: text.encode("utf-32"), "is UTF-"),
+        (lambda text: gzip.compress(text.encode("utf-16")), "is UTF-16"),
+        (lambda text: bz2.compress(text.encode()), "is packed with bzip2"),
+        (lambda text: lzma.compress(text.encode()), "is packed with xz"),
+        (lambda text: b"\x28\xb5\x2f\xfd" + text.encode(), "is packed with zstd"),
+        (lambda text: b"PK\x03\x04" + text.encode(), "is a zip archive"),
+    ],
+)
+def test_input_in_another_encoding_gives_no_record(tmp_path, encode, reason):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(encode('{"prompt": "one"}\n{"prompt": "two"}\n'))
+    with pytest.raises(ValueError, match=rf"in\.jsonl {reason}.*: it must be JSON lines in UTF-8"):
+        run(source, target)
+    assert not target.read_bytes()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_line_and_latin_1_is_named_by_line(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(
+        b'\xef\xbb\xbf{"prompt": "one"}\r\n{"prompt": "caf\xe9"}\n{"prompt": "\xc3\xa9"}'
+    )
+    summary, errors, _ = run(source, target)
+    assert {n: r["outputs"][0]["text"] for n, r in by_line(target).items()} == {1: "ONE", 3: "É"}
+    assert list(errors) == [2] and errors[2].startswith("not UTF-8: ")
+    assert summary.num_failed == 1
+
+
+def test_a_line_of_utf_16_between_others_gives_no_record(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b'{"prompt": "one"}\n' + '{"prompt": "two"}'.encode("utf-16"))
+    assert list(run(source, target)[1]) == [2] and list(by_line(target)) == [1]
+
+
+def test_results_are_not_packed(tmp_path):
+    write_prompts(tmp_path / "in.jsonl", 1)
+    with pytest.raises(ValueError, match=r"out\.jsonl\.gz: results are written as plain lines"):
+        run(tmp_path / "in.jsonl", tmp_path / "out.jsonl.gz")
+
+
+def test_lines_that_come_during_a_run_wait_for_the_next(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_prompts(source, 3)
+    for appended in (2, 0):
+        with jsonl.Job(source, target, SETTINGS) as job, source.open("a") as file:
+            file.write('{"prompt": "late"}\n' * appended)
+            file.flush()
+            llm = fake_llm.FakeLLM("fake")
+            summary = jsonl.run(
+                llm, job, make_request=make_request, max_in_flight=8, on_error=lambda *_: None
+            )
+            assert job.num_appended == appended
+            assert job.num_done + summary.num_done == job.num_lines
+    assert sorted(by_line(target)) == [1, 2, 3, 4, 5]
 
 
 def test_two_processes_cannot_write_one_output(tmp_path):

@@ -1,5 +1,6 @@
 """`jinfer train-medusa` from end to end on a tiny random model."""
 
+import gzip
 import json
 import types
 
@@ -149,7 +150,7 @@ def test_a_mistake_in_data_is_named_and_leaves_no_folder_behind(tmp_path, capsys
         (b"{", "line 2: not JSON"),
         (b"5", 'line 2: it must have "text" or a prompt, got int'),
         (b'{"text": 5}', 'line 2: "text" cannot be int'),
-        (b'{"text": "caf\xff"}', "line 2: not JSON"),
+        (b'{"text": "caf\xff"}', "line 2: not UTF-8"),
     ):
         data.write_bytes(b'{"text": "abc"}\n' + row)
         assert train("--output", tmp_path / "b", "--data", data, *SMALL) == 2
@@ -172,6 +173,24 @@ def read_texts(tmp_path, lines):
     return list(
         commands_training._texts(args, types.SimpleNamespace(get_tokenizer=lambda: letters))
     )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_packed_data_is_read_and_other_encodings_are_refused(tmp_path, name):
+    letters = tokenizer.load_tokenizer("tiny")
+    llm = types.SimpleNamespace(get_tokenizer=lambda: letters)
+    text = '{"text": "abc"}\n' if name == "a.jsonl" else "abc"
+    found = []
+    for file, content in ((name, text.encode()), (f"{name}.gz", gzip.compress(text.encode()))):
+        (tmp_path / file).write_bytes(content)
+        args = types.SimpleNamespace(data=tmp_path / file, max_texts=9)
+        found.append(list(commands_training._texts(args, llm)))
+    assert found[0] == found[1] == [(letters.encode("abc"), 0)]
+    for file, content in ((name, text.encode("utf-16")), (f"{name}.gz", b"no gzip \xff")):
+        (tmp_path / file).write_bytes(content)
+        args = types.SimpleNamespace(data=tmp_path / file, max_texts=9)
+        with pytest.raises(ValueError, match=r"UTF-8|not JSON"):
+            list(commands_training._texts(args, llm))
 
 
 @pytest.mark.parametrize(
