@@ -31,7 +31,7 @@ from fuzzing.reference import Reference, log_softmax
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the cat looks on. " * 6
 # Beside the errors of the library: what the system says of a path, which the line names.
-OF_PATHS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+OF_PATHS = (OSError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _PROGRESS = re.compile(r"^(eval|texts|train|quantizing|converting|measuring|calibrating|hidden)\b")
 
 
@@ -136,7 +136,11 @@ class CliDoor:
         keys = {k for name in fields for k in (name, name.replace("-", "_"))}
         more = damage.names if damage is not None else ()
         given = [w for w in argv if w.startswith("--")]
-        own = (*keys, *more, *names, *(w.lstrip("-") for w in given), "argument")
+        if "sampling-params" in fields:
+            names = (*names, *cli_fields.SAMPLING_NAMES)
+        values = [w for word in fields.values() for w in word if len(w) > 2]
+        values += [str(Path(w).parent) for w in values if "/" in w]
+        own = (*keys, *more, *names, *(w.lstrip("-") for w in given), *values, "argument")
         about = "" if model is None else f"  MODEL = {model}"
         about += "" if damage is None else f" with {damage.text}"
         return Case(

@@ -120,11 +120,15 @@ def word(rng: random.Random, action: argparse.Action, share: float) -> str:
     return "1" if is_long else text
 
 
+SAMPLING_NAMES = (
+    *("temperature", "top_k", "stop", "logit_bias", "bad_words", "allowed_token_ids", "seed"),
+    *("min_tokens", "n", "detokenize", "output_kind", "max_tokens", "structured_outputs"),
+)
+
+
 def sampling_json(rng: random.Random) -> str:
     """Returns --sampling-params with one or two fields of strange values."""
-    names = ("temperature", "top_k", "stop", "logit_bias", "bad_words", "allowed_token_ids", "seed")
-    names += ("min_tokens", "n", "detokenize", "output_kind", "max_tokens", "structured_outputs")
-    return json.dumps({name: json_strange(rng) for name in some(rng, names, 2)})
+    return json.dumps({name: json_strange(rng) for name in some(rng, SAMPLING_NAMES, 2)})
 
 
 def words(rng: random.Random, action: argparse.Action, share: float) -> list[str]:

@@ -247,7 +247,7 @@ def _json(rng: random.Random, source: Path) -> Damage:
 
     where = ".".join(map(str, path))
     names = (file, *(str(key) for key in path if isinstance(key, str)), file.split(".")[0])
-    more = ("tokenizer",) if "token" in file else ()
+    more = ("tokenizer",) if "token" in file else ("layers.", "lm_head", "tensor", "weight")
     change = "dropped" if does_drop else f":= {repr(new)[:60]}"
     return Damage(f"{file}: {where} {change}", (*names, *more), apply)
 
@@ -323,7 +323,7 @@ def _header(rng: random.Random, source: Path) -> Damage:
     text = f"{file.name}: {kind} {name}"
     if kind in ("set", "drop"):
         text += f" {key}" + (f" := {repr(new)[:60]}" if kind == "set" else "")
-    return Damage(text, (name, file.name, "safetensors"), apply)
+    return Damage(text, (name.rpartition(".")[0], file.name, "safetensors"), apply)
 
 
 def _gone(rng: random.Random, source: Path) -> Damage:

@@ -167,6 +167,9 @@ def judge(case: Case, fields: dict[str, Any], seconds: float) -> Verdict:
         return _mismatch(case, error)
     except HangError as error:
         return Verdict("hang", f"hang in check of {case.what} {frame_of(error)}", str(error))
+    except Exception as error:  # a result that the check cannot even look at
+        what = f"{type(error).__name__} in {frame_of(error)}"
+        return Verdict("odd result", f"odd result: {case.what}: {what}", str(error))
     return Verdict("accepted")
 
 

@@ -131,6 +131,8 @@ class PythonDoor:
 
         expect(not llm.has_unfinished_requests(), "requests are left behind")
         limit = llm.config.max_model_len
+        if limit < 2:
+            return  # room for a prompt or for an answer
         prompt = self.tokenizer.encode(CONTROL)[: max(1, limit - 1)]
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
         [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
@@ -203,8 +205,8 @@ class PythonDoor:
         tokenizer = None if name == "no tokenizer" else self.tokenizer
         bad = []
         if tokenizer is not None:
-            words = [word.lstrip() for word in params.bad_words]
-            bad = [self.tokenizer.encode(word) for word in words if word]
+            words = [word.lstrip() or word for word in params.bad_words]
+            bad = [self.tokenizer.encode(word) for word in words]
         tolerance = 5e-3 if is_exact else 0.5
         for i, completion in enumerate(output.outputs):
             expect(completion.index == i, "completions in another order")
@@ -397,10 +399,10 @@ class PythonDoor:
                     expect(kept == value and type(kept) is type(value), "another option", key, kept)
             self._control(llm, is_exact=is_exact)
 
-        names: tuple[str, ...] = ()
+        names: tuple[str, ...] = ("impl ",) if "impl" in str(fields) else ()
         config = fields.get("speculative_config")
         if isinstance(config, Mapping):
-            names = tuple(str(key) for key in config)
+            names += tuple(str(key) for key in config)
         return Case(what=what, fields=fields, call=call, check=check, names=names)
 
     # ------------------------------------------------------------------ beams
