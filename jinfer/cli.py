@@ -25,6 +25,7 @@ from jinfer.commands import (
     train_medusa,
 )
 from jinfer.commands.terminal import PROG, one_line, say
+from jinfer.fields import one_line as shorten
 
 COMMANDS = {
     "generate": generate,
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints `message` alone, without the usage, and exits with 2."""
-        self.exit(2, f"{PROG}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{PROG}: error: {shorten(message)} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jinfer.fields import check_fields, check_positive, shown
 from jinfer.fields import require as require
 from jinfer.static_kv import StaticKV
 
@@ -20,8 +21,8 @@ BACKENDS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")  # of attention and quant
 MAX_SPECULATIVE_TOKENS = 16
 
 
-def kv_format(name: str) -> str:
-    """Returns the one name of a KV format that goes by several.
+def kv_format(name: str, field: str = "kv_cache_dtype") -> str:
+    """Returns the one name of a KV format that goes by several; `field` is what it is given for.
 
     Raises:
       ValueError: K and V cannot be kept so.
@@ -29,7 +30,7 @@ def kv_format(name: str) -> str:
     found = _KV_NAMES.get(name, name) if isinstance(name, str) else name
     require(
         isinstance(found, str) and found in KV_BITS,
-        f"kv_cache_dtype must be auto or one of {', '.join([*KV_BITS, *_KV_NAMES])}, got {name!r}",
+        f"{field} must be auto or one of {', '.join([*KV_BITS, *_KV_NAMES])}, got {name!r}",
     )
     return found
 
@@ -57,6 +58,9 @@ class RopeConfig:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,21 +108,26 @@ class ModelConfig:
     static_kv: StaticKV | None = None  # scales of K and V that the checkpoint brings
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        check_fields(self)
+        check_positive(
+            self,
+            *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+            *("num_kv_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+        )
+        optional = type(None)
+        kinds: dict[str, tuple[type, ...]] = {
+            "rope": (RopeConfig,),
+            "rope_local": (RopeConfig, optional),
+            "static_kv": (StaticKV, optional),
+            "layer_types": (tuple,),
+        }
+        for name, classes in kinds.items():
             value = getattr(self, name)
-            require(
-                isinstance(value, int) and value > 0,
-                f"{name} must be a positive integer, got {value!r}",
-            )
+            what = classes[0].__name__
+            require(isinstance(value, classes), f"{name} must be a {what}, got {shown(value)}")
+        activations = ("silu", "gelu", "gelu_tanh")
+        is_known = isinstance(self.activation, str) and self.activation in activations
+        require(is_known, f"activation must be one of {activations}, got {shown(self.activation)}")
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -130,8 +139,10 @@ class ModelConfig:
             kind: LayerType = "sliding" if self.sliding_window else "full"
             object.__setattr__(self, "layer_types", (kind,) * self.num_layers)
         require(
-            len(self.layer_types) == self.num_layers,
-            f"layer_types must have {self.num_layers} entries, got {len(self.layer_types)}",
+            len(self.layer_types) == self.num_layers
+            and all(isinstance(t, str) and t in ("full", "sliding") for t in self.layer_types),
+            f'layer_types must have {self.num_layers} entries, "full" or "sliding", got '
+            f"{len(self.layer_types)}: {shown(self.layer_types)}",
         )
         require(
             "sliding" not in self.layer_types or bool(self.sliding_window),
@@ -270,10 +281,7 @@ class SpeculativeConfig:
                 isinstance(value, int) and not isinstance(value, bool) and value > 0,
                 f"speculative_config: {name} must be a positive integer, got {value!r}",
             )
-        require(
-            isinstance(self.adaptive, bool),
-            f"speculative_config: adaptive must be true or false, got {self.adaptive!r}",
-        )
+        check_fields(self, "speculative_config: ")
         require(
             self.is_tree or self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS,
             f"speculative_config: num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, "
@@ -356,7 +364,7 @@ class SpeculativeConfig:
         method = fields.get("method")
         methods = ", ".join(_SPECULATIVE_FIELDS)
         require(
-            method in _SPECULATIVE_FIELDS,
+            isinstance(method, str) and method in _SPECULATIVE_FIELDS,
             f"speculative_config: method must be one of {methods}, got {method!r}",
         )
         known = _SPECULATIVE_FIELDS[str(method)]
@@ -403,18 +411,11 @@ class EngineConfig:
                 value in BACKENDS,
                 f"{name} must be one of {', '.join(BACKENDS)}, got {value!r}",
             )
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "block_size",
+        check_positive(
+            self,
+            *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
             "num_decode_steps",
-        ):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and value > 0,
-                f"{name} must be a positive integer, got {value!r}",
-            )
+        )
         require(
             isinstance(self.max_logprobs, int) and self.max_logprobs >= 0,
             f"max_logprobs must be 0 or more, or -1 for any number, got {self.max_logprobs!r}",

@@ -5,7 +5,9 @@ Messages are one line of limited length, whatever was given: an array, a whole t
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -110,6 +112,47 @@ def check_kinds(
             is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
             is_nan = isinstance(value, float) and value != value
             require(is_right and not is_nan, f"{name} must be {what}, got {shown(value)}")
+
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "an integer"),
+    "float": ((int, float), "a finite number"),
+    "bool": (bool, "True or False"),
+    "str": (str, "a text"),
+}
+_ANNOTATION = re.compile(r"(?:(tuple)\[)?(int|float|bool|str)(?:, \.\.\.\])?( \| None)?")
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Checks the fields of a dataclass that are plain values, tuples of them or None.
+
+    Raises:
+      ValueError: with the name of the first that is not what its annotation says.
+    """
+    for field in dataclasses.fields(config):
+        found = _ANNOTATION.fullmatch(str(field.type))
+        if found is None:
+            continue
+        is_tuple, kind, is_optional = found.groups()
+        value = getattr(config, field.name)
+        if is_optional and value is None:
+            continue
+        kinds, what = _KINDS[kind]
+        values = value if is_tuple and isinstance(value, tuple) else (value,)
+        is_right = isinstance(value, tuple) or not is_tuple
+        for one in values:
+            is_right &= isinstance(one, kinds) and (kind == "bool" or not isinstance(one, bool))
+            is_right = is_right and (kind != "float" or abs(one) <= MAX_FLOAT32)
+        what = f"a tuple, each {what}" if is_tuple else what
+        require(is_right, f"{prefix}{field.name} must be {what}, got {shown(value)}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError unless these fields are positive integers, or None."""
+    for name in names:
+        value = getattr(config, name)
+        is_positive = value is None or (type(value) is int and value > 0)
+        require(is_positive, f"{name} must be a positive integer, got {value!r}")
 
 
 def _items(name: str, value: Any, what: str) -> list[Any]:

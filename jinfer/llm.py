@@ -30,23 +30,17 @@ from jinfer.weights.fill import resolve_dtype
 from pallas_kernels.dispatch import Decisions
 
 # Kinds of arguments of `LLM`; the rest is checked where it is used.
+_SIZES = (
+    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+    *("num_decode_steps", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
+)
+_NAMES = ("quantization", "revision", "chat_template")
 _KINDS = {
-    "ints": (
-        *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
-        *("num_decode_steps", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
-        *("max_logprobs", "seed"),
-    ),
+    "ints": (*_SIZES, "max_logprobs", "seed"),
     "floats": ("gpu_memory_utilization", "cpu_offload_gb"),
     "flags": ("skip_tokenizer_init", "enable_chunked_prefill", "enable_prefix_caching"),
-    "texts": (
-        *("kv_cache_dtype", "attention_impl", "linear_impl", "generation_config"),
-        *("quantization", "revision", "chat_template"),
-    ),
-    "optional": (
-        *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
-        *("num_decode_steps", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
-        *("quantization", "revision", "chat_template"),
-    ),
+    "texts": (*_NAMES, "kv_cache_dtype", "attention_impl", "linear_impl", "generation_config"),
+    "optional": (*_SIZES, *_NAMES),
 }
 
 
@@ -359,6 +353,7 @@ class LLM:
           ValueError, TypeError: no chat template, or it refuses the messages.
         """
         refuse("LLM.chat", refused, CALL_ARGUMENTS, LLM.chat.__annotations__)
+        check_kinds(locals(), flags=("add_generation_prompt", "continue_final_message"))
         prompts = chat_prompts(
             self._tokenizer,
             messages,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jinfer.conversations import fit, read_messages, reads_none
+from jinfer.fields import shown
 
 
 class Prompt(NamedTuple):
@@ -42,10 +43,10 @@ def read_prompt(prompt: Any, tokenizer: Any | None) -> Prompt:
         if len(names) != 1 or not names <= {"prompt", "prompt_token_ids"}:
             raise ValueError(
                 'a prompt dict has one key, "prompt" or "prompt_token_ids", and at most a '
-                f'"cache_salt" beside it, got {sorted(prompt)}'
+                f'"cache_salt" beside it, got {shown(list(prompt))}'
             )
         if salt is not None and not (isinstance(salt, str) and salt):
-            raise ValueError(f"cache_salt must be a text that is not empty, got {salt!r}")
+            raise ValueError(f"cache_salt must be a text that is not empty, got {shown(salt)}")
         prompt = prompt[names.pop()]
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -66,9 +67,10 @@ def _token_ids(prompt: Any) -> list[int]:
         return array.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise TypeError(f"a prompt must be text or token ids, got {type(prompt).__name__}")
-    foreign = next((t for t in prompt if not is_token_id(t)), None)
-    if foreign is not None:
-        raise TypeError(f"a prompt must be text or token ids, got a list that holds {foreign!r}")
+    foreign = [t for t in prompt if not is_token_id(t)]
+    if foreign:
+        held = shown(foreign[0])
+        raise TypeError(f"a prompt must be text or token ids, got a list that holds {held}")
     return [operator.index(t) for t in prompt]
 
 

@@ -307,6 +307,22 @@ def read_target(fmt: Any, scale_dtype: Any, grid: Any = "full") -> jnp.dtype:
     return found
 
 
+def check_scales(x: QTensor) -> QTensor:
+    """Returns a quantized weight; raises ValueError where its scales do not hold its size.
+
+    Those that do not are the largest number of their dtype, see `qformat.scales_from_range`.
+    """
+    scales = x.scale if isinstance(x.scale, Array) else x.scales()
+    if not isinstance(scales, Tracer):
+        most = float(jnp.max(scales.astype(jnp.float32), initial=0.0))
+        require(
+            most < float(jnp.finfo(scales.dtype).max),
+            f"weight is too large for scales of {scales.dtype}: give scale_dtype float32, or scale "
+            "the weight down",
+        )
+    return x
+
+
 def check_finite(x: Array, what: str) -> None:
     """Raises ValueError if a concrete array holds NaN or infinity (integer casts would hide it)."""
     if not isinstance(x, Tracer):
@@ -340,7 +356,7 @@ def quantize(
     rows = expand_groups(scale, fmt, num_inputs, num_outputs)
     zeros = None if zero is None else expand_groups(zero, fmt, num_inputs, num_outputs)
     codes = encode(w, rows, zeros, fmt)
-    return from_codes(codes, stored, zero, fmt)
+    return check_scales(from_codes(codes, stored, zero, fmt))
 
 
 def dequantize(x: QTensor, dtype: Any = jnp.float32) -> Array:

@@ -113,6 +113,14 @@ def load_tokenizer(
       FileNotFoundError: nothing is there, or nothing by that name can be fetched.
       ValueError: there is no tokenizer in it, or one of an unknown kind.
     """
+    tokenizer = _load(path_or_name, revision)
+    # How long a text may be is the engine's to say; transformers would warn of its own limit.
+    warned = getattr(tokenizer, "deprecation_warnings", {})
+    warned["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
+def _load(path_or_name: str | os.PathLike[str], revision: str | None) -> PreTrainedTokenizerBase:
     folder = expanded(path_or_name)
     if any((folder / name).is_file() for name in _HF_FILES) and revision is None:
         return _from_hf(folder, None)

@@ -6,7 +6,7 @@ import argparse
 
 from jinfer import memory
 from jinfer.commands.flags import DEFAULT_MODEL, size
-from jinfer.config import ModelConfig
+from jinfer.config import ModelConfig, kv_format
 
 SUMMARY = "print how much memory a model needs"
 
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     share = 0.9 if args.gpu_memory_utilization is None else args.gpu_memory_utilization
     if page_size < 1:
         raise ValueError(f"--page-size must be positive, got {page_size}")
+    if args.kv_dtype is not None:
+        kv_format(args.kv_dtype, "--kv-dtype")
     config = memory.PRESETS.get(args.model) or _read_config(args.model, args.revision)
     plan = memory.plan(
         config,

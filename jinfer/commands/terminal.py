@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jinfer.fields import one_line as shorten
+
 PROG = "jinfer"
 
 
@@ -99,7 +101,7 @@ def one_line(error: Exception) -> str:
         return f"{where}{error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (ValueError, OSError, GenerationError)):
-        return text
+        return shorten(text)
     return f"{type(error).__name__}: {text[:500]} (--debug shows where)"
 
 

@@ -104,6 +104,17 @@ def _check_rows(name: str, x: Any, num_rows: int) -> None:
     )
 
 
+def read_dtype(dtype: Any) -> jnp.dtype:
+    """Returns the dtype of weights; raises ValueError for what is none of floats."""
+    try:
+        found = None if isinstance(dtype, (jax.Array, np.ndarray)) else jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or dtype is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype must be one of floats, such as float32, got {shown(dtype)}")
+    return found
+
+
 def check_key(key: Any) -> None:
     """Raises TypeError unless `key` is one random key, of either of JAX's forms."""
     is_array = isinstance(key, (jax.Array, np.ndarray))

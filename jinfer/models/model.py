@@ -38,6 +38,8 @@ class Model:
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> dict[str, Any]:
         """Returns random parameters: weights normal with variance 1 / I, norms neutral."""
+        inputs.check_key(key)
+        dtype = inputs.read_dtype(dtype)
         config = self.config
         embed_key, head_key, *layer_keys = jax.random.split(key, config.num_layers + 2)
         d, v = config.hidden_size, config.vocab_size

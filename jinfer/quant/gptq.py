@@ -18,7 +18,14 @@ from jax import Array, lax
 
 from jinfer.fields import read_bool, read_float, require, shown
 from jinfer.qformat import TENSOR, Grid, QFormat, decode, encode, find_scales
-from jinfer.qtensor import QTensor, check_finite, check_weight, from_codes, read_target
+from jinfer.qtensor import (
+    QTensor,
+    check_finite,
+    check_scales,
+    check_weight,
+    from_codes,
+    read_target,
+)
 from jinfer.quant.factor import dot_transposed, inverse_factor
 from jinfer.quant.rtn import search_scales
 
@@ -120,7 +127,8 @@ def quantize_gptq(
     check_finite(hessian, "hessian")
     num_groups = fmt.num_groups(num_inputs)
     turns = _take_turns_jit(hessian, order, fmt.group_size(num_inputs), num_groups, damp)
-    return _round_jit(w, turns, fmt, order, static_groups, scales, grid, dtype), turns.info
+    q = _round_jit(w, turns, fmt, order, static_groups, scales, grid, dtype)
+    return check_scales(q), turns.info
 
 
 def solve(

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jinfer.config import require
 from jinfer.qformat import TENSOR, QFormat, expand_groups, find_scales, reduce_groups
-from jinfer.qtensor import QTensor, check_finite, check_weight, read_target
+from jinfer.qtensor import QTensor, check_finite, check_scales, check_weight, read_target
 from jinfer.quant.rtn import round_with
 
 NUM_STEPS = 20
@@ -40,6 +40,7 @@ def quantize_hqq(w: Array, fmt: QFormat, *, scale_dtype: Any = jnp.float32) -> Q
       ValueError: a symmetric format, or NaN in `w`.
     """
     check_weight(w)
+    require(w.ndim == 2, f"a weight is [I, O], got shape {list(w.shape)}")
     scale_dtype = read_target(fmt, scale_dtype)
     require(
         fmt.kind == "int" and not fmt.symmetric and fmt.block == 1 and fmt.group != TENSOR,
@@ -47,7 +48,7 @@ def quantize_hqq(w: Array, fmt: QFormat, *, scale_dtype: Any = jnp.float32) -> Q
     )
     check_finite(w, "weight")
     fmt = dataclasses.replace(fmt, float_zero=True)
-    return _solve(w, fmt, scale_dtype)
+    return check_scales(_solve(w, fmt, scale_dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax import Array
 from jax.tree_util import SequenceKey
 
 from jinfer.models.families import is_linear
-from jinfer.qtensor import QTensor
+from jinfer.qtensor import QTensor, check_weight
 from jinfer.quant.recipe import parse_quantization
 from jinfer.quant.solve import solve_group
 from jinfer.typing import Params
@@ -34,6 +34,7 @@ def quantizer(quantization: str) -> Callable[[str, Array | QTensor], QTensor]:
                 f"quantization {quantization!r} needs float weights, {name} is quantized already "
                 f"({w.fmt}): leave quantization out"
             )
+        check_weight(w, name)
         return solve_group({name: w}, None, method)[0][name]
 
     return quantize
@@ -51,6 +52,8 @@ def quantize_params(params: Params, quantization: str) -> dict[str, Any]:
         keys = tuple(key.idx if isinstance(key, SequenceKey) else key.key for key in path)
         return quantize(".".join(map(str, keys[:-1])), leaf) if is_linear(keys) else leaf
 
+    if not isinstance(params, Mapping) or "layers" not in params:
+        raise TypeError(f"params must be a dict with layers, got {type(params).__name__}")
     if not isinstance(params["layers"], tuple):
         raise ValueError("quantization takes layers as a tuple, not stacked")
     return jax.tree.map_with_path(convert, params, is_leaf=lambda x: isinstance(x, QTensor))

@@ -13,7 +13,9 @@ import jax
 from jax import Array
 
 from jinfer.config import require
+from jinfer.models import inputs
 from jinfer.models.model import Model
+from jinfer.params import examine
 from jinfer.qtensor import QTensor
 from jinfer.quant import calibrate
 from jinfer.quant.layer import GROUPS, Layer, LayerQuantizer
@@ -56,7 +58,13 @@ def quantize_model(
       ValueError: the recipe fits no linear or needs tokens, or weights or activations are not
         finite, with the place.
     """
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
     recipe.check(linear_names(model))
+    params = examine(model, params)
+    if tokens is not None:
+        tokens = inputs.read_tokens(tokens, model.config.vocab_size)
+        require(tokens.ndim == 2, f"tokens must be [n, T], got {list(tokens.shape)}")
     layers = params["layers"]
     require(isinstance(layers, tuple), "quantization takes layers as a tuple, not stacked")
     for leaf in jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, QTensor)):

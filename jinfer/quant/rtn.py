@@ -24,6 +24,7 @@ from jinfer.qformat import (
 from jinfer.qtensor import (
     QTensor,
     check_finite,
+    check_scales,
     check_weight,
     from_codes,
     quantize,
@@ -107,11 +108,11 @@ def quantize_rtn(
     scale_dtype = read_target(fmt, scale_dtype, grid)
     if not mse:
         check_finite(w, "weight")
-        return _round(w, fmt, grid, scale_dtype)
+        return check_scales(_round(w, fmt, grid, scale_dtype))
     require(not fmt.double_quant, f"{fmt}: double scales round after any search; use mse=False")
     require(w.ndim == 2, f"a weight is [I, O], got shape {list(w.shape)}")
     check_finite(w, "weight")
-    return _search_and_round(w, importance, fmt, grid, scale_dtype)
+    return check_scales(_search_and_round(w, importance, fmt, grid, scale_dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jinfer import ops
 from jinfer.config import ModelConfig, require
+from jinfer.fields import one_line
 from jinfer.models.model import Model
 from jinfer.qtensor import QTensor
 from jinfer.spec.medusa_tree import Tree, check_tree
@@ -235,7 +236,7 @@ def load(
     folder = Path(path)
     if not (folder / _CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"{folder} has no {_CONFIG_FILE}: make heads with jinfer train-medusa --output {folder}"
+            one_line(f"no {_CONFIG_FILE} in heads {folder}: make it with jinfer train-medusa")
         )
     described: dict[str, Any] = json.loads((folder / _CONFIG_FILE).read_text())
     names = [field.name for field in dataclasses.fields(MedusaConfig)]

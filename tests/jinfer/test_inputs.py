@@ -8,6 +8,7 @@ from tiny_models import make_model
 
 import jinfer
 from jinfer import qtensor
+from jinfer.config import ModelConfig, RopeConfig
 from jinfer.qformat import QFormat
 from jinfer.quant.gptq import quantize_gptq
 from jinfer.quant.hqq import quantize_hqq
@@ -118,3 +119,28 @@ def test_dtypes_of_all_spellings_load_and_arrays_are_none():
         assert resolve_dtype(dtype, "float32").name == "bfloat16"
     for odd in (jnp.ones(3), W, 5, [], {}, object(), "int8", "x", 1j):
         refused(lambda odd=odd: resolve_dtype(odd, "float32"), "dtype")
+
+
+def test_a_model_config_names_values_of_another_kind():
+    """Fields are kept as they are: they must be hashable, and numbers that arrays can hold."""
+    odd = ["a", [], [1], {}, {1: [1]}, W, jnp.ones(3), object(), float("nan")]
+    fields = set(ModelConfig.__dataclass_fields__) - {"family", "vocab_size"}
+    for name in fields:
+        for value in odd:
+            refused(lambda n=name, v=value: make_model(VOCAB, **{n: v}), name)
+        if "bool" not in str(ModelConfig.__dataclass_fields__[name].type):
+            refused(lambda n=name: make_model(VOCAB, **{n: True}), name)
+    for name in ("norm_eps", "final_soft_cap", "embedding_scale"):
+        refused(lambda n=name: make_model(VOCAB, **{n: 2**200}), name)
+    for name in RopeConfig.__dataclass_fields__.keys() - {"scaling"}:
+        for value in ([], W, "a", {}, object()):
+            refused(lambda n=name, v=value: RopeConfig(**{n: v}), name)
+
+
+@pytest.mark.parametrize("quantize", [qtensor.quantize, quantize_rtn, quantize_hqq, quantize_gptq])
+def test_scales_that_do_not_hold_a_weight_are_refused(quantize):
+    fmt = QFormat.parse("int4-g32-asym" if quantize is quantize_hqq else "int4-g32")
+    rest = {"hessian": np.eye(32, dtype=np.float32)} if quantize is quantize_gptq else {}
+    with pytest.raises(ValueError, match="weight is too large for scales of float16"):
+        quantize(w=W * 1e7, fmt=fmt, scale_dtype="float16", **rest)
+    quantize(w=W * 1e7, fmt=fmt, scale_dtype="float32", **rest)
