@@ -125,6 +125,7 @@ class ModelConfig:
             value = getattr(self, name)
             what = classes[0].__name__
             require(isinstance(value, classes), f"{name} must be a {what}, got {shown(value)}")
+        require(self.head_dim % 2 == 0, f"head_dim must be even (rotary), got {self.head_dim}")
         activations = ("silu", "gelu", "gelu_tanh")
         is_known = isinstance(self.activation, str) and self.activation in activations
         require(is_known, f"activation must be one of {activations}, got {shown(self.activation)}")
@@ -380,6 +381,8 @@ class SpeculativeConfig:
                 config.typical is not None or name not in fields,
                 f'speculative_config: {name} goes with "acceptance": "typical"',
             )
+        is_tree = config.tree is None or isinstance(config.tree, (list, tuple))
+        require(is_tree, f"speculative_config: tree must be a list, got {shown(config.tree)}")
         nodes = len(config.tree or ())
         if method == "lookahead":
             nodes = (config.window + config.num_guesses) * (config.ngram_size - 1)

@@ -106,6 +106,12 @@ def generate(
         )
     if lens.shape != (num_rows,):
         raise ValueError(f"prompt_lens must be [B] = [{num_rows}], got {list(lens.shape)}")
+    longest = prompt_width + max_new_tokens
+    if longest > model.config.max_context_len:
+        raise ValueError(
+            f"tokens and max_new_tokens are {prompt_width} + {max_new_tokens}, more than the "
+            f"{model.config.max_context_len} positions the model was made for"
+        )
     args = _sample_args(num_rows, temperature, top_k, top_p, min_p)
     row_keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(num_rows))
 

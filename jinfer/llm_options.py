@@ -341,7 +341,16 @@ def _num_pages(
     linear_impl: str,
 ) -> int:
     """Sizes the KV pool, and with it that of a drafting model: both have as many pages."""
+    page_bytes = memory.page_bytes(kv_cache.as_stored(config, dtype), page_size, dtype)
     if num_gpu_blocks_override is not None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        limit = memory.host_memory_bytes() if limit is None else limit
+        require(
+            num_gpu_blocks_override * page_bytes <= limit,
+            f"num_gpu_blocks_override={num_gpu_blocks_override} pages of "
+            f"{memory.format_size(page_bytes)} are more than the memory of "
+            f"{memory.format_size(limit)}",
+        )
         return num_gpu_blocks_override
     if kv_cache_memory_bytes is None:
         stats = jax.local_devices()[0].memory_stats() or {}
@@ -358,7 +367,6 @@ def _num_pages(
             reserved_bytes=memory.temp_bytes(config, num_tokens=num_tokens, num_seqs=num_seqs),
         )
     stored = kv_cache.as_stored(config, dtype)
-    page_bytes = memory.page_bytes(stored, page_size, dtype)
     if drafter is not None and drafter.own_kv_config is not None:
         own = kv_cache.as_stored(drafter.own_kv_config, dtype)
         draft_page_bytes = memory.page_bytes(own, page_size, dtype)

@@ -95,6 +95,7 @@ class QFormat:
             self.symmetric or self.kind == "int", f"{self.kind} has no zero point: use symmetric"
         )
         require(not self.float_zero or not self.symmetric, "float_zero needs an asymmetric format")
+        require(self.block > 0, f"block must be positive, got {self.block}")
         require(
             self.block == 1 or self.group == self.block,
             f"blocks are square: group ({self.group}) must equal block ({self.block})",

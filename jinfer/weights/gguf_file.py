@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jinfer.fields import one_line
 from jinfer.weights.gguf_metadata import check_metadata, check_sizes
 
 MAGIC = b"GGUF"
@@ -109,7 +110,7 @@ class _Cursor:
         return np.frombuffer(self.buffer, dtype, count, start).copy()
 
     def damaged(self, reason: str) -> ValueError:
-        return ValueError(f"{self.path} is damaged: {reason}; download it again")
+        return ValueError(one_line(f"{self.path} is damaged: {reason}; download it again"))
 
 
 class GGUFFile:
@@ -244,5 +245,6 @@ class GGUFFile:
         kind = GGMLQuantizationType[tensor.type_name]
         step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
         for start in range(0, len(rows), step):
-            rows[start : start + step] = dequantize(stored[start : start + step], kind)
+            with np.errstate(all="ignore"):  # what is not finite is found, with its name, later
+                rows[start : start + step] = dequantize(stored[start : start + step], kind)
         return out

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from jinfer.config import ModelConfig
+from jinfer.fields import check_kinds
 from jinfer.models.model import Model
 from jinfer.quant import on_load
 from jinfer.weights.fill import Checkpoint, fill, resolve_dtype
@@ -50,6 +51,8 @@ def load(
       FileNotFoundError: nothing is there, or nothing by that name can be fetched.
       ValueError: it cannot be loaded; one line says which part, and what is supported.
     """
+    given = {"revision": revision, "quantization": quantization}
+    check_kinds(given, texts=given, optional=given)
     if quantization == on_load.KEEP_GGUF:
         checkpoint = _open_as_it_is(path_or_name, revision)
         return Model(checkpoint.config), fill(checkpoint, resolve_dtype(dtype, checkpoint.dtype))

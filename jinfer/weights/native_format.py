@@ -49,7 +49,10 @@ class NativeReader:
         return cls(formats)
 
     def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
-        num_inputs, num_outputs = (int(n) for n in tensors["qshape"])
+        stored = tensors["qshape"]
+        is_shape = stored.shape == (2,) and stored.dtype.kind in "iu" and np.all(stored > 0)
+        require(bool(is_shape), f"{module}: qshape must be two sizes, got {stored!r}")
+        num_inputs, num_outputs = (int(n) for n in stored)
         return num_outputs, num_inputs
 
     def read(self, module: str, tensors: Tensors) -> Weight:

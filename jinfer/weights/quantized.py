@@ -135,11 +135,11 @@ class QuantizedModules:
             with _located(where):
                 self.reader = self.reader.believed((m, self._tensors(m)) for m in asked)
         self.taken = {name for leaves in self._modules.values() for name in leaves.values()}
-        with _located(where):
-            self.shapes = {
-                f"{module}.weight": self.reader.shape(module, self._tensors(module))
-                for module in self._modules
-            }
+        self.shapes = {}
+        for module in self._modules:
+            with _located(where), _named(module):
+                shape = self.reader.shape(module, self._tensors(module))
+                self.shapes[f"{module}.weight"] = shape
         self.dense_reasons: dict[str, str] = {}
 
     def _tensors(self, module: str) -> Mapping[str, np.ndarray]:

@@ -474,7 +474,13 @@ class JaxDoor:
             def check(fields: dict[str, Any], fmt: Any) -> None:
                 expect(QFormat.parse(str(fmt)) == fmt, "a format that does not read back", str(fmt))
 
-            return Case(what="QFormat", fields=fields, call=lambda f: QFormat(**f), check=check)
+            return Case(
+                what="QFormat",
+                fields=fields,
+                call=lambda f: QFormat(**f),
+                check=check,
+                names=("bits", "zero", "blocks", "scales"),
+            )
         if rng.random() < 0.4:
             text = pick(
                 rng, one_of("int4-g32", "int04-g32", "int4-g032", "int4-g" + "9" * 5000), 0.5

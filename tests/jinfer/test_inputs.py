@@ -8,7 +8,7 @@ from tiny_models import make_model
 
 import jinfer
 from jinfer import qtensor
-from jinfer.config import ModelConfig, RopeConfig
+from jinfer.config import ModelConfig, RopeConfig, SpeculativeConfig
 from jinfer.qformat import QFormat
 from jinfer.quant.gptq import quantize_gptq
 from jinfer.quant.hqq import quantize_hqq
@@ -144,3 +144,18 @@ def test_scales_that_do_not_hold_a_weight_are_refused(quantize):
     with pytest.raises(ValueError, match="weight is too large for scales of float16"):
         quantize(w=W * 1e7, fmt=fmt, scale_dtype="float16", **rest)
     quantize(w=W * 1e7, fmt=fmt, scale_dtype="float32", **rest)
+
+
+def test_sizes_beyond_the_model_or_the_memory_are_refused(params, tmp_path):
+    with pytest.raises(ValueError, match=r"max_new_tokens are 1 \+ 2147483647, more than the 128"):
+        jinfer.generate(MODEL, params, [[1]], max_new_tokens=2**31 - 1)
+    with pytest.raises(ValueError, match="num_gpu_blocks_override=9223372036854775808 pages"):
+        jinfer.LLM(MODEL, params=params, skip_tokenizer_init=True, num_gpu_blocks_override=2**63)
+    for name in ("revision", "quantization"):
+        for value in (W, 5, [], -1e308):
+            refused(lambda n=name, v=value: jinfer.load(tmp_path, **{n: v}), name)
+    refused(lambda: make_model(VOCAB, head_dim=7), "head_dim must be even")
+    refused(lambda: QFormat(block=-1), "block must be positive")
+    for tree in (1e308, "ab", W):
+        config = {"method": "medusa", "heads": "nowhere", "tree": tree}
+        refused(lambda config=config: SpeculativeConfig.of(config), "tree")
