@@ -126,6 +126,8 @@ _ANNOTATION = re.compile(r"(?:(tuple)\[)?(int|float|bool|str)(?:, \.\.\.\])?( \|
 def check_fields(config: Any, prefix: str = "") -> None:
     """Checks the fields of a dataclass that are plain values, tuples of them or None.
 
+    Integers in the place of floats become floats.
+
     Raises:
       ValueError: with the name of the first that is not what its annotation says.
     """
@@ -145,6 +147,8 @@ def check_fields(config: Any, prefix: str = "") -> None:
             is_right = is_right and (kind != "float" or abs(one) <= MAX_FLOAT32)
         what = f"a tuple, each {what}" if is_tuple else what
         require(is_right, f"{prefix}{field.name} must be {what}, got {shown(value)}")
+        if kind == "float" and type(value) is int:  # traced as they are, large ones overflow
+            object.__setattr__(config, field.name, float(value))
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -418,6 +418,6 @@ def _resolve_max_model_len(wanted: int | None, config: ModelConfig, num_slots: i
     if wanted > num_slots:
         raise ValueError(
             f"max_model_len={wanted} does not fit the KV pool of {num_slots} tokens: raise "
-            "kv_cache_memory_bytes, or lower max_model_len"
+            "kv_cache_memory_bytes or num_gpu_blocks_override, or lower max_model_len"
         )
     return wanted

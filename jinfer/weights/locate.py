@@ -7,6 +7,7 @@ import pathlib
 import reprlib
 from collections.abc import Sequence
 
+from jinfer.fields import one_line
 from jinfer.weights.default_model import DEFAULT_MODEL, default_model_path
 
 
@@ -26,7 +27,9 @@ def locate(
     path = expanded(name)
     if name and (path.exists() or name == DEFAULT_MODEL):
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is for names on the hub, {name!r} is local")
+            raise ValueError(
+                one_line(f"revision={revision!r} is for names on the hub, {name!r} is local")
+            )
         return _local(path) if path.exists() else default_model_path()
     looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if looks_like_path or path.suffix in (".gguf", ".safetensors") or not name:

@@ -132,6 +132,7 @@ def test_a_model_config_names_values_of_another_kind():
             refused(lambda n=name: make_model(VOCAB, **{n: True}), name)
     for name in ("norm_eps", "final_soft_cap", "embedding_scale"):
         refused(lambda n=name: make_model(VOCAB, **{n: 2**200}), name)
+    assert type(make_model(VOCAB, final_soft_cap=2**40).config.final_soft_cap) is float
     for name in RopeConfig.__dataclass_fields__.keys() - {"scaling"}:
         for value in ([], W, "a", {}, object()):
             refused(lambda n=name, v=value: RopeConfig(**{n: v}), name)
