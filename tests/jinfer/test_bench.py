@@ -234,7 +234,7 @@ class Turns:
         self.num_turns += 1
         Turns.compiled += self.num_turns <= self.num_compiling
         metrics = RequestMetrics(num_decode_steps=1, num_decode_tokens=self.num_turns)
-        outputs = [types.SimpleNamespace(token_ids=[1] * self.num_turns)]
+        outputs = [types.SimpleNamespace(token_ids=[1] * self.num_turns, error=None)]
         return [types.SimpleNamespace(outputs=outputs, metrics=metrics) for _ in prompts]
 
 
