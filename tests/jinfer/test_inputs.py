@@ -21,7 +21,7 @@ KEY = jax.random.key(0)
 MODEL = make_model(VOCAB, num_layers=1)
 W = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
 FMT = QFormat.parse("int4-g32")
-ODD = [None, True, 5, "", "ab", object(), {}, [[1, "a"]], 1 + 2j, np.array(["a"]), np.zeros((2, 0))]
+ODD = [None, True, 5, "", "ab", len, {}, [[1, "a"]], 1 + 2j, np.array(["a"]), np.zeros((2, 0))]
 ODD += [b"ab", [], [[1], [2, 3]], np.array([None]), np.ones((2, 3), bool), jnp.zeros((0, 2))]
 
 
