@@ -22,6 +22,7 @@ from jinfer.config import (
     require,
 )
 from jinfer.engine.drafter import Drafter
+from jinfer.fields import shown
 from jinfer.kv_quant import resolve_format
 from jinfer.models.model import Model
 from jinfer.qlayout import lay_out
@@ -193,7 +194,7 @@ def take_model(
             raise ValueError("quantization 'gguf' keeps the types of a GGUF file: pass its path")
         if revision is not None:
             raise ValueError(
-                f"revision={revision!r} is for names on the hub, this one is in memory"
+                f"revision={shown(revision)} is for names on the hub, this one is in memory"
             )
         params = weights.take(model, params)
         own_dtype = str(params["embed"]["w"].dtype)

@@ -279,6 +279,8 @@ def check_weight(w: Any, name: str = "weight") -> None:
         raise TypeError(f"{name} must be an array of floats, got {shown(w)}")
     require(w.ndim >= 2, f"a {name} is [..., I, O], got shape {list(w.shape)}")
     require(w.size > 0, f"{name} is empty: {list(w.shape)}")
+    is_gone = isinstance(w, Array) and not isinstance(w, Tracer) and w.is_deleted()
+    require(not is_gone, f"{name} was donated or deleted: its values are gone")
 
 
 def read_target(fmt: Any, scale_dtype: Any, grid: Any = "full") -> jnp.dtype:

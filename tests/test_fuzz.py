@@ -112,9 +112,9 @@ def test_a_finding_is_shown_without_the_arguments_that_do_not_matter(fuzzing):
 @pytest.mark.parametrize("name", ["python", "jax", "cli"])
 def test_a_case_is_its_seed_and_number(fuzzing, name):
     door = fuzzing[f"{name}_door"].make()
-    pairs = [[fuzzing["loop"].make_case(door, 3, n) for n in range(25)] for _ in range(2)]
+    pairs = [[fuzzing["loop"].make_case(door, 3, n) for n in range(12)] for _ in range(2)]
     texts = [[case.text(case.fields) for case in cases] for cases in pairs]
-    assert len(set(texts[0])) > 15
+    assert len(set(texts[0])) > 7
     assert [t for t in texts[0] if " at 0x" not in t] == [t for t in texts[1] if " at 0x" not in t]
 
 

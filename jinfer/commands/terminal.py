@@ -98,7 +98,7 @@ def one_line(error: Exception) -> str:
     """Says what an error means to a user, in one line; names its type when it is unexpected."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}"
+        return shorten(f"{where}{error.strerror}")
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (ValueError, OSError, GenerationError)):
         return shorten(text)

@@ -73,8 +73,11 @@ def read_safetensors_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     range the last counts) and sizes of 2**62 beside a 0; both are refused here.
 
     Raises:
+      FileNotFoundError: it is a folder.
       ValueError: the file is cut short, or its header is not one.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: safetensors are expected there")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")

@@ -140,6 +140,7 @@ class CliDoor:
         if "sampling-params" in fields:
             names = (*names, *cli_fields.SAMPLING_NAMES)
         values = [w for word in fields.values() for w in word if len(w) > 2]
+        values += ["'.'" for word in fields.values() for w in word if w == "" or w[-1:] == "="]
         values += [str(Path(w).parent) for w in values if "/" in w]
         own = (*keys, *more, *names, *(w.lstrip("-") for w in given), *values, "argument")
         about = "" if model is None else f"  MODEL = {model}"
@@ -174,7 +175,8 @@ class CliDoor:
         if done.error is not None:
             raise _as_refusal(done.error)
         if done.status:
-            raise ValueError(done.stderr.strip().splitlines()[-1])
+            lines = [x for x in done.stderr.splitlines() if x.startswith("jinfer: error:")]
+            raise ValueError(lines[-1])
         return done
 
     @contextlib.contextmanager

@@ -8,6 +8,7 @@ from tiny_models import make_model
 
 import jinfer
 from jinfer import qtensor
+from jinfer.commands.terminal import one_line
 from jinfer.config import ModelConfig, RopeConfig, SpeculativeConfig
 from jinfer.qformat import QFormat
 from jinfer.quant.gptq import quantize_gptq
@@ -15,6 +16,7 @@ from jinfer.quant.hqq import quantize_hqq
 from jinfer.quant.recipe import Method, make_method, parse_quantization
 from jinfer.quant.rtn import quantize_rtn
 from jinfer.weights.fill import resolve_dtype
+from jinfer.weights.hf_files import read_safetensors_header
 
 VOCAB = 31
 KEY = jax.random.key(0)
@@ -160,3 +162,22 @@ def test_sizes_beyond_the_model_or_the_memory_are_refused(params, tmp_path):
     for tree in (1e308, "ab", W):
         config = {"method": "medusa", "heads": "nowhere", "tree": tree}
         refused(lambda config=config: SpeculativeConfig.of(config), "tree")
+
+
+@pytest.mark.parametrize("quantize", [qtensor.quantize, quantize_rtn, quantize_hqq, quantize_gptq])
+def test_a_deleted_weight_is_named(quantize):
+    w = jnp.array(W)
+    w.delete()
+    rest = {"hessian": np.eye(32, dtype=np.float32)} if quantize is quantize_gptq else {}
+    refused(lambda: quantize(w=w, fmt=FMT, **rest), "weight was donated or deleted")
+
+
+def test_a_folder_in_the_place_of_safetensors_is_named(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is no file"):
+        read_safetensors_header(tmp_path / "model.safetensors")
+
+
+def test_a_path_with_a_line_break_is_one_line_of_error():
+    error = FileNotFoundError(2, "No such file or directory", "a\nb")
+    assert one_line(error) == "a b: No such file or directory"
