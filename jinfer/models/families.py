@@ -85,8 +85,8 @@ def is_linear(path: Path) -> bool:
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")  # of multimodal Gemma 3
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"experts\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
+_LAYER = re.compile(r"layers\.(\d{1,9})\.(.+)")
+_EXPERT = re.compile(r"experts\.(\d{1,9})\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
 _EXPERT_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
@@ -119,7 +119,7 @@ def placements(config: ModelConfig, name: str) -> tuple[Placement, ...]:
     shapes = expected_shapes(config)
     if not found or any(place.path not in shapes for place in found):
         raise ValueError(
-            f"the checkpoint has a tensor {name!r} which a {config.family} model of this config "
+            f"there is a tensor {name!r} which a {config.family} model of this config "
             f"({config.num_layers} layers) has no place for; its tensors are spelled like "
             f"{', '.join(_layer_names(config, 0))}, model.embed_tokens.weight, model.norm.weight"
         )

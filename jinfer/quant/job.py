@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import SequenceKey
 
 from jinfer.config import require
-from jinfer.models.families import is_linear, names_of, placements
+from jinfer.models.families import is_linear, names_of
 from jinfer.models.model import Model
 from jinfer.qformat import QFormat
 from jinfer.qlayout import lay_out
@@ -29,7 +29,7 @@ from jinfer.quant.sensitivity import Choice
 from jinfer.quant.solve import Row, stand_in
 from jinfer.quant.unfinished import Unfinished
 from jinfer.typing import Params
-from jinfer.weights.fill import Checkpoint
+from jinfer.weights.fill import Checkpoint, places_of
 from jinfer.weights.hf import HFCheckpoint
 from jinfer.weights.hf_files import read_safetensors_header
 from jinfer.weights.save import check_export, check_free, save_folder
@@ -195,7 +195,10 @@ def run_job(
 def check_source(checkpoint: Checkpoint) -> None:
     """Raises ValueError if a linear is stored quantized: it would be rounded a second time."""
     for name in checkpoint.quantized_names if isinstance(checkpoint, HFCheckpoint) else ():
-        if any(is_linear(place.path) for place in placements(checkpoint.config, name)):
+        if any(
+            is_linear(place.path)
+            for place in places_of(checkpoint.config, name, f"checkpoint {checkpoint.path}")
+        ):
             raise ValueError(
                 f"{checkpoint.path}: {name.removesuffix('.weight')} is quantized already; quantize "
                 f"the float model, or write the folder in another format with `jinfer convert`"

@@ -151,6 +151,14 @@ def forms_of(pieces: Pieces, weights: Sequence[Weight | None]) -> dict[int, QFor
     }
 
 
+def places_of(config: ModelConfig, name: str, where: str) -> tuple[Placement, ...]:
+    """Returns where a tensor goes; raises ValueError, naming the checkpoint too, if nowhere."""
+    try:
+        return placements(config, name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def plan_of(checkpoint: Checkpoint) -> dict[Path, Pieces]:
     """Returns the pieces of each parameter, in the order of `expected_shapes`.
 
@@ -161,7 +169,7 @@ def plan_of(checkpoint: Checkpoint) -> dict[Path, Pieces]:
     expected = expected_shapes(config)
     plan: dict[Path, Pieces] = {path: [] for path in expected}
     for name, shape in checkpoint.shapes.items():
-        places, label = placements(config, name), checkpoint.label(name)
+        places, label = places_of(config, name, where), checkpoint.label(name)
         for place in places:
             _check_shape(config, label, shape, place, where)
             taken = plan[place.path]

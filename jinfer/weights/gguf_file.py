@@ -40,6 +40,7 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_DEPTH = 8  # arrays of arrays; no key that anybody writes has more than 2
 _MAX_DIMS = 4  # ggml's
 _MAX_SIZE = 1 << 40  # of one axis
+_MAX_NAME = 255  # characters of a tensor's name, four times ggml's, and of a key in an error
 _MIN_ROW_BYTES, _MIN_KEY_BYTES = 24, 13  # an entry of the tensor table, of the metadata
 
 
@@ -157,8 +158,8 @@ class GGUFFile:
         for _ in range(num_keys):
             key = cursor.string()
             if key in self.metadata:
-                raise cursor.damaged(f"it has the metadata {key!r} twice")
-            self.metadata[key] = cursor.value(key, cursor.unpack("I"))
+                raise cursor.damaged(f"it has the metadata {key[:_MAX_NAME]!r} twice")
+            self.metadata[key] = cursor.value(key[:_MAX_NAME], cursor.unpack("I"))
         check_metadata(self.path, self.metadata)
         rows = self._read_rows(cursor, num_tensors)
         self.tensors: dict[str, GGUFTensor] = self._place(cursor, rows)
@@ -169,6 +170,8 @@ class GGUFFile:
         rows: dict[str, tuple[Any, ...]] = {}
         for _ in range(num_tensors):
             name, num_dims = cursor.string(), cursor.unpack("I")
+            if len(name) > _MAX_NAME:
+                raise cursor.damaged(f"a tensor's name has {len(name)} characters")
             if not 0 < num_dims <= _MAX_DIMS:
                 raise cursor.damaged(
                     f"tensor {name!r} has {num_dims} dimensions, expected 1 to {_MAX_DIMS}"

@@ -232,7 +232,7 @@ def _is_right(field: Field, value: Any, num_layers: Any, num_tokens: int | None)
 def _wrong(path: pathlib.Path, key: str, value: Any, asked: str) -> ValueError:
     shown = value if not isinstance(value, np.ndarray) else value[:8].tolist()
     size = f" ({len(value)} values)" if isinstance(value, list | np.ndarray) else ""
-    return ValueError(f"{path}: {key} must be {asked}, got {reprlib.repr(shown)}{size}")
+    return ValueError(f"{path}: {key[:255]} must be {asked}, got {reprlib.repr(shown)}{size}")
 
 
 def _check_tokens(path: pathlib.Path, key: str, value: Any, num_tokens: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jinfer.config import ModelConfig
 from jinfer.models.families import Path, config_from_hf, names_of, placements
 from jinfer.models.hf_fields import END_TOKENS
-from jinfer.weights.fill import DTYPES
+from jinfer.weights.fill import DTYPES, places_of
 from jinfer.weights.hf_files import (
     INDEX,
     STORED_DTYPES,
@@ -156,7 +156,9 @@ class HFCheckpoint:
                 self._apart[name] = self._tensors.pop(name)
             elif self._is_empty_bias(config, name):
                 self._apart[name] = self._tensors.pop(name)
-            elif tensor.dtype_name not in STORED_DTYPES and placements(config, name):
+            elif tensor.dtype_name not in STORED_DTYPES and places_of(
+                config, name, f"checkpoint {self.path}"
+            ):
                 raise ValueError(
                     f"{name} in {tensor.path} is stored as {tensor.dtype_name}; "
                     f"supported: {', '.join(STORED_DTYPES)}"

@@ -37,6 +37,7 @@ _CODE_DTYPES: dict[str, np.dtype[Any]] = {
 }
 _DTYPES = STORED_DTYPES | _CODE_DTYPES
 _MAX_SIZE = 1 << 40  # of one axis: more than any file has, and every product fits 64 bits or fails
+_MAX_TENSOR_NAME = 500
 _MAX_NAME_BYTES = 255  # of a file, as file systems have it
 
 
@@ -88,7 +89,7 @@ def read_safetensors_header(path: pathlib.Path) -> dict[str, StoredTensor]:
             )
         try:
             header = json.loads(file.read(start - 8), object_pairs_hook=_without_duplicates)
-            rows = {name: _row(r) for name, r in header.items() if name != "__metadata__"}
+            rows = {name: _row(name, r) for name, r in header.items() if name != "__metadata__"}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} has a damaged safetensors header ({error})") from error
     for name, (_, _, _, end) in rows.items():
@@ -118,8 +119,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _row(row: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+def _row(name: str, row: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     """Type, shape, begin and end of a tensor; raises what it may if a header has no such row."""
+    if len(name) > _MAX_TENSOR_NAME:
+        raise ValueError(f"a tensor's name has {len(name)} characters")
     shape, (begin, end) = tuple(row["shape"]), row["data_offsets"]
     numbers = (*shape, begin, end)
     if not isinstance(row["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):

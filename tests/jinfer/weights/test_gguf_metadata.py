@@ -250,3 +250,20 @@ def test_every_key_that_is_read_is_in_the_table():
     read |= set(whole)
     assert len(read) > 50
     assert not read - FIELDS.keys()
+
+
+def test_a_name_of_any_length_is_refused_in_short(tmp_path):
+    """A flipped bit in the length of a name makes one of what follows."""
+    header = HEADERS["llama"]
+    key = "tokenizer.chat_template." + "x" * 3000
+    tensors = {"blk.0." + "9" * 5000: np.ones(1), f"blk.{'9' * 5000}.attn_q.weight": np.ones(1)}
+    for name, tensor in tensors.items():
+        grown = Header(header.metadata, {**header.tensors, name: tensor})
+        assert "name has" in str(outcome(tmp_path / "model.gguf", grown.dump()[0]))
+    many_digits = Header(
+        header.metadata, {**header.tensors, f"blk.{'9' * 200}.attn_q.weight": tensor}
+    )
+    assert "no place for it" in str(outcome(tmp_path / "model.gguf", many_digits.dump()[0]))
+    for kind in (U32, 99):
+        message = outcome(tmp_path / "model.gguf", header.dump(**{key: (kind, scalar(U32, 1))})[0])
+        assert message is not None and key[:200] in message

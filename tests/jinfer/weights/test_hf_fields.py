@@ -88,6 +88,8 @@ def test_every_value_of_every_field_loads_or_is_refused_by_name(folders):
 
 def test_a_layer_count_beyond_the_files_is_refused_before_layers_are_built(folders):
     folder, hf = folders["llama"]
+    (folder / "config.json").write_text(json.dumps({**hf, "num_hidden_layers": 1}))
+    assert "no place for" in str(outcome(folder))
     for count in (3, 10_000, 16_384):
         (folder / "config.json").write_text(json.dumps({**hf, "num_hidden_layers": count}))
         message = outcome(folder)
