@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == []:  # argparse makes nothing of "--flag=--"
+            parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
     try:
         status = args.run(args)
         print(end="", flush=True)  # stdout may be None: closed from the start

@@ -98,6 +98,10 @@ def _draft_model(
 
 def _check_tokenizers(own: Any, target: Any, name: str) -> None:
     """Refuses a drafter that gives other ids to some tokens."""
+    for tokenizer in (own, target):
+        if not hasattr(tokenizer, "get_vocab"):
+            kind = type(tokenizer).__name__
+            raise TypeError(f"speculative_config: the tokenizer ({kind}) has no vocabulary")
     ours, theirs = own.get_vocab(), target.get_vocab()
     if ours == theirs:
         return

@@ -360,7 +360,7 @@ class LLM:
             chat_template=self.chat_template if chat_template is None else chat_template,
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
-            tools=tools or None,
+            tools=tools,
             variables=chat_template_kwargs,
         )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)

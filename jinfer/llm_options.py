@@ -250,6 +250,10 @@ def take_tokenizer(
         from jinfer.tokenizer import load_tokenizer
 
         return load_tokenizer(tokenizer, revision=revision)
+    if tokenizer is not None and not (
+        hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")
+    ):
+        raise TypeError(f"tokenizer must be one of transformers or a path, got {shown(tokenizer)}")
     return tokenizer
 
 

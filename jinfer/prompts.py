@@ -227,5 +227,8 @@ def chat_prompts(
         raise ValueError(f"{twice[0]} is an argument of chat: it cannot be in chat_template_kwargs")
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         read_messages(messages)  # raises
+    tools = options.get("tools")
+    if isinstance(tools, (list, tuple)) and not tools:
+        options["tools"] = None
     conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
     return [read_chat(tokenizer, chat, **options, **variables) for chat in conversations]

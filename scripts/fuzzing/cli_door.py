@@ -139,7 +139,7 @@ class CliDoor:
         given = [w for w in argv if w.startswith("--")]
         if "sampling-params" in fields:
             names = (*names, *cli_fields.SAMPLING_NAMES)
-        values = [w for word in fields.values() for w in word if len(w) > 2]
+        values = [w for word in fields.values() for w in word if len(w) > 2 or not w.isascii()]
         values += ["'.'" for word in fields.values() for w in word if w == "" or w[-1:] == "="]
         values += [str(Path(w).parent) for w in values if "/" in w]
         own = (*keys, *more, *names, *(w.lstrip("-") for w in given), *values, "argument")

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import make_model
+from tiny_models import byte_tokenizer, make_model
 
-from jinfer import LLM, BeamSearchParams, SamplingParams, fields
+from jinfer import LLM, BeamSearchParams, SamplingParams, cli, fields
 
 ODD = [
     *(None, True, "", "7", "a\nb", b"a", "x" * 5000, 1.5, float("nan"), 10**400, 1 + 2j, [], {}),
@@ -107,3 +107,31 @@ def test_a_priority_that_is_no_integer_is_refused(make_llm, priority):
 def test_messages_are_one_line_of_limited_length():
     text = fields.one_line(f"x must be\n1, got {'y' * 10**5}; do this")
     assert len(text) < 1100 and text.startswith("x must be 1,") and text.endswith("; do this")
+
+
+def test_a_tokenizer_that_is_none_is_refused(make_llm):
+    for value in ({}, 7, [], b"ab", object(), np.array([1])):
+        with pytest.raises(TypeError, match="tokenizer must be one of transformers or a path"):
+            make_llm(skip_tokenizer_init=False, tokenizer=value)
+
+
+def test_tools_and_flags_of_a_chat_are_named(make_llm):
+    llm = make_llm(
+        skip_tokenizer_init=False,
+        tokenizer=byte_tokenizer(300),
+        chat_template="{{ messages[0].content }}{{ tools }}",
+    )
+    messages = [{"role": "user", "content": "a"}]
+    for value in (jnp.zeros((2, 2)), np.array([]), 7, "ab", {"a": 1}, [1]):
+        with pytest.raises((TypeError, ValueError), match="tools must be a list"):
+            llm.chat(messages, tools=value)
+    for name in ("add_generation_prompt", "continue_final_message"):
+        for value in (jnp.zeros(2), 1, None, "False"):
+            with pytest.raises(ValueError, match=f"{name} must be True or False"):
+                llm.chat(messages, **{name: value})
+
+
+def test_a_flag_without_its_value_is_named(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--dtype=--"])
+    assert "argument --dtype: expected one argument" in capsys.readouterr().err
