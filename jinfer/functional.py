@@ -85,6 +85,9 @@ def generate(
         missing, or a value that is not traced is out of range.
       TypeError: an argument is of another kind.
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be a Model, got {type(model).__name__}")
+    params = inputs.examine(model, params)
     tokens = inputs.read_tokens(tokens, model.config.vocab_size)
     if tokens.ndim != 2 or tokens.size == 0:
         raise ValueError(f"tokens must be [B, T], neither 0, got {list(tokens.shape)}")
@@ -113,7 +116,7 @@ def generate(
             f"{model.config.max_context_len} positions the model was made for"
         )
     args = _sample_args(num_rows, temperature, top_k, top_p, min_p)
-    row_keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(num_rows))
+    row_keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(num_rows, dtype=jnp.int32))
 
     hidden, cache = _prefill(model, params, tokens, lens, prompt_width + max_new_tokens - 1)
     last = jnp.take_along_axis(hidden, (lens - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
@@ -206,7 +209,7 @@ def _decode(
 ) -> tuple[Array, tuple[Array, Array]]:
     """Runs one token a row at `positions` [B]; returns hidden [B, D] and the cache."""
     config = model.config
-    rows = jnp.arange(tokens.shape[0])
+    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
 
     def attend(layer: Any, q: Array, k: Array, v: Array, cache: Any, *, window: int | None):
         keys = cache[0].at[layer, rows, positions].set(k[:, 0].astype(cache[0].dtype))

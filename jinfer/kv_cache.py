@@ -191,7 +191,9 @@ def copy_pages(
     def copy(pool: Array) -> Array:
         pages = pool[src_pages]  # [L, N, K, B, ...]
         if num_tokens is not None:
-            is_copied = jnp.arange(kv.page_size)[None] < num_tokens[:, None]  # [N, B]
+            is_copied = (
+                jnp.arange(kv.page_size, dtype=jnp.int32)[None] < num_tokens[:, None]
+            )  # [N, B]
             shape = (1, src.shape[0], 1, kv.page_size, *[1] * (pool.ndim - 3))
             pages = jnp.where(is_copied.reshape(shape), pages, jnp.zeros((), pool.dtype))
         return pool.at[dst_pages].set(pages, mode="drop")
@@ -233,7 +235,7 @@ def write_pages(kv: KVCache, contents: Sequence[Any], pages: Int[Array, "N"]) ->
 
 def _in_all_layers(kv: KVCache, pages: Int[Array, "N"]) -> Array:
     """Returns [L, N] pool pages; those out of range in a layer are so in the pool, too."""
-    layers = jnp.arange(kv.num_layers)[:, None] * kv.num_pages
+    layers = jnp.arange(kv.num_layers, dtype=jnp.int32)[:, None] * kv.num_pages
     is_page = (pages >= 0) & (pages < kv.num_pages)
     return jnp.where(is_page[None], layers + pages[None], kv.num_layers * kv.num_pages)
 
@@ -262,7 +264,7 @@ def _as_rows(pool: Array, pages: Array, offsets: Array) -> tuple[Array, Array]:
     pool around first, so that they lie side by side, and back afterwards, in every layer.
     """
     num_pages, num_heads, page_size, *width = pool.shape
-    heads = jnp.arange(num_heads).reshape(*[1] * pages.ndim, num_heads)
+    heads = jnp.arange(num_heads, dtype=jnp.int32).reshape(*[1] * pages.ndim, num_heads)
     pages, offsets = pages[..., None], offsets[..., None]
     places = (pages * num_heads + heads) * page_size + offsets
     num_rows = num_pages * num_heads * page_size

@@ -163,7 +163,7 @@ def dense_attention(
         scores = soft_cap(scores * sm_scale, cap)
 
         if q_positions is None:
-            q_positions = jnp.arange(num_keys - num_queries, num_keys)
+            q_positions = jnp.arange(num_keys - num_queries, num_keys, dtype=jnp.int32)
         q_places = q_positions[..., :, None]  # [..., T, 1]
         k_places = _align(jnp.arange(num_keys, dtype=q_places.dtype), q_places.ndim)
         is_seen = k_places <= q_places

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,65 +10,14 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.models.model import Model, check_uniform
+from jinfer.models.inputs import examine
+from jinfer.models.model import Model
 from jinfer.qkernels import PreparedWeight
 from jinfer.qtensor import QTensor
 from jinfer.tracing import refuse_tracing
 from jinfer.typing import Params
 
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def examine(model: Model, params: Any) -> dict[str, Any]:
-    """Returns a params tree of plain dicts and a tuple of layers, with the leaves as given.
-
-    Raises:
-      TypeError: a part is of another kind than the model's.
-      ValueError: names are missing or unknown, or a shape or a dtype is wrong; the message names
-        the leaf.
-    """
-    return _walk(model, model.abstract_params(), params, "params")
-
-
-def _walk(model: Model, want: Any, got: Any, path: str) -> Any:
-    if isinstance(want, tuple):
-        if isinstance(got, Mapping):
-            check_uniform(model.config)
-            return _walk(model, _stacked(want), got, path)
-        if not isinstance(got, (tuple, list)):
-            raise TypeError(f"{path} must be a tuple of layers, got {type(got).__name__}")
-        if len(got) != len(want):
-            raise ValueError(f"{path} has {len(got)} layers, the model {len(want)}")
-        return tuple(_walk(model, w, g, f"{path}[{i}]") for i, (w, g) in enumerate(zip(want, got)))
-    if isinstance(want, Mapping):
-        if not isinstance(got, Mapping):
-            raise TypeError(f"{path} must be a dict of {sorted(want)}, got {type(got).__name__}")
-        missing, unknown = sorted(want.keys() - got.keys()), got.keys() - want.keys()
-        if missing or unknown:
-            raise ValueError(
-                f"{path} does not fit this {model.config.family} model: missing {missing}, "
-                f"unknown {sorted(map(str, unknown))}"
-            )
-        return {key: _walk(model, want[key], got[key], f"{path}['{key}']") for key in got}
-    _check_leaf(want.shape, got, path)
-    return got
-
-
-def _stacked(layers: Sequence[Any]) -> Any:
-    def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((len(layers), *leaf.shape), leaf.dtype)
-
-    return jax.tree.map(stack, layers[0])
-
-
-def _check_leaf(shape: tuple[int, ...], got: Any, path: str) -> None:
-    is_quantized = isinstance(got, (QTensor, PreparedWeight))
-    if not is_quantized and not isinstance(got, (jax.Array, np.ndarray)):
-        raise TypeError(f"{path} must be an array of JAX or numpy, got {type(got).__name__}")
-    if got.shape != shape:
-        raise ValueError(f"{path} must be of shape {list(shape)}, got {list(got.shape)}")
-    if not is_quantized and not jnp.issubdtype(got.dtype, jnp.floating):
-        raise ValueError(f"{path} must hold floats, got {got.dtype}")
 
 
 def take(model: Model, params: Any, device: Any = None) -> dict[str, Any]:

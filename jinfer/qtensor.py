@@ -368,7 +368,9 @@ def dequantize(x: QTensor, dtype: Any = jnp.float32) -> Array:
     zeros = None if x.zero is None else expand_groups(x.zero, x.fmt, num_inputs, num_outputs)
     w = decode(x.codes(), rows, zeros, x.fmt)
     if x.perm is not None:
-        w = jnp.take_along_axis(w, jnp.argsort(x.perm, axis=-1)[..., None], axis=-2)
+        w = jnp.take_along_axis(
+            w, jnp.argsort(x.perm, axis=-1).astype(jnp.int32)[..., None], axis=-2
+        )
     return w.astype(dtype)
 
 

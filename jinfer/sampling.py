@@ -200,7 +200,7 @@ def _raise_threshold(
         k = args.top_k.astype(jnp.float32)
 
         def holds_k(values: Array) -> Test:
-            return lambda t: jnp.sum(jnp.where(values >= t[:, None], 1.0, 0.0), axis=-1) >= k
+            return lambda t: jnp.sum(values >= t[:, None], axis=-1, dtype=jnp.float32) >= k
 
         edge, _ = search(holds_k, needs_k)
         return jnp.where(needs_k, jnp.maximum(threshold, edge), threshold)
@@ -237,7 +237,7 @@ def _largest(x: Array) -> tuple[Array, Array]:
     """
     num_rows, vocab_size = x.shape
     if vocab_size <= _NUM_BLOCKS * _BLOCK:
-        return x, jnp.full((num_rows,), _NEG_INF)
+        return x, jnp.full((num_rows,), _NEG_INF, jnp.float32)
     padding = -vocab_size % _BLOCK
     blocks = jnp.pad(x, ((0, 0), (0, padding)), constant_values=_NEG_INF)
     blocks = blocks.reshape(num_rows, -1, _BLOCK)
@@ -334,7 +334,7 @@ def top_logprobs(
     """
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     of_token = jnp.take_along_axis(logprobs, tokens[:, None].astype(jnp.int32), axis=-1)  # [S, 1]
-    rank = jnp.sum(jnp.where(logprobs >= of_token, 1.0, 0.0), axis=-1).astype(jnp.int32)
+    rank = jnp.sum(logprobs >= of_token, axis=-1, dtype=jnp.float32).astype(jnp.int32)
     top, ids = lax.top_k(logprobs, k)
     return ids.astype(jnp.int32), top, of_token[:, 0], rank
 

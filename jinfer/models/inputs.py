@@ -6,6 +6,7 @@ Values are checked where they are there; under jit, vmap and grad only kinds and
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,10 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from jinfer.config import ModelConfig
 from jinfer.fields import require, shown
+from jinfer.qkernels import PreparedWeight
+from jinfer.qtensor import QTensor
 
 
 def _as_array(name: str, value: Any, what: str) -> Any:
@@ -122,3 +126,74 @@ def check_key(key: Any) -> None:
     is_raw = is_array and key.dtype == np.uint32 and key.ndim == 1 and key.size in (2, 4)
     if not (is_typed or is_raw):
         raise TypeError(f"key must be one random key, jax.random.key(seed), got {shown(key)}")
+
+
+def check_uniform(config: ModelConfig) -> None:
+    """Raises ValueError, saying why, where the layers are not alike and so cannot be scanned."""
+    if len(set(config.layer_types)) > 1:
+        raise ValueError(
+            f"stacked layers must be alike, but this {config.family} model alternates full and "
+            f'sliding attention ({", ".join(config.layer_types)}); keep params["layers"] a tuple'
+        )
+    kinds = {config.is_moe_layer(i) for i in range(config.num_layers)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"stacked layers must be alike, but layers {list(config.dense_layers)} of this "
+            f'{config.family} model are dense and the others have experts; keep params["layers"] '
+            f"a tuple"
+        )
+
+
+def examine(model: Any, params: Any) -> dict[str, Any]:
+    """Returns a model's params as plain dicts and a tuple of layers, with the leaves as given.
+
+    Raises:
+      TypeError: a part is of another kind than the model's.
+      ValueError: names are missing or unknown, or a shape or a dtype is wrong; the message names
+        the leaf.
+    """
+    return _walk(model, model.abstract_params(), params, "params")
+
+
+def _walk(model: Any, want: Any, got: Any, path: str) -> Any:
+    if isinstance(want, tuple):
+        if isinstance(got, Mapping):
+            check_uniform(model.config)
+            shapes = [jnp.shape(x) for x in jax.tree.leaves(got)]
+            if shapes and shapes[0][:1] != (len(want),):
+                raise ValueError(f"{path} has {[*shapes[0], 0][0]} layers, the model {len(want)}")
+            return _walk(model, _stacked(want), got, path)
+        if not isinstance(got, (tuple, list)):
+            raise TypeError(f"{path} must be a tuple of layers, got {type(got).__name__}")
+        if len(got) != len(want):
+            raise ValueError(f"{path} has {len(got)} layers, the model {len(want)}")
+        return tuple(_walk(model, w, g, f"{path}[{i}]") for i, (w, g) in enumerate(zip(want, got)))
+    if isinstance(want, Mapping):
+        if not isinstance(got, Mapping):
+            raise TypeError(f"{path} must be a dict of {sorted(want)}, got {type(got).__name__}")
+        missing, unknown = sorted(want.keys() - got.keys()), got.keys() - want.keys()
+        if missing or unknown:
+            raise ValueError(
+                f"{path} does not fit this {model.config.family} model: missing {missing}, "
+                f"unknown {sorted(map(str, unknown))}"
+            )
+        return {key: _walk(model, want[key], got[key], f"{path}['{key}']") for key in got}
+    _check_leaf(want.shape, got, path)
+    return got
+
+
+def _stacked(layers: Sequence[Any]) -> Any:
+    def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(layers), *leaf.shape), leaf.dtype)
+
+    return jax.tree.map(stack, layers[0])
+
+
+def _check_leaf(shape: tuple[int, ...], got: Any, path: str) -> None:
+    is_quantized = isinstance(got, (QTensor, PreparedWeight))
+    if not is_quantized and not isinstance(got, (jax.Array, np.ndarray)):
+        raise TypeError(f"{path} must be an array of JAX or numpy, got {type(got).__name__}")
+    if got.shape != shape:
+        raise ValueError(f"{path} must be of shape {list(shape)}, got {list(got.shape)}")
+    if not is_quantized and not jnp.issubdtype(got.dtype, jnp.floating):
+        raise ValueError(f"{path} must hold floats, got {got.dtype}")

@@ -170,9 +170,10 @@ class Model:
           ValueError: they have no axis, or one that is not traced is outside the vocabulary.
         """
         tokens = inputs.read_tokens(tokens, self.config.vocab_size)
+        params = inputs.examine(self, params)
         if tokens.ndim == 0 or tokens.size == 0:
             raise ValueError(f"tokens must be [..., T] with T >= 1, got {list(tokens.shape)}")
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
         context_lens = jnp.full_like(positions, tokens.shape[-1])
         hidden, _ = self.apply(
             params, tokens, positions, self.attend_densely, None, context_lens=context_lens
@@ -236,15 +237,15 @@ class Model:
         attend: Attend,
         cache: Any,
     ) -> tuple[Array, Any]:
-        check_uniform(self.config)
+        inputs.check_uniform(self.config)
         self._check_count(jax.tree.leaves(layers)[0].shape[0])
 
-        def step(carry, inputs):
-            layer, layer_params = inputs
+        def step(carry, xs):
+            layer, layer_params = xs
             x, cache, _ = self._block(0, layer, layer_params, carry[0], ropes, attend, carry[1])
             return (x, cache), None
 
-        indices = jnp.arange(self.config.num_layers)
+        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (x, cache), _ = jax.lax.scan(step, (x, cache), (indices, layers))
         return x, cache
 
@@ -255,25 +256,9 @@ class Model:
             )
 
 
-def check_uniform(config: ModelConfig) -> None:
-    """Raises ValueError, saying why, where the layers are not alike and so cannot be scanned."""
-    if len(set(config.layer_types)) > 1:
-        raise ValueError(
-            f"stacked layers must be alike, but this {config.family} model alternates full and "
-            f'sliding attention ({", ".join(config.layer_types)}); keep params["layers"] a tuple'
-        )
-    kinds = {config.is_moe_layer(i) for i in range(config.num_layers)}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"stacked layers must be alike, but layers {list(config.dense_layers)} of this "
-            f'{config.family} model are dense and the others have experts; keep params["layers"] '
-            f"a tuple"
-        )
-
-
 def stack_layers(config: ModelConfig, params: Params) -> dict[str, Any]:
     """Returns `params` with its tuple of layers stacked into [L, ...] leaves (a copy of them)."""
-    check_uniform(config)
+    inputs.check_uniform(config)
     forms = [_forms(layer) for layer in params["layers"]]
     for i, form in enumerate(forms):
         different = [name for name in form if form[name] != forms[0].get(name)]

@@ -76,7 +76,7 @@ class Experts(nnx.Module):
         places, block_experts, num_used = _arrange(expert_ids.reshape(-1), num_experts, size)
 
         # Which token stands at each place; places that stay empty compute token 0 for nothing.
-        tokens = jnp.arange(num_tokens * num_choices) // num_choices
+        tokens = jnp.arange(num_tokens * num_choices, dtype=jnp.int32) // num_choices
         token_at = jnp.zeros((num_blocks * size,), tokens.dtype).at[places].set(tokens)
         blocks = x[token_at].reshape(num_blocks, size, -1)
         stacks = (self.gate.w.get_value(), self.up.w.get_value(), self.down.w.get_value())
@@ -99,7 +99,7 @@ class Experts(nnx.Module):
             return None, jax.lax.cond(is_used, run_block, skip_block, block, expert)
 
         with jax.named_scope("experts"):
-            is_used = jnp.arange(num_blocks) < num_used
+            is_used = jnp.arange(num_blocks, dtype=jnp.int32) < num_used
             _, (out, hidden) = jax.lax.scan(step, None, (blocks, block_experts, is_used))
 
         def by_token(y: Array) -> Array:
@@ -127,12 +127,16 @@ def _arrange(
     num_blocks = block_sizes(num_rows, num_experts)[1]
     counts = jnp.zeros((num_experts,), jnp.int32).at[expert_ids].add(1)
     blocks = (counts + size - 1) // size  # [E] blocks of each expert
-    block_ends = jnp.cumsum(blocks)
-    first_row = jnp.cumsum(counts) - counts  # [E] in sorted order
+    block_ends = jnp.cumsum(blocks, dtype=jnp.int32)
+    first_row = jnp.cumsum(counts, dtype=jnp.int32) - counts  # [E] in sorted order
     first_place = (block_ends - blocks) * size  # [E]
     order = jnp.argsort(expert_ids, stable=True)
     sorted_ids = expert_ids[order]
-    sorted_places = first_place[sorted_ids] + jnp.arange(num_rows) - first_row[sorted_ids]
+    sorted_places = (
+        first_place[sorted_ids] + jnp.arange(num_rows, dtype=jnp.int32) - first_row[sorted_ids]
+    )
     places = jnp.zeros((num_rows,), sorted_places.dtype).at[order].set(sorted_places)
-    block_experts = jnp.searchsorted(block_ends, jnp.arange(num_blocks), side="right")
+    block_experts = jnp.searchsorted(
+        block_ends, jnp.arange(num_blocks, dtype=jnp.int32), side="right"
+    )
     return places, jnp.minimum(block_experts, num_experts - 1), block_ends[-1]

@@ -107,7 +107,7 @@ def _search_scales(
         found = centre, jnp.where(is_better, i, best_i), jnp.where(is_better, new, best)
         return found, None
 
-    ones = jnp.ones(num_inputs)
+    ones = jnp.ones(num_inputs, jnp.float32)
     plain = loss(ones)
     zero = jnp.int32(0)
     _, best_i, best = lax.scan(step, (zero, zero, jnp.float32(jnp.inf)), _trials())[0]
@@ -133,8 +133,8 @@ def _trials() -> tuple[Array, Array, Array]:
 def _pool(values: Array, ties: Array) -> Array:
     """Each input's mean over the inputs tied to it."""
     num = values.shape[0]
-    sums = jnp.zeros(num).at[ties].add(values)
-    counts = jnp.zeros(num).at[ties].add(1.0)
+    sums = jnp.zeros(num, jnp.float32).at[ties].add(values)
+    counts = jnp.zeros(num, jnp.float32).at[ties].add(1.0)
     return (sums / jnp.maximum(counts, 1.0))[ties]
 
 
@@ -182,7 +182,7 @@ def clip_weights(w: Array, gram: Array, fmt: QFormat) -> Array:
     num_groups = parts.shape[0]
     pad = num_groups * group - num_inputs
     blocks = jnp.pad(gram, ((0, pad), (0, pad))).reshape(num_groups, group, num_groups, group)
-    diagonal = jnp.arange(num_groups)
+    diagonal = jnp.arange(num_groups, dtype=jnp.int32)
     blocks = blocks[diagonal, :, diagonal, :]  # [G, g, g]
     amax = jnp.max(jnp.abs(parts), axis=1, keepdims=True)  # [G, 1, O]
 

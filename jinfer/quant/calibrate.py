@@ -79,7 +79,7 @@ def measure(x: Array, stride: int = 1) -> InputStats:
         abs_sum = total[0] + jnp.dot(ones, size, precision=lax.Precision.HIGHEST)
         return (abs_sum, jnp.maximum(total[1], jnp.max(size, axis=0))), None
 
-    zero = jnp.zeros(num_inputs)
+    zero = jnp.zeros(num_inputs, jnp.float32)
     abs_sum, abs_max = lax.scan(add, (zero, zero), x)[0]
     return InputStats(gram(x[::stride]), abs_sum, abs_max, jnp.int32(x.size // num_inputs))
 
@@ -93,7 +93,7 @@ def measure_drift(x: Array, reference: Array) -> Array:
         x, reference = (a.reshape(-1, num_inputs).astype(jnp.float32) for a in pair)
         return total + dot_transposed(x, reference - x), None
 
-    return lax.scan(add, jnp.zeros((num_inputs, num_inputs)), (x, reference))[0]
+    return lax.scan(add, jnp.zeros((num_inputs, num_inputs), jnp.float32), (x, reference))[0]
 
 
 def chunks_of(tokens: Array) -> Array:
@@ -140,7 +140,7 @@ def embed(model: Model, params: Params, tokens: Array) -> Array:
 def _run_block(
     model: Model, kind: int, layer_params: Params, x: Array
 ) -> tuple[Array, None, block.Taps]:
-    positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
+    positions = jnp.broadcast_to(jnp.arange(x.shape[-2], dtype=jnp.int32), x.shape[:-1])
     lens = jnp.full_like(positions, x.shape[-2])
     attend = functools.partial(_attend, model)
     return model.block_with_taps(kind, layer_params, x, positions, attend, None, context_lens=lens)

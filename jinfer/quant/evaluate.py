@@ -97,7 +97,7 @@ def _log_softmax(logits: Array) -> Array:
 
 def _sum(x: Array) -> Array:
     """[T, V] -> [T]: by a product with ones, ten times as fast as jnp.sum on CPUs."""
-    return jnp.dot(x, jnp.ones(x.shape[1]), precision=lax.Precision.HIGHEST)
+    return jnp.dot(x, jnp.ones(x.shape[1], jnp.float32), precision=lax.Precision.HIGHEST)
 
 
 @jax.jit

@@ -97,7 +97,7 @@ def inverse_cholesky(a: Array) -> Array:
 def _leaf(a: Array) -> Array:
     """As `inverse_cholesky`: eliminates a's rows one by one from [a | I], scaled by the pivots."""
     size = a.shape[0]
-    places = jnp.arange(size)
+    places = jnp.arange(size, dtype=jnp.int32)
 
     def eliminate(i: Array, both: Array) -> Array:
         row = lax.dynamic_index_in_dim(both, i, keepdims=False)
@@ -111,7 +111,7 @@ def _leaf(a: Array) -> Array:
         )
 
     both = jnp.concatenate([a, jnp.eye(size, dtype=a.dtype)], axis=1)
-    return lax.fori_loop(0, size, eliminate, both)[:, size:]
+    return lax.fori_loop(jnp.int32(0), jnp.int32(size), eliminate, both)[:, size:]
 
 
 def dot_transposed(a: Array, b: Array) -> Array:

@@ -37,8 +37,8 @@ def head_ties(num_heads: int, num_kv_heads: int, head_dim: int) -> Array:
         input of o    0 1 | 2 3 | 4 5 | 6 7
         output of v   0 1 | 0 1 | 2 3 | 2 3
     """
-    heads = jnp.arange(num_heads) // (num_heads // num_kv_heads)
-    return (heads[:, None] * head_dim + jnp.arange(head_dim)[None, :]).reshape(-1)
+    heads = jnp.arange(num_heads, dtype=jnp.int32) // (num_heads // num_kv_heads)
+    return (heads[:, None] * head_dim + jnp.arange(head_dim, dtype=jnp.int32)[None, :]).reshape(-1)
 
 
 def producer_scales(s: Array, ties: Array, num_outputs: int) -> Array:

@@ -201,7 +201,7 @@ def _round(
     costs = 1 / jnp.square(jnp.diagonal(upper))  # of an error, in the order of turns
     is_sequential = static_groups or order != "act"
     if static_groups:
-        scale, zero = find(w, fmt, jnp.zeros(num_inputs).at[perm].set(costs))
+        scale, zero = find(w, fmt, jnp.zeros(num_inputs, jnp.float32).at[perm].set(costs))
         ids = group_ids if order != "act" else perm // group
     else:
         shape = (num_groups, num_outputs)
@@ -216,11 +216,13 @@ def _round(
     rows = jnp.pad(w[perm], ((0, pad), (0, 0)))
     ids = jnp.pad(ids, (0, pad), constant_values=num_groups - 1)
     upper = jnp.pad(upper, ((0, pad), (0, pad)))
-    upper = upper + jnp.diag((jnp.arange(padded) >= num_inputs).astype(jnp.float32))
+    upper = upper + jnp.diag(
+        (jnp.arange(padded, dtype=jnp.int32) >= num_inputs).astype(jnp.float32)
+    )
     costs = jnp.pad(costs, (0, pad))
 
     def refit(rows: Array, start: Array, table):
-        fresh = lax.dynamic_slice(rows, (start, 0), (group, num_outputs))
+        fresh = lax.dynamic_slice(rows, (start, jnp.int32(0)), (group, num_outputs))
         whole = dataclasses.replace(fmt, group=-1)
         new = find(fresh, whole, lax.dynamic_slice(costs, (start,), (group,)))
         return jax.tree.map(lambda t, n: t.at[ids[start]].set(n[0]), table, new)
@@ -230,7 +232,7 @@ def _round(
     def run_block(carry, index):
         rows, table = carry
         first = index * BLOCK
-        upper_rows = lax.dynamic_slice(upper, (first, 0), (BLOCK, padded))
+        upper_rows = lax.dynamic_slice(upper, (first, jnp.int32(0)), (BLOCK, padded))
 
         def run_part(inner, part_index):
             # Inside a block, parts of few inputs: each step of their loop then works on few rows.
@@ -240,12 +242,14 @@ def _round(
             if not static_groups:  # a group starts where a part does
 
                 def refit_here(table):
-                    return refit(lax.dynamic_update_slice(rows, current, (first, 0)), turn, table)
+                    return refit(
+                        lax.dynamic_update_slice(rows, current, (first, jnp.int32(0))), turn, table
+                    )
 
                 is_start = (turn % group == 0) & (turn < num_inputs)
                 table = lax.cond(is_start, refit_here, lambda t: t, table)
             part_rows = lax.dynamic_slice(upper_rows, (begin, first), (part_size, BLOCK))
-            factor = lax.dynamic_slice(part_rows, (0, begin), (part_size, part_size))
+            factor = lax.dynamic_slice(part_rows, (jnp.int32(0), begin), (part_size, part_size))
             pivots = jnp.diagonal(factor)
             part_ids = lax.dynamic_slice(ids, (turn,), (part_size,))
             grids = jax.tree.map(lambda t: t[part_ids], table)
@@ -261,23 +265,23 @@ def _round(
                 error = row - decode(code, s, z, fmt)
                 return (part, ratios, error), (code, error)
 
-            part = lax.dynamic_slice(current, (begin, 0), (part_size, num_outputs))
-            state = (part, jnp.zeros(part_size), jnp.zeros(num_outputs))
-            columns = (jnp.arange(part_size), factor / pivots[:, None], grids)
+            part = lax.dynamic_slice(current, (begin, jnp.int32(0)), (part_size, num_outputs))
+            state = (part, jnp.zeros(part_size, jnp.float32), jnp.zeros(num_outputs, jnp.float32))
+            columns = (jnp.arange(part_size, dtype=jnp.int32), factor / pivots[:, None], grids)
             _, (codes, errors) = lax.scan(run_column, state, columns)
             errors = errors / pivots[:, None]
             current = current - pass_on(part_rows, begin + part_size, errors)
             return (current, table), (codes, errors)
 
-        current = lax.dynamic_slice(rows, (first, 0), (BLOCK, num_outputs))
+        current = lax.dynamic_slice(rows, (first, jnp.int32(0)), (BLOCK, num_outputs))
         (_, table), (codes, errors) = lax.scan(
-            run_part, (current, table), jnp.arange(BLOCK // part_size)
+            run_part, (current, table), jnp.arange(BLOCK // part_size, dtype=jnp.int32)
         )
         rows = rows - pass_on(upper_rows, first + BLOCK, errors.reshape(BLOCK, num_outputs))
         return (rows, table), codes
 
     (_, (scale, zero)), codes = lax.scan(
-        run_block, (rows, (scale, zero)), jnp.arange(padded // BLOCK)
+        run_block, (rows, (scale, zero)), jnp.arange(padded // BLOCK, dtype=jnp.int32)
     )
     codes = codes.reshape(padded, num_outputs)[:num_inputs]
     if is_sequential:
@@ -307,7 +311,7 @@ _round_jit = jax.jit(_round, static_argnums=(2, 3, 4, 5, 6, 7))
 
 def pass_on(upper_rows: Array, start: Array, errors: Array) -> Array:
     """What rows from `start` on lose for `errors` [B, O]: upper_rows[:, start:]^T errors."""
-    is_later = jnp.arange(upper_rows.shape[1]) >= start
+    is_later = jnp.arange(upper_rows.shape[1], dtype=jnp.int32) >= start
     upper_rows = jnp.where(is_later[None, :], upper_rows, 0.0)
     return dot_transposed(upper_rows, errors)
 
@@ -317,11 +321,11 @@ def _column_order(
 ) -> tuple[Array, Array]:
     """Inputs in the order of their turn, and the group of each turn."""
     num_inputs = diagonal.shape[0]
-    places = jnp.arange(num_inputs)
+    places = jnp.arange(num_inputs, dtype=jnp.int32)
     if order == "none":
         return places, places // group
     if order == "act":
-        return jnp.argsort(-diagonal, stable=True), places // group
+        return jnp.argsort(-diagonal, stable=True).astype(jnp.int32), places // group
     # A short last group stays last, so that turn t always belongs to the (t // group)-th group.
     padded = jnp.pad(
         diagonal, (0, num_groups * group - num_inputs), constant_values=-jnp.inf

@@ -62,7 +62,9 @@ def _solve(w: Array, fmt: QFormat, scale_dtype: Any) -> QTensor:
     if fmt.bits == 4:
         zero = jnp.round(zero)  # as in its code: a start on the grid
     rows = expand_groups(scale.astype(jnp.float32), fmt, num_inputs, num_outputs)
-    sizes = reduce_groups(jnp.ones((num_inputs, 1)), dataclasses.replace(fmt, group=group), jnp.sum)
+    sizes = reduce_groups(
+        jnp.ones((num_inputs, 1), jnp.float32), dataclasses.replace(fmt, group=group), jnp.sum
+    )
 
     def spread(z: Array) -> Array:
         return expand_groups(z, fmt, num_inputs, num_outputs)

@@ -110,7 +110,7 @@ def rotate_heads(rotation: Array, num_heads: int) -> Array:
     With grouped queries v has K heads and o has N: call it once with each.
     """
     require(rotation.ndim == 2, f"a rotation is [H, H], got {list(rotation.shape)}")
-    return jnp.kron(jnp.eye(num_heads), rotation)
+    return jnp.kron(jnp.eye(num_heads, dtype=jnp.float32), rotation)
 
 
 def _dot(a: Array, b: Array) -> Array:

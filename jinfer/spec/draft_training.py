@@ -56,7 +56,7 @@ def most_places(spans: Int[np.ndarray, "N 2"]) -> int:
 
 def _places(spans: Array, most: int) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
     """Returns the places after which drafts are made, and whether each is one."""
-    places = jnp.maximum(spans[:, :1] - 1, 0) + jnp.arange(most)[None]
+    places = jnp.maximum(spans[:, :1] - 1, 0) + jnp.arange(most, dtype=jnp.int32)[None]
     is_there = places < spans[:, 1:]
     return jnp.where(is_there, places, 0), is_there
 

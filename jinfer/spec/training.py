@@ -101,7 +101,7 @@ def batch_rows(step: int, num_rows: int, config: TrainingConfig) -> np.ndarray:
 
 def hidden_states(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Array:
     """Returns [B, T, D] of texts of at most T tokens."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     context_lens = jnp.full_like(positions, tokens.shape[1])
     hidden, _ = model.apply(
         params, tokens, positions, model.attend_densely, None, context_lens=context_lens

@@ -121,6 +121,6 @@ def _likely_child(
     threshold = jnp.minimum(epsilon, alpha * jnp.exp(-entropy))
     of_nodes = jnp.take_along_axis(p.T, nodes.tokens, axis=0)  # [N1, S]
     score = jnp.where(is_child & (of_nodes > threshold[None]), of_nodes, -1.0)
-    best = jnp.argmax(score, axis=0)[None]
+    best = jnp.argmax(score, axis=0).astype(jnp.int32)[None]
     is_there = jnp.take_along_axis(score, best, axis=0)[0] > 0.0
     return jnp.where(is_there, jnp.take_along_axis(nodes.tokens, best, axis=0)[0], tokens)

@@ -46,7 +46,7 @@ def run(
     """Computes (x * x_scale) @ ((w - zero) * w_scale); scales [1 or M, 1] and [1, 1 or N]."""
     y = int8_dot(x, w, layout).astype(jnp.float32)
     if zero is not None:
-        sums = x.astype(jnp.int32).sum(axis=1, keepdims=True).astype(jnp.float32)
+        sums = x.sum(axis=1, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
         y = y - sums * zero.astype(jnp.float32).reshape(1, -1)
     y = y * w_scale.astype(jnp.float32)
     return (y * x_scale.astype(jnp.float32)).astype(out_dtype)

@@ -324,7 +324,7 @@ def _list_items(
     else:
         per_wave = -(-_num_cores() // num_kv_heads)
         extra = 4 * per_wave
-        total = blocks.num.sum()
+        total = blocks.num.sum(dtype=jnp.int32)
         size = jnp.clip(-(-total // per_wave), chosen.min_part, chosen.max_part)
         size = jnp.maximum(size, -(-total // extra))
         size = jnp.maximum(size, launch.stride)  # no part but the last leaves a warpgroup idle
@@ -332,8 +332,8 @@ def _list_items(
         size = -(-blocks.num // jnp.maximum(count, 1))
         count = -(-blocks.num // jnp.maximum(size, 1))
         num_items = min(num_tiles + extra, num_tiles * launch.num_parts)
-    ends = jnp.cumsum(count)
-    index = jnp.arange(num_items)
+    ends = jnp.cumsum(count, dtype=jnp.int32)
+    index = jnp.arange(num_items, dtype=jnp.int32)
     tile = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
     is_live = tile < num_tiles
     tile = jnp.minimum(tile, num_tiles - 1)
@@ -343,7 +343,7 @@ def _list_items(
     first = blocks.first[tile] + offset
     full_first = jnp.clip(blocks.full_first[tile] - first, 0, num)
     full_end = jnp.clip(blocks.full_end[tile] - first, full_first, num)
-    fields: list[jax.Array] = [jnp.zeros(())] * kernel.ITEM_FIELDS
+    fields: list[jax.Array] = [jnp.zeros((), jnp.int32)] * kernel.ITEM_FIELDS
     fields[kernel.TILE], fields[kernel.SEQ], fields[kernel.PART] = tile, tiles.seq[tile], part
     fields[kernel.FIRST_BLOCK], fields[kernel.NUM_BLOCKS] = first, num
     fields[kernel.FULL_FIRST], fields[kernel.FULL_END] = full_first, full_end
@@ -360,7 +360,7 @@ def _list_items(
 def _merge(out: jax.Array, lse: jax.Array, num_written: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Merges the parts of each tile by their lse: ([tiles, K, R, H], f32 [tiles, K, R])."""
     parts = out.shape[1]
-    is_written = jnp.arange(parts)[None, :] < num_written[:, None]
+    is_written = jnp.arange(parts, dtype=jnp.int32)[None, :] < num_written[:, None]
     lse = jnp.where(is_written[:, :, None, None], lse, -jnp.inf)
     if parts == 1:
         return jnp.where(is_written[:, :, None, None, None], out, 0)[:, 0], lse[:, 0]

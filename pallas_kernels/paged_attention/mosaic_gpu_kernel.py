@@ -457,8 +457,8 @@ def _attend_role(
 
     plgpu.barrier_wait(scratch["q_full"])
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-    top, total = (plgpu.layout_cast(jnp.full((ROWS,), x), row_layout) for x in (_LOWEST, 0.0))
-    carry = (zeros, top, total)
+    top = plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), row_layout)
+    carry = (zeros, top, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout))
     masked = functools.partial(step, is_masked=True, may_end=True)
     if launch.share_keys:
         full_first, full_end = items_g[item, FULL_FIRST], items_g[item, FULL_END]

@@ -117,9 +117,9 @@ def run(
     is_one = q_lens == 1
     # Decodes come after: first, their result [T, N, H] would lie about while chunks need most room.
     q, out, lse = lax.optimization_barrier((q, out, lse))
-    decoded, decoded_lse = _run_tiles(q, *call[1:], q_lens=jnp.where(is_one, 1, 0), max_q_len=1)
+    decoded, decoded_lse = _run_tiles(q, *call[1:], q_lens=is_one.astype(jnp.int32), max_q_len=1)
     # Each token is in at most one of the two, and zero in the other.
-    token = jnp.arange(q.shape[0])
+    token = jnp.arange(q.shape[0], dtype=jnp.int32)
     seq = jnp.searchsorted(q_starts[1:], token, side="right", method="compare_all")
     is_decoded = is_one[jnp.minimum(seq, is_one.shape[0] - 1)] & (seq < is_one.shape[0])
     return (
@@ -325,10 +325,10 @@ def _kernel(
     top[...] = jnp.full_like(top, _LOWEST)
     total[...] = jnp.zeros_like(total)
     acc[...] = jnp.zeros_like(acc)
-    base = next_slot[0]
+    base, zero = next_slot[0], jnp.int32(0)  # loops count in int32, under jax_enable_x64 too
 
-    def step(b: jax.Array, carry: int) -> int:
-        slot = lax.rem(base + b, 2)
+    def step(b: jax.Array, carry: Any) -> Any:
+        slot = lax.rem(base + b, jnp.int32(2))
         is_last = b + 1 == num_blocks
         # The block after this one is the next of this tile, or the first of the next tile.
         ahead = jnp.where(is_last, jnp.minimum(i + 1, num_tiles - 1), i)
@@ -345,7 +345,7 @@ def _kernel(
         keys = lax.broadcasted_iota(jnp.int32, (q_ref.shape[2], block), 1) + start
         visible = _mask(keys, lanes_ref, kv_len, launch)
 
-        def one_head(h: Any, c: int) -> int:
+        def one_head(h: Any, c: Any) -> Any:
             _attend(h, slot, visible, q_ref, buffers, launch)
             return c
 
@@ -353,11 +353,11 @@ def _kernel(
             for h in range(q_ref.shape[1]):
                 one_head(h, 0)
         else:
-            lax.fori_loop(0, q_ref.shape[1], one_head, 0)
+            lax.fori_loop(zero, jnp.int32(q_ref.shape[1]), one_head, zero)
         return carry
 
-    lax.fori_loop(0, num_blocks, step, 0)
-    next_slot[0] = lax.rem(base + num_blocks, 2)
+    lax.fori_loop(zero, num_blocks, step, zero)
+    next_slot[0] = lax.rem(base + num_blocks, jnp.int32(2))
     sums = total[...]
     is_seen = sums > 0
     safe = jnp.where(is_seen, sums, 1.0)
@@ -385,13 +385,13 @@ class _Copies:
         end = (self.work[_LEN, tile] + (page_size - 1)) // page_size
         seq = self.work[_SEQ, tile]
 
-        def one(p: jax.Array, carry: int) -> int:
+        def one(p: jax.Array, carry: Any) -> Any:
             page = self.table[seq, first_page + p]
             for source, buffer in self.pairs:
                 act(pltpu.make_async_copy(source.at[page], buffer.at[slot, p], self.sems.at[slot]))
             return carry
 
-        lax.fori_loop(0, jnp.clip(end - first_page, 0, pages), one, 0)
+        lax.fori_loop(jnp.int32(0), jnp.clip(end - first_page, 0, pages), one, jnp.int32(0))
 
     def start(self, tile: Any, b: Any, slot: Any) -> None:
         self._each(tile, b, slot, lambda copy: copy.start())

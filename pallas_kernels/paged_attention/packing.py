@@ -58,9 +58,9 @@ def list_tiles(q_lens: jax.Array, max_q_len: int, num_tokens: int, most_tokens: 
     # Sequences of one tile each need no room for more.
     num_tiles = num_seqs if max_q_len <= most_tokens else num_seqs + num_tokens // tile_tokens
     count = -(-q_lens // tile_tokens)
-    ends = jnp.cumsum(count)
+    ends = jnp.cumsum(count, dtype=jnp.int32)
     starts = ends - count
-    index = jnp.arange(num_tiles)
+    index = jnp.arange(num_tiles, dtype=jnp.int32)
     seq = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
     is_live = seq < num_seqs
     seq = jnp.minimum(seq, num_seqs - 1)
@@ -83,7 +83,7 @@ def pack(
     num_tokens, num_heads, head_dim = q.shape
     group, num_tiles = num_heads // num_kv_heads, tiles.seq.shape[0]
     live_rows = tiles.tile_tokens * group
-    tokens_in = tiles.first_token[:, None] + jnp.arange(tiles.tile_tokens)[None, :]
+    tokens_in = tiles.first_token[:, None] + jnp.arange(tiles.tile_tokens, dtype=jnp.int32)[None, :]
     q_len = tiles.q_lens[tiles.seq]
     is_row = tiles.is_live[:, None] & (tokens_in < q_len[:, None])  # [tiles, tokens]
     tokens = jnp.minimum(q_starts[tiles.seq][:, None] + tokens_in, num_tokens - 1)
@@ -101,7 +101,7 @@ def pack(
     if tree_mask is not None:
         bits = clear_bits_from(tree_mask[tokens], q_len)  # [tiles, tokens, W]
         bits = jnp.where(is_row[:, :, None], bits, jnp.uint32(0))
-        depth = lax.population_count(bits).astype(jnp.int32).sum(axis=-1) - 1
+        depth = lax.population_count(bits).sum(axis=-1, dtype=jnp.int32) - 1
         words = jnp.stack([per_row(bits[..., w], 0) for w in range(bits.shape[-1])], axis=1)
     start = first_nodes(tiles, kv_lens)[:, None]
     return Packed(rows, per_row(jnp.where(is_row, start + depth, -1), -1), words)
@@ -117,7 +117,7 @@ def unpack(
     num_tiles, num_kv_heads, _, head_dim = out.shape
     rows, num_heads = tiles.tile_tokens * group, num_kv_heads * group
     split = (num_tiles, num_kv_heads, tiles.tile_tokens, group)
-    token = jnp.arange(num_tokens)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
     seq = jnp.searchsorted(q_starts[1:], token, side="right", method="compare_all")
     seq = seq.astype(jnp.int32)
     is_live = seq < tiles.q_lens.shape[0]
@@ -134,7 +134,9 @@ def unpack(
 
 def clear_bits_from(words: jax.Array, count: jax.Array) -> jax.Array:
     """Clears bits `count` [tiles] and above of [tiles, tokens, W]: count 3 leaves 0b111."""
-    left = jnp.clip(count[:, None] - 32 * jnp.arange(words.shape[-1])[None, :], 0, 32)  # [tiles, W]
+    left = jnp.clip(
+        count[:, None] - 32 * jnp.arange(words.shape[-1], dtype=jnp.int32)[None, :], 0, 32
+    )  # [tiles, W]
     shift = jnp.minimum(left, 31).astype(jnp.uint32)
     low = jnp.where(left == 32, jnp.uint32(0xFFFFFFFF), (jnp.uint32(1) << shift) - jnp.uint32(1))
     return words & low[:, None, :]

@@ -110,14 +110,14 @@ def _rectangle(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the taken sequences, up to `num_rows` tokens each, all at once; zeros elsewhere."""
     num_tokens = q.shape[0]
-    offsets = jnp.arange(num_rows)[None, :]  # [1, R]
+    offsets = jnp.arange(num_rows, dtype=jnp.int32)[None, :]  # [1, R]
     tokens = jnp.minimum(q_starts[:-1, None] + offsets, num_tokens - 1)  # [S, R]
     is_live = is_taken[:, None] & (offsets < q_lens[:, None])
     rows = _make_rows(q[tokens], tree_mask, tokens, kv_lens, q_lens, offsets, is_live)
     attend = _attend_pages if num_rows == 1 and tree_mask is None else _attend
     out, lse = attend(rows, kv, page_table, spec, tiles, _precision(q))
     # Back from [S, R] to tokens: token t is row t - q_starts[s] of its sequence s.
-    t = jnp.arange(num_tokens)
+    t = jnp.arange(num_tokens, dtype=jnp.int32)
     seqs = jnp.searchsorted(q_starts[1:], t, side="right", method="compare_all").astype(
         jnp.int32
     )  # S: padding
@@ -162,10 +162,10 @@ def _query_tiles(
         seq = jnp.searchsorted(ends, i, side="right", method="compare_all").astype(jnp.int32)
         first = (i - (ends[seq] - num_tiles[seq])) * num_rows
         start = q_starts[seq] + first
-        offsets = first + jnp.arange(num_rows)[None, :]  # [1, R]
+        offsets = first + jnp.arange(num_rows, dtype=jnp.int32)[None, :]  # [1, R]
         is_live = offsets < q_lens[seq]
         tile = lax.dynamic_slice_in_dim(q, start, num_rows)[None]
-        tokens = start + jnp.arange(num_rows)[None, :]
+        tokens = start + jnp.arange(num_rows, dtype=jnp.int32)[None, :]
         rows = _make_rows(
             tile, tree_mask, tokens, kv_lens[seq][None], q_lens[seq][None], offsets, is_live
         )
@@ -208,7 +208,7 @@ def _make_rows(
         tree, depth = None, offsets
     else:
         tree = packing.clear_bits_from(tree_mask[tokens], q_lens)  # [S, R, W]
-        depth = lax.population_count(tree).astype(jnp.int32).sum(axis=-1) - 1
+        depth = lax.population_count(tree).sum(axis=-1, dtype=jnp.int32) - 1
     positions = jnp.where(is_live, tree_starts[:, None] + depth, -1)
     lens = jnp.where(is_live.any(axis=1), kv_lens, 0)
     return _Rows(q.astype(jnp.float32), positions, lens, tree_starts, tree)
@@ -242,7 +242,7 @@ def _attend(
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         acc, top, total = carry
         ids = lax.dynamic_slice_in_dim(page_table, i * pages, pages, axis=1)
-        keys = i * block + jnp.arange(block).reshape(pages, page)  # [p, B]
+        keys = i * block + jnp.arange(block, dtype=jnp.int32).reshape(pages, page)  # [p, B]
         k = _take(kv.k_pages, ids)  # [S, p, K, B, H]
         v = _take(kv.v_pages, ids)
         # Places past the end may hold anything, a NaN of an earlier request too.
@@ -308,7 +308,7 @@ def _attend_pages(
     if window is not None:
         first_page = jnp.maximum(positions - window + 1, 0) // page
     num_pages = jnp.maximum(-(-ends_at // page) - first_page, 0)
-    ends = jnp.cumsum(num_pages)
+    ends = jnp.cumsum(num_pages, dtype=jnp.int32)
     size = num_seqs * max(1, tiles.kv_block // page)  # items a step
     q = rows.q.reshape(num_seqs, num_kv_heads, group, head_dim)
     dot = functools.partial(
@@ -320,10 +320,12 @@ def _attend_pages(
         item = i * size + jnp.arange(size, dtype=jnp.int32)  # [C]
         seq = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
         seq = jnp.minimum(seq, num_seqs - 1)
-        of_seq = (seq[:, None] == jnp.arange(num_seqs)[None]) & (item < ends[-1])[:, None]  # [C, S]
+        of_seq = (seq[:, None] == jnp.arange(num_seqs, dtype=jnp.int32)[None]) & (item < ends[-1])[
+            :, None
+        ]  # [C, S]
         number = item - (ends[seq] - num_pages[seq]) + first_page[seq]
         ids = page_table[seq, jnp.clip(number, 0, page_table.shape[1] - 1)]
-        keys = number[:, None] * page + jnp.arange(page)[None]  # [C, B]
+        keys = number[:, None] * page + jnp.arange(page, dtype=jnp.int32)[None]  # [C, B]
         visible = (keys < ends_at[seq][:, None]) & (item < ends[-1])[:, None]
         if window is not None:
             visible &= keys > (positions - window)[seq][:, None]

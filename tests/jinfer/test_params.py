@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import make_model
 
-from jinfer import LLM, BeamSearchParams, SamplingParams
+from jinfer import LLM, BeamSearchParams, SamplingParams, generate
 from jinfer.engine.compile_counter import compile_counter
 
 VOCAB = 96
@@ -226,7 +226,27 @@ def test_trees_that_do_not_fit_are_refused_by_name(shared_llm, make, kind, messa
         with pytest.raises(kind, match=message) as error:
             call(make())
         assert "\n" not in str(error.value)
+    if "float64" not in message:  # of any floats
+        text = jnp.asarray([PROMPT])
+        for call in (MODEL.logits, functools.partial(generate, MODEL, max_new_tokens=2)):
+            with pytest.raises((ValueError, TypeError), match="params") as error:
+                call(make(), text)
+            assert "\n" not in str(error.value)
     assert answer(shared_llm) == expected(0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_pure_functions_take_numpy_arrays_and_leave_them_alone(dtype):
+    given = jax.tree.map(lambda x: np.asarray(x, dtype), init(1))
+    copy = jax.tree.map(np.array, given)
+    own = jax.tree.map(jnp.asarray, given)
+    text = np.asarray([PROMPT])
+    assert np.array_equal(MODEL.logits(given, text), MODEL.logits(own, text))
+    key = jax.random.key(0)
+    run = functools.partial(generate, MODEL, max_new_tokens=3, temperature=1.0, key=key)
+    for call in (run, jax.jit(run)):
+        assert np.array_equal(call(given, text).tokens, call(own, text).tokens)
+    jax.tree.map(np.testing.assert_array_equal, given, copy)
 
 
 def test_another_dtype_or_format_than_the_present_one_is_refused(shared_llm):
