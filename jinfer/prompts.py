@@ -195,7 +195,7 @@ def _check_options(template: str, options: Mapping[str, Any]) -> None:
     ):
         raise TypeError(
             'tools must be a list of {"type": "function", "function": {...}}, got '
-            f"{tools!r:.100}"
+            f"{shown(tools)}"
         )
     for name, value in options.items():
         is_ours = name in ("chat_template", "add_generation_prompt", "continue_final_message")

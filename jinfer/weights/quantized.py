@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.config import require
+from jinfer.fields import one_line, require
 from jinfer.weights.awq_format import AWQReader
 from jinfer.weights.bnb_format import BNBReader
 from jinfer.weights.ct_format import CTReader
@@ -35,6 +35,8 @@ _MARKS = (
     *("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "weight.absmax"),
     "qcodes",
 )
+# What values of wrong kinds come to in a reader of some format.
+_MALFORMED = (TypeError, AttributeError, LookupError, ArithmeticError)
 _NUM_ASKED = 8  # modules that are asked for the version of a GPTQ file
 _log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def open_reader(config: Mapping[str, Any], where: str) -> Reader:
     if method is None and "bits" in config:
         method = "gptq"  # AutoGPTQ's quantize_config.json names no method
     require(
-        method in READERS,
+        isinstance(method, str) and method in READERS,
         f"{where} is quantized by {method!r}, which is not supported; "
         f"supported: {', '.join(READERS)}",
     )
@@ -80,6 +82,11 @@ def _named(module: str) -> Iterator[None]:
         if module in str(error):
             raise
         raise ValueError(f"{module}: {error}") from error
+    except _MALFORMED as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            one_line(f"{module}: its quantization_config or its tensors are malformed ({what})")
+        ) from error
 
 
 class _Leaves(dict[str, np.ndarray]):

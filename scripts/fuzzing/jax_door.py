@@ -171,7 +171,8 @@ class JaxDoor:
             import jinfer
 
             model, params = self.models[name], self.params[name]
-            if jits and isinstance(fields["tokens"], (np.ndarray, jax.Array)):
+            kind = getattr(getattr(fields["tokens"], "dtype", None), "kind", "")
+            if jits and kind in ("i", "u"):
                 rest = {k: v for k, v in fields.items() if k != "tokens"}
                 run = jax.jit(lambda params, tokens: jinfer.generate(model, params, tokens, **rest))
                 return run(params, fields["tokens"])

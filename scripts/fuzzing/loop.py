@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import faulthandler
+import gc
 import json
 import random
 import sys
@@ -12,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+
 from fuzzing.oracle import Case, MismatchError, Verdict, judge, shorten, shrink
 
 LIMIT_S = 60.0  # CPU time of one call
 PATIENCE_S = 900.0  # until a case that waits for something ends the process, with a traceback
+MAX_MAPS = 30_000
 MAX_SHOWN = 3  # examples kept of a signature
 
 
@@ -35,6 +39,17 @@ class Door(Protocol):
     def renew(self) -> None:
         """Makes anew what a finding may have spoilt."""
         ...
+
+
+def free_programs() -> None:
+    """Frees compiled programs before there are too many.
+
+    XLA maps each into memory in many pieces, of which Linux allows a process 65,530.
+    """
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def make_case(door: Door, seed: int, number: int) -> Case:
@@ -114,6 +129,8 @@ def run(
     while time.monotonic() < stop and (most is None or number < first + most):
         # A call inside compiled code cannot be interrupted: then the process says where, and ends.
         faulthandler.dump_traceback_later(PATIENCE_S, exit=True)
+        if number % 20 == 0:
+            free_programs()
         case = make_case(door, seed, number)
         verdict = run_case(door, case, limit_s)
         minimal = ""

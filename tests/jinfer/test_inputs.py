@@ -17,6 +17,7 @@ from jinfer.quant.recipe import Method, make_method, parse_quantization
 from jinfer.quant.rtn import quantize_rtn
 from jinfer.weights.fill import resolve_dtype
 from jinfer.weights.hf_files import read_safetensors_header
+from jinfer.weights.quantized import QuantizedModules, open_reader
 
 VOCAB = 31
 KEY = jax.random.key(0)
@@ -181,3 +182,20 @@ def test_a_folder_in_the_place_of_safetensors_is_named(tmp_path):
 def test_a_path_with_a_line_break_is_one_line_of_error():
     error = FileNotFoundError(2, "No such file or directory", "a\nb")
     assert one_line(error) == "a b: No such file or directory"
+
+
+def test_a_quantization_config_with_values_of_another_kind_is_named():
+    for method in ([None], {}, 7, True):
+        with pytest.raises(ValueError, match=r"folder is quantized by .*, which is not supported"):
+            open_reader({"quant_method": method}, "folder")
+    weights = {"num_bits": 8, "type": "int", "strategy": "group", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": {**weights, "group_size": "\0"}}
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    tensors = {
+        "a.weight": np.zeros((4, 32), np.int8),
+        "a.weight_scale": np.ones((4, 2), np.float32),
+    }
+    with pytest.raises(ValueError, match=r"folder: .*(a: its quantization_config|group_size)"):
+        QuantizedModules(
+            {**config, "config_groups": {"g": group}}, tensors, tensors.__getitem__, "folder"
+        ).read("a.weight")
