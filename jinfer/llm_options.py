@@ -34,6 +34,8 @@ from pallas_kernels import target
 
 logger = logging.getLogger(__name__)
 
+MAX_NUM_SEQS = 65536
+
 
 def resolve(
     model: ModelConfig,
@@ -71,6 +73,11 @@ def resolve(
     kv_cache_dtype = resolve_format(kv_cache_dtype, model, str(params["embed"]["w"].dtype))
     if block_size is None:
         block_size = _default_block_size(kv_cache_dtype)
+    require(
+        not isinstance(max_num_seqs, int) or max_num_seqs <= MAX_NUM_SEQS,
+        f"max_num_seqs must be at most {MAX_NUM_SEQS}, got {max_num_seqs}: each has its rows on "
+        "the device",
+    )
     # Checks the fields before memory is counted in them; a length that is not given comes later.
     EngineConfig(
         max_model_len=1 if max_model_len is None else max_model_len,
@@ -398,12 +405,13 @@ def _num_host_pages(config: ModelConfig, page_size: int, dtype: str, gib: float)
     """Pages of `gib` GiB of host memory."""
     require(isinstance(gib, (int, float)), f"cpu_offload_gb must be a number, got {gib!r}")
     page_bytes = memory.page_bytes(kv_cache.as_stored(config, dtype), page_size, dtype)
-    num_bytes, most = int(gib * 2**30), memory.host_memory_bytes()
-    if gib < 0 or num_bytes > most:
+    most = memory.host_memory_bytes()
+    if not 0 <= gib <= most / 2**30:
         raise ValueError(
             f"cpu_offload_gb must lie between 0 and this machine's memory of "
             f"{memory.format_size(most)}, got {gib}"
         )
+    num_bytes = int(gib * 2**30)
     if 0 < num_bytes < page_bytes or (gib and not num_bytes):
         raise ValueError(
             f"cpu_offload_gb={gib} has no room for one page of {memory.format_size(page_bytes)}: "

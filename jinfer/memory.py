@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from jinfer.config import KV_BITS, ModelConfig, kv_format
+from jinfer.fields import shown
 
 Part = Literal["embedding", "attention", "mlp", "norms", "head"]
 
@@ -90,6 +91,10 @@ def dtype_bytes(dtype: str) -> float:
     return DTYPE_BYTES[dtype]
 
 
+MAX_BYTES = 2**63
+"""Sizes must be below: no machine has as much."""
+
+
 def parse_size(text: str) -> int:
     """Reads a size such as "80GiB", "512 MiB", "1.5G" or "4096" (bytes).
 
@@ -99,7 +104,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
     if not match:
         raise ValueError(f"a size must read like 80GiB, 512MiB or 4096, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    num_bytes = float(match[1]) * _UNITS[match[2] or ""]
+    if num_bytes >= MAX_BYTES:
+        raise ValueError(f"a size must be below 2**63 bytes, got {shown(text)}")
+    return int(num_bytes)
 
 
 def format_size(num_bytes: float) -> str:
@@ -189,7 +197,7 @@ def part_bytes(config: ModelConfig, dtype: str, quantization: str | None = None)
     """Bytes of the weights by part; `quantization` applies to the linears inside the blocks."""
     parts: dict[Part, int] = {}
     for weight in weight_shapes(config):
-        if quantization and weight.is_quantizable:
+        if quantization is not None and weight.is_quantizable:
             size = weight.count * quantized_bytes(weight.shape, quantization)
         else:
             size = math.ceil(weight.num_params * dtype_bytes(dtype))

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinfer.commands.flags import result_file
+
 PACKAGES = ("jax", "jaxlib", "numpy")
 
 
@@ -45,7 +47,7 @@ class Row:
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """Declares `--json`."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write the results here")
 
 
 def finish(

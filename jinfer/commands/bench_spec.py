@@ -22,7 +22,7 @@ from typing import Any
 
 from jinfer import jsonl
 from jinfer.commands.bench_report import Row, finish
-from jinfer.commands.flags import DEFAULT_MODEL
+from jinfer.commands.flags import DEFAULT_MODEL, path
 from jinfer.commands.terminal import check, say
 
 SUMMARY = "speculative decoding beside plain decoding"
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="of weights, activations and KV (auto)")
     parser.add_argument(
         "--prompts",
-        type=Path,
+        type=path,
         required=True,
         metavar="FILE",
         help='JSONL of {"category": ..., "turns": [...]}; first turns are asked',

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 from typing import Any
 
 from jinfer.commands import quantize
+from jinfer.commands.flags import path
 from jinfer.commands.terminal import progress, say
 
 SUMMARY = "write weights in another format, without loss or as a GGUF type"
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--export", required=True, choices=quantize.EXPORTS, help="what to write")
     parser.add_argument(
-        "--output", required=True, type=pathlib.Path, help="folder to be made; for gguf the file"
+        "--output", required=True, type=path, help="folder to be made; for gguf the file"
     )
     gguf = parser.add_argument_group("gguf")
     gguf.add_argument(

@@ -7,10 +7,9 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from pathlib import Path
 from typing import Any
 
-from jinfer.commands.flags import DEFAULT_MODEL, check_positions, fit_positions
+from jinfer.commands.flags import DEFAULT_MODEL, check_positions, fit_positions, path, result_file
 from jinfer.commands.terminal import progress, say
 
 SUMMARY = "score a model on a text"
@@ -20,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer eval`."""
     parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
     parser.add_argument("--dtype", default="float32", help="of float weights (float32)")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8, or .gz")
+    parser.add_argument("--text", type=path, required=True, metavar="FILE", help="UTF-8, or .gz")
     parser.add_argument("--context", type=int, help="tokens a window (1024, if the model has them)")
     parser.add_argument("--windows", type=int, metavar="N", help="how many (all that there are)")
     parser.add_argument(
         "--against", metavar="MODEL", help="a reference: KL and top-1 agreement with it"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write the results here")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from jinfer import memory
@@ -33,6 +35,21 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return value
+
+
+def path(text: str) -> Path:
+    """Reads the path of a file or folder for argparse; an empty text is none."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    return Path(text)
+
+
+def result_file(text: str) -> Path:
+    """Reads the path of a file to be written, before the work that it takes the result of."""
+    found = path(text)
+    if os.path.isdir(found):  # is_dir raises for names that are too long
+        raise argparse.ArgumentTypeError(f"expected a file, {text!r} is a folder")
+    return found
 
 
 def size(text: str) -> int:

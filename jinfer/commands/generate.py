@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from jinfer import jsonl
@@ -19,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer generate`."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt; its text streams to stdout")
-    source.add_argument("--input", type=Path, metavar="FILE", help="JSONL file of prompts")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL file of results")
+    source.add_argument("--input", type=flags.path, metavar="FILE", help="JSONL file of prompts")
+    parser.add_argument("--output", type=flags.path, metavar="FILE", help="JSONL file of results")
     parser.add_argument(
         "--raw",
         action="store_true",

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         kv_dtype=args.kv_dtype,
         quantization=args.quantization,
     )
-    kv_dtype = args.kv_dtype or args.dtype
+    kv_dtype = args.dtype if args.kv_dtype is None else args.kv_dtype
     answer = None
     if args.memory is not None:
         answer = _room(
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         )
     rows: list[tuple[str, str, int]] = [("weights", args.dtype, plan.weight_bytes)]
     for part, num_bytes in plan.part_bytes.items():
-        is_quantized = args.quantization and part in ("attention", "mlp")
-        rows.append((f"  {part}", args.quantization if is_quantized else "", num_bytes))
+        is_quantized = args.quantization is not None and part in ("attention", "mlp")
+        rows.append((f"  {part}", str(args.quantization) if is_quantized else "", num_bytes))
     rows += [
         ("KV cache, 1 token", kv_dtype, plan.kv_bytes_per_token),
         (f"KV cache, {args.context} tokens", "", plan.kv_bytes_per_sequence),

@@ -7,7 +7,7 @@ import pathlib
 import time
 from typing import Any
 
-from jinfer.commands.flags import DEFAULT_MODEL, fit_positions
+from jinfer.commands.flags import DEFAULT_MODEL, fit_positions, path
 from jinfer.commands.terminal import progress, say
 
 SUMMARY = "quantize a model and report what it cost"
@@ -15,6 +15,7 @@ METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
 EXPORTS = ("native", "gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes", "gguf")
 _LENGTH = 512  # tokens of a sequence, where the model has so many positions
 _MEASURED_TOKENS = 1024  # of the calibration text, for --target-bits
+_TEXT_FLAGS = {"calibration": "self", "num_sequences": 128, "length": None, "seed": 0}
 _OPTIONS = ("scales", "order", "damp", "alpha", "clip", "correct")
 
 
@@ -23,16 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder, GGUF file, hub name, or smollm2 (default)")
     parser.add_argument("--revision", help="of a hub model")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--output", type=pathlib.Path, help="folder to be made")
+    target.add_argument("--output", type=path, help="folder to be made")
     target.add_argument(
         "--check",
-        type=pathlib.Path,
+        type=path,
         metavar="DIR",
         help="examine a quantized folder instead; --model names the float model it came from",
     )
     parser.add_argument("--method", default="gptq", choices=METHODS, help="(gptq)")
     parser.add_argument("--format", help="such as int4-g64, int4-g64-asym, int8-channel:dyn")
-    parser.add_argument("--recipe", type=pathlib.Path, metavar="FILE", help="methods by pattern")
+    parser.add_argument("--recipe", type=path, metavar="FILE", help="methods by pattern")
     parser.add_argument(
         "--target-bits",
         type=float,
@@ -81,13 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--calibration",
-        default="self",
         metavar="FILE",
         help="text or JSONL, plain or .gz; self (default): text that the model generates",
     )
-    text.add_argument("--num-sequences", type=int, default=128, help="(128)")
+    text.add_argument("--num-sequences", type=int, help="(128)")
     text.add_argument("--length", type=int, help="tokens a sequence (512, if the model has them)")
-    text.add_argument("--seed", type=int, default=0, help="(0)")
+    text.add_argument("--seed", type=int, help="(0)")
     text.add_argument(
         "--held-out",
         type=int,
@@ -137,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
     check_source(checkpoint)
     model = Model(checkpoint.config)
     reads_text = args.held_out != 0 or recipe.needs_calibration or args.target_bits is not None
+    _set_text_flags(args, reads_text)
     check_sequences(args, model.config if reads_text else None)
     if args.target_bits is not None:
         sensitivity.check(model, method, args.target_bits)
@@ -199,6 +200,12 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from jinfer.quant.doctor import examine
 
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    unset = vars(parser.parse_args(["--check", str(args.check)]))
+    for name, value in vars(args).items():
+        if name not in ("model", "debug", "run") and value != unset.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} is nothing to --check: drop it")
     diagnosis = examine(args.check, args.model)
     for fact in diagnosis.facts:
         say(fact)
@@ -209,6 +216,18 @@ def _check(args: argparse.Namespace) -> int:
         return 1
     say(f"{args.check} is sound")
     return 0
+
+
+def _set_text_flags(args: argparse.Namespace, reads_text: bool) -> None:
+    """Puts in the defaults of the calibration text; refuses its flags where none is read."""
+    for name, value in _TEXT_FLAGS.items():
+        if getattr(args, name) is not None and not reads_text:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for a text, and --method {args.method} with "
+                "--held-out 0 reads none: drop it"
+            )
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def check_sequences(args: argparse.Namespace, config: Any) -> None:

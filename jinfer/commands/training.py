@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jinfer import jsonl
 from jinfer.commands import flags
 from jinfer.commands.terminal import check, progress, say, timed
+from jinfer.fields import shown
 from jinfer.prompts import apply_chat_template, read_prompt
 from jinfer.quant.texts import read_texts
 from jinfer.weights.files import writing
@@ -35,8 +36,8 @@ class Data(NamedTuple):
 
 def positive(text: str) -> int:
     """Reads a count for argparse."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    if not (text.isdecimal() and len(text) < 20 and 0 < int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"expected an integer in 1..2**31-1, got {shown(text)}")
     return int(text)
 
 
@@ -51,8 +52,10 @@ def add_arguments(
     """Declares the flags; `output` says what comes out, `example` what a batch consists of."""
     parser.add_argument("--model", default=flags.DEFAULT_MODEL, help="as for jinfer generate")
     parser.add_argument("--dtype", default="auto", help="of the model's weights (auto)")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="what to learn from; see above")
-    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help=output)
+    parser.add_argument(
+        "--data", type=flags.path, metavar="FILE", help="what to learn from; see above"
+    )
+    parser.add_argument("--output", type=flags.path, metavar="DIR", required=True, help=output)
     parser.add_argument("--steps", type=positive, help="instead of --epochs")
     parser.add_argument("--epochs", type=positive, default=2, help="how often all is learnt (2)")
     parser.add_argument(
@@ -98,14 +101,7 @@ def train(
     from jinfer.spec import training
 
     num_steps = args.steps or -(-args.epochs * len(data[0]) // args.batch_size)
-    config = training.TrainingConfig(
-        num_steps=num_steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        seed=args.seed,
-        checkpoint_every=args.checkpoint_every,
-    )
+    config = _config(args, num_steps)
     checkpoints = training.Checkpoints(args.output / "checkpoints")
     left = "the newest checkpoint is kept: run the same command again to go on from there"
     try:
@@ -132,12 +128,29 @@ def train(
         checkpoints.close()
 
 
+def _config(args: argparse.Namespace, num_steps: int) -> Any:
+    from jinfer.spec import training
+
+    return training.TrainingConfig(
+        num_steps=num_steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+    )
+
+
 def check_same_run(args: argparse.Namespace, *own: str) -> None:
     """Makes --output, and refuses to go on in a folder of a run with other settings.
 
     `own` are the names of settings that the command has beside those of all training. Where --data
-    cannot be read, no folder is made that would insist on it.
+    cannot be read, no folder is made that would insist on it; nor with settings that no run has.
     """
+    from jinfer.sampling_params import SamplingParams
+
+    _config(args, num_steps=args.steps or 1)
+    SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     if args.data is not None and not (args.output / "data.npz").is_file():
         args.data.open("rb").close()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jinfer.config import require
+from jinfer.fields import require, shown
 from jinfer.models.model import Model
 from jinfer.typing import Params
 
@@ -45,9 +45,14 @@ class TrainingConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "learning_rate", "checkpoint_every"):
+        for name in ("num_steps", "batch_size", "checkpoint_every"):
             value = getattr(self, name)
-            require(value > 0, f"{name} must be positive, got {value}")
+            require(0 < value < 2**31, f"{name} must lie in 1..2**31-1, got {shown(value)}")
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            require(0 <= value <= 1e6, f"{name} must lie in 0..1e6, got {shown(value)}")
+        require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
+        require(0 <= self.seed < 2**63, f"seed must lie in [0, 2**63), got {shown(self.seed)}")
         require(0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}")
 
     def optimizer(self) -> optax.GradientTransformation:
@@ -190,6 +195,9 @@ def train(
       config: of the training.
       checkpoints: where states are kept and found.
       on_step: called after each step with the number of steps done and the losses before it.
+
+    Raises:
+      ValueError: a loss is not finite.
     """
     weights = jax.tree.map(jnp.copy, weights)
     state = weights, config.optimizer().init(weights)
@@ -199,8 +207,14 @@ def train(
         rows = batch_rows(step, len(data[0]), config)
         batch: Any = [array[rows] for array in data]
         state, each = train_step(objective, config, params, state, *batch)
+        losses = np.asarray(each)
+        require(
+            bool(np.isfinite(losses).all()),
+            f"the loss at step {step + 1} is {losses.tolist()}: lower the learning rate, or look "
+            f"for NaN and infinities in the weights",
+        )
         if on_step is not None:
-            on_step(step + 1, np.asarray(each))
+            on_step(step + 1, losses)
         is_last = step + 1 == config.num_steps
         if checkpoints is not None and (is_last or (step + 1) % config.checkpoint_every == 0):
             checkpoints.save(step + 1, state)

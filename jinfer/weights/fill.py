@@ -82,8 +82,8 @@ def resolve_dtype(dtype: Any, stored: str) -> np.dtype[Any]:
     try:
         # An array is no dtype, though numpy would take its own for one.
         found = None if isinstance(dtype, jax.Array | np.ndarray) else jnp.dtype(dtype)
-    except (TypeError, ValueError):
-        found = None
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+        found = None  # numpy reads texts as Python
     if found is None or found.name not in DTYPES:
         raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)}, got {shown(dtype)}")
     return found

@@ -1,5 +1,6 @@
 """The commands over a fake engine: what they print, what they refuse, how they end."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import jinja2
 import pytest
 
 from jinfer import cli, memory
+from jinfer.commands import flags, training
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -210,6 +212,60 @@ def test_bad_input_gets_one_clear_line_and_status_2(jinfer, tmp_path, monkeypatc
     assert status == 2
     assert err.startswith("jinfer: error: ") and message in err
     assert err.count("\n") == 1 and out == ""
+
+
+WRONG_WORDS = (
+    *("", "x", "-1", "0", "nan", "inf", "1e400", "9" * 30, "9" * 5000, "0.5", "[]", "{}", "\udcff"),
+    *("none", "True", "1\n2", "/", "/dev/null", "\x00", "-0.0", "1e-320", "\u0662", "1GiB" * 99),
+)
+
+
+def flags_of(parser, words=()):
+    """Yields (words of the command, action) of every flag with a value, of every subcommand."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                yield from flags_of(command, (*words, name))
+        elif action.option_strings and action.nargs != 0:
+            yield words, action
+
+
+@pytest.mark.parametrize("words", sorted({words for words, _ in flags_of(cli.build_parser())}))
+def test_every_flag_reads_any_word_or_refuses_it_in_one_line(capsys, words):
+    parser = cli.build_parser()
+    for action in [action for found, action in flags_of(parser) if found == words]:
+        name = action.option_strings[-1]
+        for word in WRONG_WORDS:
+            try:
+                parser.parse_args([*words, f"{name}={word}"])
+            except SystemExit as exit_:
+                assert exit_.code == 2
+                err = capsys.readouterr().err
+                assert err.startswith("jinfer: error: ") and err.count("\n") == 1, (name, word)
+        if action.type in (flags.path, flags.result_file, training.positive, flags.size):
+            with pytest.raises(SystemExit):
+                parser.parse_args([*words, f"{name}="])
+            assert f"argument {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (("plan", "--model", "llama-3-8b", "--quantization", ""), "quantization must be fp8"),
+        (("plan", "--model", "llama-3-8b", "--kv-dtype", ""), "kv"),
+        (("plan", "--memory", "9" * 400), "argument --memory: a size must be below 2**63 bytes"),
+        (("train-draft", "--output", "t", "--steps", "9" * 30), "an integer in 1..2**31-1"),
+        (("train-medusa", "--output", ""), "argument --output: expected a path, got ''"),
+        (("generate", "--input", "", "--output", "o"), "argument --input: expected a path"),
+        (("eval", "--text", "t", "--json", "/"), "argument --json: expected a file, '/' is a fold"),
+        (("quantize", "--check", "q", "--format", "int4-g64"), "--format is nothing to --check"),
+        (("quantize", "--check", "q", "--damp", "0.1"), "--damp is nothing to --check"),
+        (("quantize", "--check", "q", "--held-out", "0"), "--held-out is nothing to --check"),
+    ],
+)
+def test_flags_that_would_be_misread_or_ignored_are_refused(jinfer, argv, named):
+    status, out, err = jinfer(*argv)
+    assert (status, out) == (2, "") and named in err and err.count("\n") == 1
 
 
 def test_quantize_refuses_a_full_folder_before_any_work(jinfer, tmp_path):

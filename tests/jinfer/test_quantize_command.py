@@ -115,6 +115,10 @@ REFUSED = {
         ("--target-bits", "5", "--recipe", "r.json"),
         ("--target-bits makes a recipe",),
     ),
+    "no text": (
+        ("--method", "rtn", "--held-out", "0", "--length", "32"),
+        ("is for a text", "--method rtn with --held-out 0 reads none"),
+    ),
     "too long": (("--length", "65"), ("--length 65 is beyond the 64 positions",)),
     "self, too long": (
         ("--calibration", "self", "--length", "20000"),

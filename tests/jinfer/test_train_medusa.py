@@ -5,6 +5,8 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jinfer
@@ -236,10 +238,37 @@ def test_answers_to_other_prompts_are_not_taken(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
+        ("--learning-rate", "inf", "learning_rate must lie in 0..1e6, got inf"),
+        ("--learning-rate", "nan", "learning_rate must lie in 0..1e6, got nan"),
+        ("--learning-rate", 0, "learning_rate must be positive"),
+        ("--weight-decay", -1, "weight_decay must lie in 0..1e6, got -1.0"),
+        ("--seed", -1, "seed must lie in [0, 2**63), got -1"),
+        ("--temperature", "nan", "temperature must be a number, got NaN"),
+    ],
+)
+def test_settings_that_no_run_has_make_no_folder(tmp_path, capsys, flag, value, message):
+    out = tmp_path / "out"
+    assert train("--output", out, *SMALL, f"{flag}={value}") == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    def objective(params, weights, batch):
+        loss = jnp.where(weights[0] < 1, jnp.nan, weights.sum())
+        return loss, loss[None]
+
+    config = training.TrainingConfig(num_steps=4, batch_size=2, learning_rate=0.5, warmup=0)
+    with pytest.raises(ValueError, match=r"loss at step 2 is \[nan\]: lower the learning rate"):
+        training.train(objective, (), jnp.ones(2), [np.ones((4, 1), np.float32)], config)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
         ("--tree-nodes", 64, "--tree-nodes must be 1 to 63, got 64"),
-        ("--tree-nodes", 0, "--tree-nodes: expected a positive integer, got '0'"),
-        ("--steps", 0, "--steps: expected a positive integer, got '0'"),
-        ("--window", 0, "--window: expected a positive integer, got '0'"),
+        ("--tree-nodes", 0, "--tree-nodes: expected an integer in 1..2**31-1, got '0'"),
+        ("--steps", 0, "--steps: expected an integer in 1..2**31-1, got '0'"),
+        ("--window", 0, "--window: expected an integer in 1..2**31-1, got '0'"),
     ],
 )
 def test_what_no_heads_can_be_made_with_is_refused_before_any_work(

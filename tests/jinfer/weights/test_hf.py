@@ -80,11 +80,13 @@ def test_auto_dtype_is_the_checkpoints_own_except_on_cpus(monkeypatch):
     assert fill.resolve_dtype(jnp.float32, "bfloat16") == jnp.float32
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float64", "fp16", 3.0])
+@pytest.mark.parametrize(
+    "dtype", ["int8", "float64", "fp16", 3.0, "9" * 5000, "(" * 99, "x,", "\x00"]
+)
 def test_an_unknown_dtype_is_named(dtype, one_line):
     with pytest.raises(ValueError) as error:
         fill.resolve_dtype(dtype, "float32")
-    one_line(error.value, repr(dtype), "bfloat16")
+    one_line(error.value, repr(dtype)[:50], "bfloat16")
 
 
 @pytest.mark.parametrize(
