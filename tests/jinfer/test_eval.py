@@ -35,6 +35,7 @@ def models(monkeypatch):
     model = Model(CONFIG)
     loaded = {name: (model, model.init(jax.random.key(i))) for i, name in enumerate("ab")}
     monkeypatch.setattr(jinfer, "load", lambda name, **options: loaded[name])
+    monkeypatch.setattr("jinfer.weights.load.load_config", lambda name: loaded[name][0].config)
     monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda name: Characters())
     return loaded
 
@@ -59,7 +60,8 @@ def test_windows_are_scored_without_their_first_tokens(models, tmp_path, capsys)
     [
         (["--context", "1"], "at least 2 tokens"),
         (["--context", "10", "--windows", "4"], "has 3 windows"),
-        (["--context", "99"], "has 0 windows"),
+        (["--context", "40"], "has 0 windows"),
+        (["--context", "99"], "--context 99 is beyond the 64 positions"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, capsys, more, message):
