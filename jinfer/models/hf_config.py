@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -150,7 +151,8 @@ def _config(hf: Mapping[str, Any]) -> ModelConfig:
         )
     get: dict[str, Any] = {**_COMMON, **_DEFAULTS[family], **hf}
     if family == "qwen3_moe":  # transformers 5 writes the second spelling
-        get["num_experts"] = hf.get("num_experts") or hf.get("num_local_experts") or 128
+        stated = (hf.get(key) for key in ("num_experts", "num_local_experts"))
+        get["num_experts"] = next((count for count in stated if count is not None), 128)
     for key in _REQUIRED:
         require(get.get(key) is not None, f"this {family} model lacks the field {key!r}")
     check_fields(get, FIELDS)
@@ -316,11 +318,12 @@ def _stated_rope(get: Mapping[str, Any]) -> dict[str, Any]:
     it holds, its theta included.)
     """
     stated, old = (dict(get.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
-    for key in ("full_attention", "sliding_attention"):
-        part = stated.get(key)
+    for rope, key in itertools.product((stated, old), ("full_attention", "sliding_attention")):
+        part = rope.get(key)
         require(
             isinstance(part, Mapping | None),
-            f"{key} of rope_parameters must be an object or null, got {reprlib.repr(part)}",
+            f"{key} of the rope must be an object or null, got {reprlib.repr(part)} (rope_scaling "
+            f"or rope_parameters)",
         )
     full = stated.get("full_attention") or stated
     kinds = ("rope_type", "type")

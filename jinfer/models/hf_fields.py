@@ -118,7 +118,7 @@ FIELDS_OF: Mapping[str, Mapping[str, Kind]] = {
         "num_experts_per_tok": _count(MAX_EXPERTS),
     },
     "qwen3_moe": {
-        "num_experts": _count(MAX_EXPERTS),
+        "num_experts": _or_null(_count(MAX_EXPERTS)),
         "num_local_experts": _or_null(_count(MAX_EXPERTS)),
         "num_experts_per_tok": _count(MAX_EXPERTS),
         "moe_intermediate_size": _WIDTH,

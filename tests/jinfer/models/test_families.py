@@ -188,6 +188,10 @@ def test_a_missing_field_is_named():
         ("mistral", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
         ("llama", {"rope_scaling": {"factor": 4.0}}, "no rope_type"),
         ("llama", {"rope_scaling": 4.0}, "rope_scaling must be an object"),
+        ("llama", {"rope_scaling": {"full_attention": 5}}, "full_attention of the rope must be"),
+        ("llama", {"rope_parameters": {"sliding_attention": []}}, "sliding_attention of the rope"),
+        ("qwen3_moe", {"num_experts": 0}, "num_experts must be a positive integer"),
+        ("qwen3_moe", {"num_experts": ""}, "num_experts must be a positive integer"),
         (
             "llama",
             {"hidden_size": "24"},
