@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import gzip
 import hashlib
 import json
@@ -302,8 +303,7 @@ class Job:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise self._foreign(f"line {number} is no record") from None
-        # An input has fewer lines than bytes: a wild number must not become an allocation.
-        if line > self._most_lines():
+        if line > self._most_lines:
             raise self._foreign(f"line {number} answers input line {line}, which is not there")
         if line >= len(self._done):
             self._done.frombytes(bytes(8 * (line + 1 - len(self._done))))
@@ -311,7 +311,9 @@ class Job:
             raise self._foreign(f"line {number} answers input line {line} a second time")
         self._done[line] = key
 
+    @functools.cached_property
     def _most_lines(self) -> int:
+        """An input has fewer lines than bytes: a wild number must not become an allocation."""
         with self.input_path.open("rb") as file:
             is_packed = file.read(2) == _GZIP
         return self.input_path.stat().st_size * (_MAX_UNPACKED if is_packed else 1)

@@ -67,6 +67,8 @@ def _token_ids(prompt: Any) -> list[int]:
         return array.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise TypeError(f"a prompt must be text or token ids, got {type(prompt).__name__}")
+    if all(type(t) is int for t in prompt):
+        return list(prompt)
     foreign = [t for t in prompt if not is_token_id(t)]
     if foreign:
         held = shown(foreign[0])

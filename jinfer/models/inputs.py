@@ -5,7 +5,6 @@ Values are checked where they are there; under jit, vmap and grad only kinds and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,11 +85,11 @@ def read_floats(
         is_right = (
             np.isfinite(values) & (values <= high) & (values > low if above else values >= low)
         )
-        end = "" if high == math.inf else f" and at most {high:g}"
-        require(
-            bool(is_right.all()),
-            f"{name} must be {'above' if above else 'at least'} {low:g}{end}, got {shown(value)}",
-        )
+        if not is_right.all():
+            raise ValueError(
+                f"{name} must be {'above' if above else 'at least'} {low:g} and at most {high:g}, "
+                f"got {shown(value)}"
+            )
     return jnp.broadcast_to(jnp.asarray(x).astype(jnp.float32), (num_rows,))
 
 

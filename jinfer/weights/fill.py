@@ -114,19 +114,14 @@ def fill(
         name = ".".join(map(str, path[:-1]))
         is_rounded = quantize is not None and is_linear(path)
         wanted = np.dtype(np.float32) if is_rounded else dtype
-        weights = [checkpoint.read_quantized(tensor) for tensor, _ in pieces]
-        if any(weight is not None for weight in weights):
-            leaf = _load_quantized(checkpoint, pieces, weights, wanted)
-            forms = forms_of(pieces, weights)
-            if len(forms) > 1 and not isinstance(leaf, QTensor) and any(forms.values()):
-                mixed.append(f"{name} ({describe_forms(forms)})")
-            if is_rounded and not isinstance(leaf, QTensor):
-                raise ValueError(
-                    f"checkpoint {checkpoint.path}: {name} is stored quantized, and quantization "
-                    f"while loading needs float weights: leave quantization out"
-                )
-        else:
-            leaf = _load(checkpoint, pieces, shapes[path], wanted)
+        leaf, forms = _load(checkpoint, pieces, shapes[path], wanted)
+        if len(forms) > 1 and not isinstance(leaf, QTensor) and any(forms.values()):
+            mixed.append(f"{name} ({describe_forms(forms)})")
+        if is_rounded and forms and not isinstance(leaf, QTensor):
+            raise ValueError(
+                f"checkpoint {checkpoint.path}: {name} is stored quantized, and quantization "
+                f"while loading needs float weights: leave quantization out"
+            )
         leaves[path] = quantize(name, leaf) if quantize is not None and is_rounded else leaf
     if mixed:
         _log.warning(
@@ -214,6 +209,16 @@ def _check_shape(
 
 
 def _load(
+    checkpoint: Checkpoint, pieces: Pieces, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[jax.Array | QTensor, dict[int, QFormat | None]]:
+    """A parameter, and the formats of its pieces as `forms_of`; none if all are plain tensors."""
+    weights = [checkpoint.read_quantized(name) for name, _ in pieces]
+    if all(weight is None for weight in weights):
+        return _load_plain(checkpoint, pieces, shape, dtype), {}
+    return _load_quantized(checkpoint, pieces, weights, dtype), forms_of(pieces, weights)
+
+
+def _load_plain(
     checkpoint: Checkpoint, pieces: Pieces, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> jax.Array:
     """A parameter whose pieces are plain tensors."""
