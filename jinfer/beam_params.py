@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jinfer import refusals
 from jinfer.fields import (
     MAX_FLOAT32,
+    check_keywords,
     read_bool,
     read_float,
     read_int,
@@ -73,14 +74,8 @@ class BeamSearchParams:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> BeamSearchParams:
         """Explains unknown names before the dataclass would answer with a bare TypeError."""
-        if args:
-            raise TypeError(f"BeamSearchParams takes keywords only, got {args[0]!r}")
-        for name in kwargs:
-            if name not in cls.__dataclass_fields__:
-                known = [f.name for f in dataclasses.fields(cls)]
-                raise ValueError(
-                    refusals.explain_unknown("BeamSearchParams", name, refusals.BEAM_NAMES, known)
-                )
+        example = "BeamSearchParams(beam_width=4, max_tokens=64)"
+        check_keywords(cls, args, kwargs, refusals.BEAM_NAMES, example)
         return super().__new__(cls)
 
     def __post_init__(self, structured_outputs: Any) -> None:

@@ -6,9 +6,10 @@ Messages are one line of limited length, whatever was given: an array, a whole t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MAX_MESSAGE = 1000
@@ -81,7 +82,8 @@ def read_float(name: str, value: Any) -> float:
 
 def read_bool(name: str, value: Any) -> bool:
     """Returns a bool; everything else is refused, for a text "False" would be true."""
-    require(isinstance(value, bool), f"{name} must be True or False, got {shown(value)}")
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
     return value
 
 
@@ -98,20 +100,11 @@ def check_kinds(
 
     Python's own kinds alone: what is kept as it is must be hashable, and print as a number.
     """
-    kinds: list[tuple[Iterable[str], Any, str]] = [
-        (ints, int, "an integer"),
-        (floats, (int, float), "a number"),
-        (flags, bool, "True or False"),
-        (texts, str, "a text"),
-    ]
-    for names, kind, what in kinds:
+    for kind, names in {"int": ints, "float": floats, "bool": flags, "str": texts}.items():
         for name in names:
             value = values[name]
-            if value is None and name in optional:
-                continue
-            is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            is_nan = isinstance(value, float) and value != value
-            require(is_right and not is_nan, f"{name} must be {what}, got {shown(value)}")
+            if not (value is None and name in optional) and not _is_kind(value, kind):
+                raise ValueError(f"{name} must be {_KINDS[kind][1]}, got {shown(value)}")
 
 
 _KINDS: dict[str, tuple[Any, str]] = {
@@ -120,6 +113,16 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "bool": (bool, "True or False"),
     "str": (str, "a text"),
 }
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    """Whether a value is of one of `_KINDS`: bools are no numbers, floats are in range of f32."""
+    is_right = isinstance(value, _KINDS[kind][0]) and (
+        kind == "bool" or not isinstance(value, bool)
+    )
+    return is_right and (kind != "float" or abs(value) <= MAX_FLOAT32)
+
+
 _ANNOTATION = re.compile(r"(?:(tuple)\[)?(int|float|bool|str)(?:, \.\.\.\])?( \| None)?")
 
 
@@ -139,14 +142,14 @@ def check_fields(config: Any, prefix: str = "") -> None:
         value = getattr(config, field.name)
         if is_optional and value is None:
             continue
-        kinds, what = _KINDS[kind]
-        values = value if is_tuple and isinstance(value, tuple) else (value,)
-        is_right = isinstance(value, tuple) or not is_tuple
-        for one in values:
-            is_right &= isinstance(one, kinds) and (kind == "bool" or not isinstance(one, bool))
-            is_right = is_right and (kind != "float" or abs(one) <= MAX_FLOAT32)
-        what = f"a tuple, each {what}" if is_tuple else what
-        require(is_right, f"{prefix}{field.name} must be {what}, got {shown(value)}")
+        what = _KINDS[kind][1]
+        if is_tuple:
+            is_right = isinstance(value, tuple) and all(_is_kind(one, kind) for one in value)
+            what = f"a tuple, each {what}"
+        else:
+            is_right = _is_kind(value, kind)
+        if not is_right:
+            raise ValueError(f"{prefix}{field.name} must be {what}, got {shown(value)}")
         if kind == "float" and type(value) is int:  # traced as they are, large ones overflow
             object.__setattr__(config, field.name, float(value))
 
@@ -184,9 +187,41 @@ def read_strings(name: str, value: Any) -> tuple[str, ...]:
     is_one = isinstance(value, str)
     strings = [value] if is_one else _items(name, value, "a string or a list of strings")
     for text in strings:
-        require(isinstance(text, str), f"{name} must hold strings, got {shown(text)}")
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must hold strings, got {shown(text)}")
         require(text != "", f"{name} holds an empty string, which would match everywhere")
         # Half of a surrogate pair: no text that is decoded holds one, no tokenizer takes it.
-        is_text = not any("\ud800" <= character <= "\udfff" for character in text)
-        require(is_text, f"{name} holds {shown(text)}, which is no Unicode text (was it UTF-8?)")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"{name} holds {shown(text)}, which is no Unicode text (was it UTF-8?)"
+            )
     return tuple(dict.fromkeys(strings))
+
+
+def check_keywords(
+    owner: type, args: Sequence[Any], kwargs: Iterable[str], table: Mapping[str, str], example: str
+) -> None:
+    """Checks what a dataclass is made with, before it would answer with a bare TypeError.
+
+    Raises:
+      TypeError: positional arguments.
+      ValueError: a name that is no field of `owner`, with what to write instead.
+    """
+    if args:
+        raise TypeError(
+            f"{owner.__name__} takes keywords only, got {shown(args[0])}; write {example}"
+        )
+    for name in kwargs:
+        if name not in owner.__dataclass_fields__:
+            raise ValueError(_explain_unknown(owner, name, table))
+
+
+def _explain_unknown(owner: Any, name: str, table: Mapping[str, str]) -> str:
+    """Returns why `name` is no field of a dataclass, and what might be meant."""
+    start = f"{owner.__name__} has no field {name!r}"
+    if name in table:
+        return f"{start}: {table[name]}"
+    known = [field.name for field in dataclasses.fields(owner)]
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
+    return f"{start}; {hint}"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jinfer import ops, sampling
-from jinfer.fields import read_int, read_token_ids
+from jinfer.fields import MAX_FLOAT32, read_int, read_token_ids
 from jinfer.models import inputs
 from jinfer.models.model import Model
 from jinfer.sampling import SampleArgs
@@ -23,9 +23,6 @@ from jinfer.typing import Params
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-
-
-_MOST = float(jnp.finfo(jnp.float32).max)
 
 
 @jax.tree_util.register_dataclass
@@ -155,7 +152,7 @@ def generate(
 def _sample_args(num_rows: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> SampleArgs:
     zeros, ones = jnp.zeros((num_rows,), jnp.float32), jnp.ones((num_rows,), jnp.float32)
     floats = [
-        inputs.read_floats("temperature", temperature, num_rows, low=0, high=_MOST),
+        inputs.read_floats("temperature", temperature, num_rows, low=0, high=MAX_FLOAT32),
         inputs.read_floats("top_p", top_p, num_rows, low=0, high=1, above=True),
         inputs.read_floats("min_p", min_p, num_rows, low=0, high=1),
     ]

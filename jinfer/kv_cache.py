@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jinfer import kv_quant
-from jinfer.config import CacheConfig, ModelConfig, require
+from jinfer.config import CacheConfig, ModelConfig
 from pallas_kernels import target as target_lib
 from pallas_kernels.paged_attention import PagedKV
 
@@ -81,7 +81,6 @@ def init(model: ModelConfig, cache: CacheConfig) -> KVCache:
     places = (model.num_layers * cache.num_pages, model.num_kv_heads, cache.page_size)
     width = as_stored(model, cache.dtype).head_dim
     if cache.dtype == "int4":
-        require(width % 2 == 0, f"an int4 KV cache needs an even head_dim, got {width}")
         storage, width = jnp.dtype(jnp.uint8), width // 2
     else:
         storage = jnp.dtype(cache.dtype)

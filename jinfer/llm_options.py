@@ -353,10 +353,11 @@ def _num_pages(
     linear_impl: str,
 ) -> int:
     """Sizes the KV pool, and with it that of a drafting model: both have as many pages."""
-    page_bytes = memory.page_bytes(kv_cache.as_stored(config, dtype), page_size, dtype)
+    stored = kv_cache.as_stored(config, dtype)
+    page_bytes = memory.page_bytes(stored, page_size, dtype)
+    stats = jax.local_devices()[0].memory_stats() or {}
     if num_gpu_blocks_override is not None:
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        limit = memory.host_memory_bytes() if limit is None else limit
+        limit = stats.get("bytes_limit", memory.host_memory_bytes())
         require(
             num_gpu_blocks_override * page_bytes <= limit,
             f"num_gpu_blocks_override={num_gpu_blocks_override} pages of "
@@ -365,7 +366,6 @@ def _num_pages(
         )
         return num_gpu_blocks_override
     if kv_cache_memory_bytes is None:
-        stats = jax.local_devices()[0].memory_stats() or {}
         used_bytes = sum(array_bytes(leaf) for leaf in jax.tree.leaves(params))
         if drafter is not None:
             used_bytes += drafter.num_weight_bytes(params)
@@ -378,7 +378,6 @@ def _num_pages(
             gpu_memory_utilization=gpu_memory_utilization,
             reserved_bytes=memory.temp_bytes(config, num_tokens=num_tokens, num_seqs=num_seqs),
         )
-    stored = kv_cache.as_stored(config, dtype)
     if drafter is not None and drafter.own_kv_config is not None:
         own = kv_cache.as_stored(drafter.own_kv_config, dtype)
         draft_page_bytes = memory.page_bytes(own, page_size, dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jinfer.fields import check_kinds, require
+from jinfer.fields import check_fields, require
 
 Grid = Literal["full", "restricted"]
 
@@ -74,13 +74,7 @@ class QFormat:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        check_kinds(
-            vars(self),
-            ints=("bits", "group", "block"),
-            flags=("symmetric", "float_zero", "double_quant"),
-            texts=("kind", "act"),
-            optional=("act",),
-        )
+        check_fields(self)
         bits = {"int": range(2, 9), "nf4": (4,), "fp4": (4,)}.get(self.kind, (8,))
         require(
             self.kind == "int" or self.kind in FP8_DTYPES or self.kind in CODEBOOKS,

@@ -435,12 +435,3 @@ def refuse(
             raise TypeError(f"{owner} has no argument {name}{hint}")
         if not refusal.allows(value):
             raise ValueError(f"{owner} does not take {name}: {refusal.reason}")
-
-
-def explain_unknown(owner: str, name: str, table: Mapping[str, str], known: list[str]) -> str:
-    """Returns why `name` is no field of `owner`, and what might be meant."""
-    if name in table:
-        return f"{owner} has no field {name!r}: {table[name]}"
-    close = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
-    return f"{owner} has no field {name!r}; {hint}"

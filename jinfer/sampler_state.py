@@ -419,8 +419,7 @@ def observe(
     """Appends one sampled token to each row; S sequences of a step name distinct rows.
 
     Inactive sequences, rows outside 0 .. R - 1 (padding) and negative ids (NO_TOKEN) are dropped.
-    Pure: applied to a copy
-    of the state it gives what the sampler would know after a drafted token.
+    Pure: applied to a copy of the state it gives what the sampler would know after a drafted token.
     """
     active = active & (tokens >= 0)
     rows = jnp.where(active, _droppable(rows, state.num_rows), state.num_rows)

@@ -15,6 +15,8 @@ from typing import Any
 from jinfer import refusals
 from jinfer.fields import (
     MAX_FLOAT32,
+    check_keywords,
+    one_line,
     read_bool,
     read_float,
     read_int,
@@ -170,24 +172,17 @@ class SamplingParams:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Explains unknown names before the dataclass would answer with a bare TypeError."""
-        if args:
-            raise TypeError(
-                f"SamplingParams takes keywords only, got {args[0]!r}; "
-                f"write SamplingParams(temperature=0.8, max_tokens=64)"
-            )
-        for name in kwargs:
-            if name not in cls.__dataclass_fields__:
-                known = [f.name for f in dataclasses.fields(cls)]
-                raise ValueError(
-                    refusals.explain_unknown("SamplingParams", name, refusals.SAMPLING_NAMES, known)
-                )
+        example = "SamplingParams(temperature=0.8, max_tokens=64)"
+        check_keywords(cls, args, kwargs, refusals.SAMPLING_NAMES, example)
         return super().__new__(cls)
 
     def __post_init__(self, *refused: Any) -> None:
         for name, value in zip(_REFUSED_IN_ORDER, refused, strict=True):
             refusal = refusals.SAMPLING_FIELDS[name]
-            is_allowed = refusal.allows(value)
-            require(is_allowed, f"{name}={shown(value)} is not supported: {refusal.reason}")
+            if not refusal.allows(value):
+                raise ValueError(
+                    one_line(f"{name}={shown(value)} is not supported: {refusal.reason}")
+                )
         self._normalise()
         self._check_ranges()
         self._check_contradictions()

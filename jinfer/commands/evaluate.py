@@ -61,12 +61,13 @@ def run(args: argparse.Namespace) -> int:
     model, params = load(args.model, dtype=args.dtype)
     reference = None if args.against is None else load(args.against, dtype=args.dtype)
     if reference is not None:
-        check_positions(reference[0].config, args.context, "context")
-    if reference is not None and reference[0].config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{args.model} scores {model.config.vocab_size} tokens and --against {args.against} "
-            f"{reference[0].config.vocab_size}: their distributions cannot be compared"
-        )
+        other = reference[0].config
+        check_positions(other, args.context, "context")
+        if other.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"{args.model} scores {model.config.vocab_size} tokens and --against "
+                f"{args.against} {other.vocab_size}: their distributions cannot be compared"
+            )
     with progress(len(windows), "eval", "window") as bar:
 
         def on_window(_: int) -> None:

@@ -15,7 +15,6 @@ from jax import Array
 from jinfer.config import require
 from jinfer.models import inputs
 from jinfer.models.model import Model
-from jinfer.params import examine
 from jinfer.qtensor import QTensor
 from jinfer.quant import calibrate
 from jinfer.quant.layer import GROUPS, Layer, LayerQuantizer
@@ -61,7 +60,7 @@ def quantize_model(
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}")
     recipe.check(linear_names(model))
-    params = examine(model, params)
+    params = inputs.examine(model, params)
     if tokens is not None:
         tokens = inputs.read_tokens(tokens, model.config.vocab_size)
         require(tokens.ndim == 2, f"tokens must be [n, T], got {list(tokens.shape)}")

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jinfer.models.hf_fields import MAX_EXPERTS, MAX_LAYERS
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -85,7 +87,6 @@ class Field:
 
 
 _TINY, _HUGE = 1e-30, 1e30  # a square, and its inverse, of what lies between is finite
-MAX_LAYERS, MAX_EXPERTS = 1 << 14, 1 << 12
 _SWITCH, _TEXT = Field("switch"), Field("text")
 _NUMBER = Field("number", -3e38, 3e38)
 _POSITIVE = Field("number", _TINY, _HUGE)
