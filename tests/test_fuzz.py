@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -36,9 +37,9 @@ class OneCall:
         self.num_renewed += 1
 
 
-def judge(fuzzing, call, **more):
+def judge(fuzzing, call, *, limit_s=30.0, **more):
     door = OneCall(fuzzing["oracle"], call, **more)
-    summary = fuzzing["loop"].run(door, seed=0, seconds=60, most=1, limit_s=0.5, say=str)
+    summary = fuzzing["loop"].run(door, seed=0, seconds=60, most=1, limit_s=limit_s, say=str)
     return next(iter(summary["signatures"]), None), summary, door
 
 
@@ -86,7 +87,7 @@ def test_a_hang_a_wrong_result_and_a_spoilt_engine_are_findings(fuzzing):
         while True:
             pass
 
-    signature, _, door = judge(fuzzing, never_ends)
+    signature, _, door = judge(fuzzing, never_ends, limit_s=0.5)
     assert signature.startswith("hang call") and door.num_renewed == 1
     signature, _, _ = judge(
         fuzzing,
@@ -98,6 +99,14 @@ def test_a_hang_a_wrong_result_and_a_spoilt_engine_are_findings(fuzzing):
         fuzzing, lambda fields: 7, control=lambda: expect(False, "the control differs")
     )
     assert signature.startswith("spoilt by call") and door.num_renewed == 1
+
+
+def test_a_signal_that_comes_after_the_end_of_a_call_changes_nothing(fuzzing):
+    with fuzzing["oracle"].limited(30.0):
+        pass
+    signal.raise_signal(signal.SIGPROF)
+    with fuzzing["oracle"].limited(30.0), pytest.raises(fuzzing["oracle"].HangError):
+        signal.raise_signal(signal.SIGPROF)
 
 
 def test_a_finding_is_shown_without_the_arguments_that_do_not_matter(fuzzing):

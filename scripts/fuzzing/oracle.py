@@ -98,18 +98,21 @@ def limited(seconds: float) -> Iterator[None]:
     """Raises HangError in what runs inside once it has used so much CPU time; main thread only.
 
     CPU time: a loaded machine must not make findings. What waits for ever is the loop's business.
+    The handler stays: a signal that comes late must neither raise elsewhere nor end the process.
     """
+    is_inside = True
 
     def ring(*_: Any) -> None:
-        raise HangError(f"no end after {seconds:g} s of CPU time")
+        if is_inside:
+            raise HangError(f"no end after {seconds:g} s of CPU time")
 
-    before = signal.signal(signal.SIGPROF, ring)
+    signal.signal(signal.SIGPROF, ring)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
+        is_inside = False
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
 
 
 def frame_of(error: BaseException) -> str:
