@@ -155,11 +155,12 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError unless these fields are positive integers, or None."""
+    """Raises ValueError unless these fields are positive integers of 31 bits, or None."""
     for name in names:
         value = getattr(config, name)
-        is_positive = value is None or (type(value) is int and value > 0)
-        require(is_positive, f"{name} must be a positive integer, got {value!r}")
+        if value is None or (type(value) is int and 0 < value < 2**31):
+            continue
+        raise ValueError(f"{name} must be a positive integer below 2**31, got {shown(value)}")
 
 
 def _items(name: str, value: Any, what: str) -> list[Any]:

@@ -90,6 +90,8 @@ class QFormat:
         )
         require(not self.float_zero or not self.symmetric, "float_zero needs an asymmetric format")
         require(self.block > 0, f"block must be positive, got {self.block}")
+        largest = max(self.group, self.block)
+        require(largest < 10**9, f"group and block must be below 10**9, got {largest}")
         require(
             self.block == 1 or self.group == self.block,
             f"blocks are square: group ({self.group}) must equal block ({self.block})",

@@ -196,3 +196,7 @@ def _check_leaf(shape: tuple[int, ...], got: Any, path: str) -> None:
         raise ValueError(f"{path} must be of shape {list(shape)}, got {list(got.shape)}")
     if not is_quantized and not jnp.issubdtype(got.dtype, jnp.floating):
         raise ValueError(f"{path} must hold floats, got {got.dtype}")
+    for part in jax.tree.leaves(got):
+        if isinstance(part, jax.Array) and is_concrete(part) and part.is_deleted():
+            name = path.removeprefix("params")
+            raise ValueError(f"weight {name} was donated or deleted: its values are gone")

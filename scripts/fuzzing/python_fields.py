@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
@@ -89,7 +90,8 @@ def check_kept(name: str, given: Any, kept: Any) -> None:
         same = kept == bool(given)
     elif isinstance(kept, (int, float)):
         is_bool = isinstance(given, (bool, np.bool_)) or str(getattr(given, "dtype", "")) == "bool"
-        same = not is_bool and not isinstance(given, str) and np.all(np.asarray(given) == kept)
+        value = float(given) if isinstance(given, Fraction) else given  # a float keeps it rounded
+        same = not is_bool and not isinstance(value, str) and np.all(np.asarray(value) == kept)
     else:
         return
     expect(same, f"{name} keeps another value", repr(given)[:80], repr(kept)[:80])

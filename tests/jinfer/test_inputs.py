@@ -13,7 +13,8 @@ from jinfer.config import ModelConfig, RopeConfig, SpeculativeConfig
 from jinfer.qformat import QFormat
 from jinfer.quant.gptq import quantize_gptq
 from jinfer.quant.hqq import quantize_hqq
-from jinfer.quant.recipe import Method, make_method, parse_quantization
+from jinfer.quant.pipeline import quantize_model
+from jinfer.quant.recipe import Method, Recipe, make_method, parse_quantization
 from jinfer.quant.rtn import quantize_rtn
 from jinfer.weights.fill import resolve_dtype
 from jinfer.weights.hf_files import read_safetensors_header
@@ -199,3 +200,21 @@ def test_a_quantization_config_with_values_of_another_kind_is_named():
         QuantizedModules(
             {**config, "config_groups": {"g": group}}, tensors, tensors.__getitem__, "folder"
         ).read("a.weight")
+
+
+@pytest.mark.parametrize("call", ["logits", "generate", "quantize_model"])
+def test_a_deleted_weight_of_a_model_is_named(call):
+    params = MODEL.init(KEY)
+    params["layers"][0]["attn"]["v"]["w"].delete()
+    calls = {
+        "logits": lambda: MODEL.logits(params, [[1]]),
+        "generate": lambda: jinfer.generate(MODEL, params, [[1]], max_new_tokens=1),
+        "quantize_model": lambda: quantize_model(MODEL, params, Recipe.uniform(make_method("rtn"))),
+    }
+    refused(calls[call], "weight ['layers'][0]['attn']['v']['w'] was donated or deleted")
+
+
+def test_sizes_beyond_what_programs_and_names_of_formats_hold_are_refused():
+    refused(lambda: make_model(VOCAB, num_layers=1, sliding_window=2**31), "sliding_window")
+    for field in ({"group": 2**64}, {"group": 10**9, "block": 10**9, "kind": "fp8-e4m3"}):
+        refused(lambda field=field: QFormat(bits=8, **field), "group and block")
