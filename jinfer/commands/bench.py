@@ -15,6 +15,7 @@ from jinfer.commands import (
     bench_spec,
 )
 from jinfer.commands.bench_report import add_json_argument
+from jinfer.commands.flags import check_result_file
 
 SUMMARY = "measure one part of the engine against a peer"
 BENCHES: dict[str, Any] = {
@@ -47,4 +48,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs one bench; prints its rows, and writes them with --json for `docs/benchmarks.md`."""
+    check_result_file(args.json)
     return args.run_bench(args)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jinfer.commands.bench_report import Row, finish
-from jinfer.commands.flags import DEFAULT_MODEL, path
+from jinfer.commands.flags import DEFAULT_MODEL, input_file
 from jinfer.commands.terminal import check
 
 SUMMARY = "perplexity and bytes of quantized K and V"
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer bench kv`."""
     parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
     parser.add_argument("--dtype", default="float32", help="of weights and activations (float32)")
-    parser.add_argument("--text", type=path, required=True, metavar="FILE", help="to be scored")
+    parser.add_argument(
+        "--text", type=input_file, required=True, metavar="FILE", help="to be scored"
+    )
     parser.add_argument("--tokens", type=int, default=32768, help="of the text, from its start")
     parser.add_argument("--context", type=int, default=1024, help="tokens a window (1024)")
     parser.add_argument("--kv-cache-dtype", nargs="+", default=list(MOST), help="(int8 fp8 int4)")

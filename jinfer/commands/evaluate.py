@@ -9,7 +9,14 @@ import json
 import platform
 from typing import Any
 
-from jinfer.commands.flags import DEFAULT_MODEL, check_positions, fit_positions, path, result_file
+from jinfer.commands.flags import (
+    DEFAULT_MODEL,
+    check_positions,
+    check_result_file,
+    fit_positions,
+    input_file,
+    result_file,
+)
 from jinfer.commands.terminal import progress, say
 
 SUMMARY = "score a model on a text"
@@ -19,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer eval`."""
     parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
     parser.add_argument("--dtype", default="float32", help="of float weights (float32)")
-    parser.add_argument("--text", type=path, required=True, metavar="FILE", help="UTF-8, or .gz")
+    parser.add_argument(
+        "--text", type=input_file, required=True, metavar="FILE", help="UTF-8, or .gz"
+    )
     parser.add_argument("--context", type=int, help="tokens a window (1024, if the model has them)")
     parser.add_argument("--windows", type=int, metavar="N", help="how many (all that there are)")
     parser.add_argument(
@@ -46,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--context must be at least 2 tokens, got {args.context}")
     if args.windows is not None and args.windows < 1:
         raise ValueError(f"--windows must be positive, got {args.windows}")
+    check_result_file(args.json)
     enable_compilation_cache()
     args.context = fit_positions(args.context, 1024, load_config(args.model), "context")
     text = "\n\n".join(texts.read_texts(args.text))
@@ -91,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
             | {name: importlib.metadata.version(name) for name in ("jax", "jinfer")},
             **dataclasses.asdict(result),
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

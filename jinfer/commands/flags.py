@@ -44,12 +44,38 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def input_file(text: str) -> Path:
+    """Reads the path of a file to be read; whether there is one shows when it is read."""
+    found = path(text)
+    if os.path.isdir(found):
+        raise argparse.ArgumentTypeError(f"expected a file, {text!r} is a folder")
+    return found
+
+
 def result_file(text: str) -> Path:
     """Reads the path of a file to be written, before the work that it takes the result of."""
     found = path(text)
     if os.path.isdir(found):  # is_dir raises for names that are too long
         raise argparse.ArgumentTypeError(f"expected a file, {text!r} is a folder")
     return found
+
+
+def check_result_file(file: Path | None) -> None:
+    """Makes the folder of `--json FILE`; called before the work whose result goes there.
+
+    Raises:
+      ValueError: the file cannot be written; a file that is there keeps its content.
+    """
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not file.exists()
+        file.open("ab").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise ValueError(f"--json {str(file)!r} cannot be written: {error.strerror}") from error
 
 
 def size(text: str) -> int:

@@ -53,11 +53,12 @@ def add_arguments(
     parser.add_argument("--model", default=flags.DEFAULT_MODEL, help="as for jinfer generate")
     parser.add_argument("--dtype", default="auto", help="of the model's weights (auto)")
     parser.add_argument(
-        "--data", type=flags.path, metavar="FILE", help="what to learn from; see above"
+        "--data", type=flags.input_file, metavar="FILE", help="what to learn from; see above"
     )
     parser.add_argument("--output", type=flags.path, metavar="DIR", required=True, help=output)
-    parser.add_argument("--steps", type=positive, help="instead of --epochs")
-    parser.add_argument("--epochs", type=positive, default=2, help="how often all is learnt (2)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive, help="instead of --epochs")
+    length.add_argument("--epochs", type=positive, help="how often all is learnt (2)")
     parser.add_argument(
         "--batch-size", type=positive, default=batch_size, help=f"{example} a step ({batch_size})"
     )
@@ -149,6 +150,7 @@ def check_same_run(args: argparse.Namespace, *own: str) -> None:
     """
     from jinfer.sampling_params import SamplingParams
 
+    args.epochs = args.epochs or 2  # no default of argparse, which takes a given 2 for not given
     _config(args, num_steps=args.steps or 1)
     SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     if args.data is not None and not (args.output / "data.npz").is_file():

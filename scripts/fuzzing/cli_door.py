@@ -271,7 +271,9 @@ class CliDoor:
             try:
                 return inner(fields)
             finally:
-                if not fields and not does_damage_output and "with" not in case.text(fields):
+                is_other_encoding = data.startswith(b"\0")  # as UTF-16 or UTF-32 begin
+                is_plain = "with" not in case.text(fields) and not is_other_encoding
+                if not fields and not does_damage_output and is_plain:
                     self._check_records(good)
 
         return dataclasses.replace(case, call=call)

@@ -137,7 +137,8 @@ def fault_of_refusal(error: BaseException, names: Collection[str], allowed: tupl
         return "several lines"
     if len(text) > MAX_MESSAGE:
         return "endless line"
-    if names and not any(name.lower() in text.lower() for name in names):
+    spelt = {form.lower() for name in names for form in (name, repr(name)[1:-1])}
+    if names and not any(name in text.lower() for name in spelt):
         return "names no cause"
     return None
 

@@ -242,7 +242,8 @@ def test_every_flag_reads_any_word_or_refuses_it_in_one_line(capsys, words):
                 assert exit_.code == 2
                 err = capsys.readouterr().err
                 assert err.startswith("jinfer: error: ") and err.count("\n") == 1, (name, word)
-        if action.type in (flags.path, flags.result_file, training.positive, flags.size):
+        files = (flags.path, flags.input_file, flags.result_file)
+        if action.type in (*files, training.positive, flags.size):
             with pytest.raises(SystemExit):
                 parser.parse_args([*words, f"{name}="])
             assert f"argument {name}" in capsys.readouterr().err
@@ -258,6 +259,16 @@ def test_every_flag_reads_any_word_or_refuses_it_in_one_line(capsys, words):
         (("train-medusa", "--output", ""), "argument --output: expected a path, got ''"),
         (("generate", "--input", "", "--output", "o"), "argument --input: expected a path"),
         (("eval", "--text", "t", "--json", "/"), "argument --json: expected a file, '/' is a fold"),
+        (("eval", "--text", "/"), "argument --text: expected a file, '/' is a folder"),
+        (("bench", "kv", "--text", "/"), "argument --text: expected a file, '/' is a folder"),
+        (("train-draft", "--output", "t", "--data", "/"), "argument --data: expected a file"),
+        (
+            ("train-draft", "--output", "t", "--steps", "2", "--epochs", "2"),
+            "not allowed with argument --steps",
+        ),
+        (("eval", "--text", "t", "--json", "/proc/none/j"), "--json '/proc/none/j' cannot be writ"),
+        (("eval", "--text", "t", "--json", "x" * 300), "cannot be written: File name too long"),
+        (("bench", "beam", "--json", "/proc/none/j"), "--json '/proc/none/j' cannot be written"),
         (("quantize", "--check", "q", "--format", "int4-g64"), "--format is nothing to --check"),
         (("quantize", "--check", "q", "--damp", "0.1"), "--damp is nothing to --check"),
         (("quantize", "--check", "q", "--held-out", "0"), "--held-out is nothing to --check"),
