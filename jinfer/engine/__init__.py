@@ -1,0 +1,1 @@
+"""The engine: scheduler, requests and the loop between them; folders for its parts."""

@@ -1,0 +1,1 @@
+"""Quantization: recipes, calibration, the walk over a model."""

@@ -1,0 +1,1 @@
+"""Quantized weights in files, one module a file format."""

@@ -1,0 +1,1 @@
+"""Commands of `jinfer`, one module each: SUMMARY, add_arguments(parser), run(args)."""

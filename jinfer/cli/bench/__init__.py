@@ -1,0 +1,1 @@
+"""Measurements of `jinfer bench`, one module each, and the report that all of them write."""

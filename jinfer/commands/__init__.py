@@ -1,1 +1,0 @@
-"""One module a subcommand of `jinfer`: SUMMARY, add_arguments(parser), run(args)."""

@@ -1,0 +1,1 @@
+"""Configurations, parameters and outputs. Imports no jax."""

@@ -1,0 +1,1 @@
+"""What runs on the device: packing of plans, the runner, page moves, the drafter."""

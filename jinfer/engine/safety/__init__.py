@@ -1,0 +1,1 @@
+"""Recovery of failed steps, the watchdog, integrity checks. Imports no jax."""

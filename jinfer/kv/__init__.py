@@ -1,0 +1,1 @@
+"""The paged KV pool, its number formats, rotations."""

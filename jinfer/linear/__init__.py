@@ -1,0 +1,1 @@
+"""Weights as the device has them, and their products."""

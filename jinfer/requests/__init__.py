@@ -1,0 +1,1 @@
+"""Requests as users see them: samples as one output, logprobs, beam search."""

@@ -1,0 +1,1 @@
+"""The arguments of `LLM`, made into configurations, a model and a drafter."""

@@ -1,0 +1,1 @@
+"""Drafting methods and the acceptance of drafts."""

@@ -1,0 +1,1 @@
+"""The jitted steps and what they take."""

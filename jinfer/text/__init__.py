@@ -1,0 +1,1 @@
+"""Prompts to token ids, tokens to text. Imports no jax."""

@@ -1,0 +1,1 @@
+"""Training of Medusa heads and draft models: data and loop."""
