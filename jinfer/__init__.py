@@ -6,19 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jinfer.beam_params import BeamSearchParams as BeamSearchParams
+    from jinfer.checkpoints.load import load as load
+    from jinfer.config.beam_params import BeamSearchParams as BeamSearchParams
+    from jinfer.config.outputs import BeamSearchOutput as BeamSearchOutput
+    from jinfer.config.outputs import BeamSearchSequence as BeamSearchSequence
+    from jinfer.config.outputs import CompletionOutput as CompletionOutput
+    from jinfer.config.outputs import Logprob as Logprob
+    from jinfer.config.outputs import RequestOutput as RequestOutput
+    from jinfer.config.sampling_params import RequestOutputKind as RequestOutputKind
+    from jinfer.config.sampling_params import SamplingParams as SamplingParams
     from jinfer.functional import Generated as Generated
     from jinfer.functional import generate as generate
     from jinfer.llm import LLM as LLM
     from jinfer.models.model import Model as Model
-    from jinfer.outputs import BeamSearchOutput as BeamSearchOutput
-    from jinfer.outputs import BeamSearchSequence as BeamSearchSequence
-    from jinfer.outputs import CompletionOutput as CompletionOutput
-    from jinfer.outputs import Logprob as Logprob
-    from jinfer.outputs import RequestOutput as RequestOutput
-    from jinfer.sampling_params import RequestOutputKind as RequestOutputKind
-    from jinfer.sampling_params import SamplingParams as SamplingParams
-    from jinfer.weights.load import load as load
 
 __version__ = "0.1.0"
 
@@ -27,16 +27,16 @@ _MODULES = {
     "Generated": "jinfer.functional",
     "LLM": "jinfer.llm",
     "Model": "jinfer.models.model",
-    "BeamSearchOutput": "jinfer.outputs",
-    "BeamSearchParams": "jinfer.beam_params",
-    "BeamSearchSequence": "jinfer.outputs",
-    "CompletionOutput": "jinfer.outputs",
-    "Logprob": "jinfer.outputs",
-    "RequestOutput": "jinfer.outputs",
-    "RequestOutputKind": "jinfer.sampling_params",
-    "SamplingParams": "jinfer.sampling_params",
+    "BeamSearchOutput": "jinfer.config.outputs",
+    "BeamSearchParams": "jinfer.config.beam_params",
+    "BeamSearchSequence": "jinfer.config.outputs",
+    "CompletionOutput": "jinfer.config.outputs",
+    "Logprob": "jinfer.config.outputs",
+    "RequestOutput": "jinfer.config.outputs",
+    "RequestOutputKind": "jinfer.config.sampling_params",
+    "SamplingParams": "jinfer.config.sampling_params",
     "generate": "jinfer.functional",
-    "load": "jinfer.weights.load",
+    "load": "jinfer.checkpoints.load",
 }
 __all__ = [*_MODULES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 

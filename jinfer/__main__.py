@@ -2,7 +2,7 @@
 
 import sys
 
-from jinfer.cli import main
+from jinfer.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jinfer import ops, sampling
-from jinfer.fields import MAX_FLOAT32, read_int, read_token_ids
+from jinfer.config.fields import MAX_FLOAT32, read_int, read_token_ids
+from jinfer.config.typing import Params
+from jinfer.linear import ops
 from jinfer.models import inputs
 from jinfer.models.model import Model
-from jinfer.sampling import SampleArgs
-from jinfer.typing import Params
+from jinfer.sampling import process as sampling
+from jinfer.sampling.process import SampleArgs
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike

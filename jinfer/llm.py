@@ -8,25 +8,25 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jinfer import beam_search as beams
-from jinfer import llm_options as options
-from jinfer import params as weights
-from jinfer.beam_params import BeamSearchParams
-from jinfer.drafting import take_drafter
-from jinfer.engine.compile_counter import compile_counter
-from jinfer.engine.core import Engine
-from jinfer.engine.explain import check_named, explain
-from jinfer.engine.runner import Runner
-from jinfer.fields import check_kinds
-from jinfer.groups import LogprobFormatter, OpenRequests
+from jinfer.checkpoints.fill import resolve_dtype
+from jinfer.config.beam_params import BeamSearchParams
+from jinfer.config.fields import check_kinds
+from jinfer.config.outputs import BeamSearchOutput, RequestOutput
+from jinfer.config.refusals import CALL_ARGUMENTS, LLM_ARGUMENTS, refuse
+from jinfer.config.sampling_params import RequestOutputKind, SamplingParams
+from jinfer.config.typing import Params
+from jinfer.engine.device.compile_counter import compile_counter
+from jinfer.engine.device.explain import check_named, explain
+from jinfer.engine.device.runner import Runner
+from jinfer.engine.engine import Engine
 from jinfer.models.model import Model
-from jinfer.outputs import BeamSearchOutput, RequestOutput
-from jinfer.prompts import as_list, chat_prompts, read_prompt
-from jinfer.refusals import CALL_ARGUMENTS, LLM_ARGUMENTS, refuse
-from jinfer.sampling_params import RequestOutputKind, SamplingParams
-from jinfer.tracing import refuse_tracing
-from jinfer.typing import Params
-from jinfer.weights.fill import resolve_dtype
+from jinfer.requests import beam_search as beams
+from jinfer.requests.groups import LogprobFormatter, OpenRequests
+from jinfer.setup import options
+from jinfer.setup.drafter import take_drafter
+from jinfer.steps import params as weights
+from jinfer.steps.tracing import refuse_tracing
+from jinfer.text.prompts import as_list, chat_prompts, read_prompt
 from pallas_kernels.dispatch import Decisions
 
 # Kinds of arguments of `LLM`; the rest is checked where it is used.

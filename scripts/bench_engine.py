@@ -84,7 +84,7 @@ def best_of(peers: dict[str, Any]) -> tuple[str, str, str]:
 
 def make_spec(args: argparse.Namespace) -> dict[str, Any]:
     """Cuts prompts from the licence text at random places, of random lengths; the seed is fixed."""
-    from jinfer.tokenizer import load_tokenizer
+    from jinfer.checkpoints.tokenizer import load_tokenizer
 
     text = (ROOT / "LICENSE").read_text()
     ids = load_tokenizer(args.model).encode(text, add_special_tokens=False)
@@ -113,9 +113,9 @@ def export_for_transformers(model: str) -> Path:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from jinfer.models.families import assemble, tensor_names
-    from jinfer.weights.default_model import cache_dir
-    from jinfer.weights.load import load
+    from jinfer.checkpoints.default_model import cache_dir
+    from jinfer.checkpoints.families import assemble, tensor_names
+    from jinfer.checkpoints.load import load
 
     path = Path(model)
     if path.is_dir() and (path / "config.json").is_file():
@@ -294,8 +294,8 @@ def make_report(
     spec: dict[str, Any], engines: dict[str, Any], peers: dict[str, Any]
 ) -> dict[str, Any]:
     """Puts the numbers into the form that every bench writes."""
-    from jinfer import memory
-    from jinfer.weights.load import load_config
+    from jinfer.checkpoints.load import load_config
+    from jinfer.config import memory
 
     requests = spec["mixed"]
     prompt_lens = [len(r["prompt"]) for r in requests]

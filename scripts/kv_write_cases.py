@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer import kv_cache, memory, qtensor
-from jinfer.config import CacheConfig
+from jinfer.config import memory
+from jinfer.config.model import CacheConfig
+from jinfer.kv import cache as kv_cache
+from jinfer.linear import qtensor
 from pallas_kernels import hlo
 from pallas_kernels.target import CompileCase, Target
 

@@ -17,11 +17,17 @@ import jax.numpy as jnp
 import kv_write_cases
 import numpy as np
 
-from jinfer import formats, kv_cache, memory, qkernels, qtensor, sampling, steps
-from jinfer.batch import DecodeBatch, StepBatch
-from jinfer.config import CacheConfig
+from jinfer.config import memory
+from jinfer.config.model import CacheConfig
+from jinfer.config.quant_format import QFormat
+from jinfer.kv import cache as kv_cache
+from jinfer.linear import layouts as formats
+from jinfer.linear import prepared as qkernels
+from jinfer.linear import qtensor
 from jinfer.models.model import Model
-from jinfer.qformat import QFormat
+from jinfer.sampling import process as sampling
+from jinfer.steps import forward as steps
+from jinfer.steps.batch import DecodeBatch, StepBatch
 from pallas_kernels import hlo
 from pallas_kernels.target import CompileCase, Target
 

@@ -30,18 +30,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from jinfer.commands.bench_report import Row, add_json_argument, finish  # noqa: E402
-from jinfer.llm_options import enable_compilation_cache  # noqa: E402
+from jinfer.checkpoints.load import load  # noqa: E402
+from jinfer.checkpoints.tokenizer import load_tokenizer  # noqa: E402
+from jinfer.cli.bench.report import Row, add_json_argument, finish  # noqa: E402
+from jinfer.linear.qlayout import lay_out  # noqa: E402
 from jinfer.models.model import Model  # noqa: E402
-from jinfer.qlayout import lay_out  # noqa: E402
 from jinfer.quant import calibrate, texts  # noqa: E402
 from jinfer.quant.evaluate import evaluate, window_logits  # noqa: E402
 from jinfer.quant.layer import GROUPS, LayerQuantizer  # noqa: E402
 from jinfer.quant.pipeline import quantize_model  # noqa: E402
 from jinfer.quant.recipe import Method, Recipe, make_method  # noqa: E402
 from jinfer.quant.solve import output_error  # noqa: E402
-from jinfer.tokenizer import load_tokenizer  # noqa: E402
-from jinfer.weights.load import load  # noqa: E402
+from jinfer.setup.options import enable_compilation_cache  # noqa: E402
 
 # The GPTQ of its authors' code: inputs in their order, each group's scale found when it is reached.
 PLAIN = {"order": "none", "static_groups": False, "scales": "extremes"}

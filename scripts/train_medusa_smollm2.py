@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jinfer.cli import main
+from jinfer.cli.main import main
 
 NUM_PROMPTS = 1536
 SHORTEST, LONGEST = 100, 400  # characters: the answers are to be learnt, not the prompts

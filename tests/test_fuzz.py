@@ -172,7 +172,7 @@ def test_a_fault_of_a_pure_function_is_found(fuzzing, monkeypatch):
 
 
 def test_a_fault_of_a_command_is_found(fuzzing, monkeypatch):
-    from jinfer.commands import plan
+    from jinfer.cli import plan
 
     def fails(args):
         raise KeyError("context")

@@ -48,13 +48,13 @@ LINES = [
 
 @pytest.mark.parametrize("line", LINES)
 def test_every_command_that_is_shown_can_be_read(line):
-    from jinfer.cli import build_parser
+    from jinfer.cli.main import build_parser
 
     build_parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 def test_every_command_is_shown():
-    from jinfer.cli import COMMANDS
+    from jinfer.cli.main import COMMANDS
 
     assert {line.split()[1] for line in LINES} == set(COMMANDS)
 

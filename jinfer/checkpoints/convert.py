@@ -16,14 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jinfer.config import require
-from jinfer.qformat import CHANNEL
-from jinfer.qtensor import QTensor
-from jinfer.weights.hf import QUANTIZATION_KEYS, HFCheckpoint
-from jinfer.weights.hf_files import INDEX
-from jinfer.weights.interop import Dense
-from jinfer.weights.kv_scales import Scheme, scheme_for
-from jinfer.weights.save import (
+from jinfer.checkpoints.formats.interop import Dense
+from jinfer.checkpoints.formats.kv_scales import Scheme, scheme_for
+from jinfer.checkpoints.hf import QUANTIZATION_KEYS, HFCheckpoint
+from jinfer.checkpoints.hf_files import INDEX
+from jinfer.checkpoints.save import (
     EXPORTS,
     new_folder,
     quantization_config,
@@ -32,6 +29,9 @@ from jinfer.weights.save import (
     write_tensors,
     write_text,
 )
+from jinfer.config.model import require
+from jinfer.config.quant_format import CHANNEL
+from jinfer.linear.qtensor import QTensor
 
 # What a converted folder says anew, or what described the old one.
 _NOT_COPIED = ("config.json", "quantize_config.json", "quant_config.json", INDEX)

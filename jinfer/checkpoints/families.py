@@ -30,9 +30,9 @@ import jax
 import numpy as np
 from jax.tree_util import SequenceKey
 
-from jinfer.config import ModelConfig
-from jinfer.models.hf_config import SUPPORTED as SUPPORTED
-from jinfer.models.hf_config import config_from_hf as config_from_hf
+from jinfer.checkpoints.hf_config import SUPPORTED as SUPPORTED
+from jinfer.checkpoints.hf_config import config_from_hf as config_from_hf
+from jinfer.config.model import ModelConfig
 from jinfer.models.model import Model
 
 Path: TypeAlias = tuple[str | int, ...]

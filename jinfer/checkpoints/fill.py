@@ -16,9 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config import ModelConfig
-from jinfer.fields import shown
-from jinfer.models.families import (
+from jinfer.checkpoints.families import (
     Path,
     Placement,
     expected_shapes,
@@ -26,10 +24,12 @@ from jinfer.models.families import (
     placements,
     unflatten,
 )
-from jinfer.qformat import QFormat
-from jinfer.qtensor import QTensor, dequantize, split_outputs
-from jinfer.weights.expert_stack import describe_forms, stack_experts
-from jinfer.weights.interop import Dense, Weight
+from jinfer.checkpoints.formats.expert_stack import describe_forms, stack_experts
+from jinfer.checkpoints.formats.interop import Dense, Weight
+from jinfer.config.fields import shown
+from jinfer.config.model import ModelConfig
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.qtensor import QTensor, dequantize, split_outputs
 
 DTYPES = ("float32", "bfloat16", "float16")
 _log = logging.getLogger(__name__)

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.config import ModelConfig
-from jinfer.models.families import Path, config_from_hf, names_of, placements
-from jinfer.models.hf_fields import END_TOKENS
-from jinfer.weights.fill import DTYPES, places_of
-from jinfer.weights.hf_files import (
+from jinfer.checkpoints.families import Path, config_from_hf, names_of, placements
+from jinfer.checkpoints.fill import DTYPES, places_of
+from jinfer.checkpoints.formats.detect import QuantizedModules, first_marked
+from jinfer.checkpoints.formats.interop import Weight, check_scales
+from jinfer.checkpoints.formats.kv_scales import kv_scale_of, scheme_of, static_kv
+from jinfer.checkpoints.hf_fields import END_TOKENS
+from jinfer.checkpoints.hf_files import (
     INDEX,
     STORED_DTYPES,
     StoredTensor,
@@ -25,9 +27,7 @@ from jinfer.weights.hf_files import (
     read_safetensors_header,
     safetensors_files,
 )
-from jinfer.weights.interop import Weight, check_scales
-from jinfer.weights.kv_scales import kv_scale_of, scheme_of, static_kv
-from jinfer.weights.quantized import QuantizedModules, first_marked
+from jinfer.config.model import ModelConfig
 
 GENERATION = "generation_config.json"
 # Where config.json says how weights are quantized; the second is compressed-tensors' of old.

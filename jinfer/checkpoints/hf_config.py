@@ -7,8 +7,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from jinfer.config import LayerType, ModelConfig, RopeConfig, RopeScaling, require
-from jinfer.models.hf_fields import FIELDS, FIELDS_OF, ROPE_FIELDS, check_fields
+from jinfer.checkpoints.hf_fields import FIELDS, FIELDS_OF, ROPE_FIELDS, check_fields
+from jinfer.config.model import LayerType, ModelConfig, RopeConfig, RopeScaling, require
 
 # What transformers' config classes assume where config.json is silent (Gemma 3's often is).
 _COMMON: dict[str, Any] = {

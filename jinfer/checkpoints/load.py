@@ -6,15 +6,15 @@ import os
 import pathlib
 from typing import Any
 
-from jinfer.config import ModelConfig
-from jinfer.fields import check_kinds
+from jinfer.checkpoints.fill import Checkpoint, fill, resolve_dtype
+from jinfer.checkpoints.gguf.checkpoint import GGUFCheckpoint
+from jinfer.checkpoints.hf import HFCheckpoint, read_hf_config, with_generation_ends
+from jinfer.checkpoints.hf_files import safetensors_files
+from jinfer.checkpoints.locate import fetch_from_hub, locate
+from jinfer.config.fields import check_kinds
+from jinfer.config.model import ModelConfig
 from jinfer.models.model import Model
 from jinfer.quant import on_load
-from jinfer.weights.fill import Checkpoint, fill, resolve_dtype
-from jinfer.weights.gguf import GGUFCheckpoint
-from jinfer.weights.hf import HFCheckpoint, read_hf_config, with_generation_ends
-from jinfer.weights.hf_files import safetensors_files
-from jinfer.weights.locate import fetch_from_hub, locate
 
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")  # beside config.json

@@ -7,8 +7,8 @@ import pathlib
 import reprlib
 from collections.abc import Sequence
 
-from jinfer.fields import one_line
-from jinfer.weights.default_model import DEFAULT_MODEL, default_model_path
+from jinfer.checkpoints.default_model import DEFAULT_MODEL, default_model_path
+from jinfer.config.fields import one_line
 
 
 def locate(

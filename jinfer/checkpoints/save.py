@@ -16,22 +16,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from jinfer.config import require
-from jinfer.models.families import Path, assemble, config_from_hf, placements, tensor_names
+from jinfer.checkpoints.families import Path, assemble, config_from_hf, placements, tensor_names
+from jinfer.checkpoints.files import writing
+from jinfer.checkpoints.formats.awq import awq_config, write_awq
+from jinfer.checkpoints.formats.bnb import bnb_config, write_bnb
+from jinfer.checkpoints.formats.compressed_tensors import ct_config, write_ct
+from jinfer.checkpoints.formats.fp8 import fp8_config, write_fp8
+from jinfer.checkpoints.formats.gptq import gptq_config, write_gptq
+from jinfer.checkpoints.formats.kv_scales import Scheme, scheme_for
+from jinfer.checkpoints.formats.native import native_config, write_native
+from jinfer.checkpoints.gguf.write import check_gguf, write_gguf
+from jinfer.checkpoints.hf import QUANTIZATION_KEYS
+from jinfer.checkpoints.hf_files import INDEX
+from jinfer.config.model import require
+from jinfer.config.typing import Params
+from jinfer.linear.qtensor import QTensor, concat_outputs
 from jinfer.models.model import Model
-from jinfer.qtensor import QTensor, concat_outputs
-from jinfer.typing import Params
-from jinfer.weights.awq_format import awq_config, write_awq
-from jinfer.weights.bnb_format import bnb_config, write_bnb
-from jinfer.weights.ct_format import ct_config, write_ct
-from jinfer.weights.files import writing
-from jinfer.weights.fp8_format import fp8_config, write_fp8
-from jinfer.weights.gguf_write import check_gguf, write_gguf
-from jinfer.weights.gptq_format import gptq_config, write_gptq
-from jinfer.weights.hf import QUANTIZATION_KEYS
-from jinfer.weights.hf_files import INDEX
-from jinfer.weights.kv_scales import Scheme, scheme_for
-from jinfer.weights.native_format import native_config, write_native
 
 EXPORTS: Mapping[
     str, tuple[Callable[..., dict[str, np.ndarray]], Callable[..., dict[str, Any]]]

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jinfer.config import require
-from jinfer.weights.gguf_ends import END_OF_TURN
-from jinfer.weights.gguf_file import GGUFFile
-from jinfer.weights.locate import expanded, locate
+from jinfer.checkpoints.gguf.ends import END_OF_TURN
+from jinfer.checkpoints.gguf.file import GGUFFile
+from jinfer.checkpoints.locate import expanded, locate
+from jinfer.config.model import require
 
 if TYPE_CHECKING:
     import tokenizers

@@ -7,8 +7,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from jinfer.commands import flags
-from jinfer.commands.terminal import GenerationError, chat_prompt, one_line, print_stream, say
+from jinfer.cli import flags
+from jinfer.cli.terminal import GenerationError, chat_prompt, one_line, print_stream, say
 
 SUMMARY = "talk to a model in the terminal"
 

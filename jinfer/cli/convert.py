@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jinfer.commands import quantize
-from jinfer.commands.flags import path
-from jinfer.commands.terminal import progress, say
+from jinfer.cli import quantize
+from jinfer.cli.flags import path
+from jinfer.cli.terminal import progress, say
 
 SUMMARY = "write weights in another format, without loss or as a GGUF type"
 _CALIBRATION = {"num_sequences": 32, "length": None, "seed": 0}
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     by rounding the linears, so that their expected outputs change least if --calibration says which
     inputs matter. Rows that are no multiple of 256 take Q5_0 for Q4_K and Q8_0 for Q6_K.
     """
-    from jinfer.weights.load import open_checkpoint
+    from jinfer.checkpoints.load import open_checkpoint
 
     for name, value in _CALIBRATION.items():
         if getattr(args, name) is None:
@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag} is for --export gguf; {args.export} is written as it is")
 
-    from jinfer.weights.convert import convert_folder
-    from jinfer.weights.hf import HFCheckpoint
-    from jinfer.weights.save import check_free
+    from jinfer.checkpoints.convert import convert_folder
+    from jinfer.checkpoints.hf import HFCheckpoint
+    from jinfer.checkpoints.save import check_free
 
     check_free(args.output)
     checkpoint = open_checkpoint(args.model, revision=args.revision)
@@ -89,9 +89,9 @@ def run(args: argparse.Namespace) -> int:
 def _to_gguf(args: argparse.Namespace, open_checkpoint: Any) -> int:
     import numpy as np
 
+    from jinfer.checkpoints.fill import fill
+    from jinfer.checkpoints.gguf.write import write_gguf
     from jinfer.models.model import Model
-    from jinfer.weights.fill import fill
-    from jinfer.weights.gguf_write import write_gguf
 
     if args.calibration is not None and args.type is None:
         raise ValueError("--calibration is for rounding: give a --type too")

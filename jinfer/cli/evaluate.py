@@ -9,7 +9,7 @@ import json
 import platform
 from typing import Any
 
-from jinfer.commands.flags import (
+from jinfer.cli.flags import (
     DEFAULT_MODEL,
     check_positions,
     check_result_file,
@@ -17,7 +17,7 @@ from jinfer.commands.flags import (
     input_file,
     result_file,
 )
-from jinfer.commands.terminal import progress, say
+from jinfer.cli.terminal import progress, say
 
 SUMMARY = "score a model on a text"
 
@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     first.
     """
     from jinfer import load
-    from jinfer.llm_options import enable_compilation_cache
+    from jinfer.checkpoints.load import load_config
+    from jinfer.checkpoints.tokenizer import load_tokenizer
     from jinfer.quant import texts
     from jinfer.quant.evaluate import evaluate
-    from jinfer.tokenizer import load_tokenizer
-    from jinfer.weights.load import load_config
+    from jinfer.setup.options import enable_compilation_cache
 
     if args.context is not None and args.context < 2:
         raise ValueError(f"--context must be at least 2 tokens, got {args.context}")

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jinfer import memory
+from jinfer.config import memory
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
@@ -211,7 +211,7 @@ def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def make_params(fields: dict[str, Any], **more: Any) -> Any:
     """Builds SamplingParams, which checks them."""
-    from jinfer.sampling_params import SamplingParams
+    from jinfer.config.sampling_params import SamplingParams
 
     return SamplingParams(**fields, **more)
 
@@ -222,7 +222,7 @@ def make_beam_params(args: argparse.Namespace) -> Any | None:
     Raises:
       ValueError: a flag goes with beam search alone, or not with it.
     """
-    from jinfer.beam_params import BeamSearchParams
+    from jinfer.config.beam_params import BeamSearchParams
 
     beams = _given(args, BEAM_FLAGS)
     if "num_beams" not in beams:

@@ -7,9 +7,9 @@ import sys
 import time
 from typing import Any
 
-from jinfer import jsonl
-from jinfer.commands import flags
-from jinfer.commands.terminal import chat_prompt, check, format_rate, print_stream, say
+from jinfer.cli import flags
+from jinfer.cli.terminal import chat_prompt, check, format_rate, print_stream, say
+from jinfer.jobs import jsonl
 
 SUMMARY = "complete one prompt, or every line of a JSONL file"
 
@@ -103,7 +103,7 @@ def _search(args: argparse.Namespace, params: Any) -> int:
 def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
     from tqdm import tqdm
 
-    from jinfer.sampling_params import RequestOutputKind
+    from jinfer.config.sampling_params import RequestOutputKind
 
     settings = {"model": args.model, "sampling": sampling}
     for name in ("dtype", "quantization", "tokenizer", "revision", "max_model_len"):

@@ -13,19 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jinfer.commands import (
-    bench,
-    chat,
-    convert,
-    evaluate,
-    generate,
-    plan,
-    quantize,
-    train_draft,
-    train_medusa,
-)
-from jinfer.commands.terminal import PROG, one_line, say
-from jinfer.fields import one_line as shorten
+from jinfer.cli import chat, convert, evaluate, generate, plan, quantize, train_draft, train_medusa
+from jinfer.cli.bench import main as bench
+from jinfer.cli.terminal import PROG, one_line, say
+from jinfer.config.fields import one_line as shorten
 
 COMMANDS = {
     "generate": generate,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from jinfer import memory
-from jinfer.commands.flags import DEFAULT_MODEL, size
-from jinfer.config import ModelConfig, kv_format
+from jinfer.cli.flags import DEFAULT_MODEL, size
+from jinfer.config import memory
+from jinfer.config.model import ModelConfig, kv_format
 
 SUMMARY = "print how much memory a model needs"
 
@@ -113,6 +113,6 @@ def _room(
 
 
 def _read_config(model: str, revision: str | None) -> ModelConfig:
-    from jinfer.weights.load import load_config
+    from jinfer.checkpoints.load import load_config
 
     return load_config(model, revision=revision)

@@ -7,8 +7,8 @@ import pathlib
 import time
 from typing import Any
 
-from jinfer.commands.flags import DEFAULT_MODEL, fit_positions, path
-from jinfer.commands.terminal import progress, say
+from jinfer.cli.flags import DEFAULT_MODEL, fit_positions, path
+from jinfer.cli.terminal import progress, say
 
 SUMMARY = "quantize a model and report what it cost"
 METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
@@ -113,16 +113,16 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     import jinfer
-    from jinfer.llm_options import enable_compilation_cache
+    from jinfer.checkpoints.fill import fill, resolve_dtype
+    from jinfer.checkpoints.hf import generation_files
+    from jinfer.checkpoints.load import open_checkpoint
+    from jinfer.checkpoints.save import check_free
+    from jinfer.checkpoints.tokenizer import tokenizer_files
     from jinfer.models.model import Model
     from jinfer.quant import sensitivity
-    from jinfer.quant.job import Job, check_job, check_source, run_job
     from jinfer.quant.recipe import Recipe, make_method
-    from jinfer.tokenizer import tokenizer_files
-    from jinfer.weights.fill import fill, resolve_dtype
-    from jinfer.weights.hf import generation_files
-    from jinfer.weights.load import open_checkpoint
-    from jinfer.weights.save import check_free
+    from jinfer.quant.run.job import Job, check_job, check_source, run_job
+    from jinfer.setup.options import enable_compilation_cache
 
     check_free(args.output)
     enable_compilation_cache()
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from jinfer.quant.doctor import examine
+    from jinfer.quant.run.doctor import examine
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -265,8 +265,8 @@ def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: boo
         tokens = np.concatenate(parts)
         say(f"the model wrote {tokens.size} tokens in {time.perf_counter() - start:.0f} s")
     else:
+        from jinfer.checkpoints.tokenizer import load_tokenizer
         from jinfer.quant.texts import pack, read_texts
-        from jinfer.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(args.model, revision=args.revision)
         tokens = pack(
@@ -289,7 +289,7 @@ def _own_text(model: Any, params: Any, num: int, length: int, seed: tuple[int, i
     import jax.numpy as jnp
     import numpy as np
 
-    from jinfer.steps import sample_texts
+    from jinfer.steps.forward import sample_texts
 
     config = model.config
     ends = config.eos_token_ids
@@ -308,9 +308,9 @@ def _own_text(model: Any, params: Any, num: int, length: int, seed: tuple[int, i
 
 def vocabulary(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """The tokenizer as a GGUF file's metadata."""
-    from jinfer.gguf_vocabulary import tokenizer_metadata
-    from jinfer.tokenizer import load_tokenizer
-    from jinfer.weights.gguf_write import architecture_of
+    from jinfer.checkpoints.gguf.vocabulary import tokenizer_metadata
+    from jinfer.checkpoints.gguf.write import architecture_of
+    from jinfer.checkpoints.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.model, revision=args.revision)
     architecture = architecture_of(model.config)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jinfer.fields import one_line as shorten
+from jinfer.config.fields import one_line as shorten
 
 PROG = "jinfer"
 
@@ -112,7 +112,7 @@ def format_rate(num_tokens: int, seconds: float) -> str:
 
 def chat_prompt(llm: Any, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
     """Turns messages into a prompt of token ids, through the model's chat template."""
-    from jinfer.prompts import apply_chat_template
+    from jinfer.text.prompts import apply_chat_template
 
     tokens = apply_chat_template(llm.get_tokenizer(), messages, add_generation_prompt=True)
     return {"prompt_token_ids": tokens}

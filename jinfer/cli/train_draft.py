@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jinfer.commands import training
+from jinfer.cli import training
 
 SUMMARY = "distil a draft model of few layers"
 NUM_DRAFTS = 4  # for which the report says what to expect
@@ -30,12 +30,12 @@ def run(args: argparse.Namespace) -> int:
     """
     import json
 
-    from jinfer.models.families import config_from_hf
+    from jinfer.checkpoints.families import config_from_hf
+    from jinfer.checkpoints.load import open_checkpoint
+    from jinfer.checkpoints.save import save_folder
+    from jinfer.checkpoints.tokenizer import tokenizer_files
     from jinfer.models.model import Model
-    from jinfer.spec import draft_training
-    from jinfer.tokenizer import tokenizer_files
-    from jinfer.weights.load import open_checkpoint
-    from jinfer.weights.save import save_folder
+    from jinfer.training import draft as draft_training
 
     target, params = training.load_model(args)
     hf = {**open_checkpoint(args.model).hf, "num_hidden_layers": args.num_layers}

@@ -6,10 +6,10 @@ import argparse
 import shutil
 from typing import Any
 
-from jinfer.commands import flags, training
-from jinfer.commands.terminal import progress, timed
-from jinfer.config import MAX_TREE_NODES
-from jinfer.weights.files import writing
+from jinfer.checkpoints.files import writing
+from jinfer.cli import flags, training
+from jinfer.cli.terminal import progress, timed
+from jinfer.config.model import MAX_TREE_NODES
 
 SUMMARY = "train Medusa heads for a model"
 TOP_KS = (1, 2, 3, 5, 10)
@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
     of all tokens to learn, computed once: 4 bytes times the hidden size each) and "checkpoints",
     from which the same command goes on after a cut.
     """
-    from jinfer.spec import medusa, medusa_training
-    from jinfer.spec.medusa_tree import fit_tree, tokens_per_step
+    from jinfer.speculation import medusa
+    from jinfer.speculation.medusa_tree import fit_tree, tokens_per_step
+    from jinfer.training import medusa as medusa_training
 
     if args.tree_nodes > MAX_TREE_NODES:
         raise ValueError(f"--tree-nodes must be 1 to {MAX_TREE_NODES}, got {args.tree_nodes}")
@@ -124,7 +125,7 @@ def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, A
     """Returns what to learn and what is kept apart, from --output if a run before left it there."""
     import numpy as np
 
-    from jinfer.spec.medusa_training import Examples, examples
+    from jinfer.training.medusa import Examples, examples
 
     file = args.output / "hidden.npz"
     if not file.is_file():

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinfer import jsonl
-from jinfer.commands import flags
-from jinfer.commands.terminal import check, progress, say, timed
-from jinfer.fields import shown
-from jinfer.prompts import apply_chat_template, read_prompt
+from jinfer.checkpoints.files import writing
+from jinfer.cli import flags
+from jinfer.cli.terminal import check, progress, say, timed
+from jinfer.config.fields import shown
+from jinfer.jobs import jsonl
 from jinfer.quant.texts import read_texts
-from jinfer.weights.files import writing
+from jinfer.text.prompts import apply_chat_template, read_prompt
 
 _WINDOW = 256  # tokens of a window, where the model has so many positions
 # Flags of the engine that generates texts.
@@ -99,7 +99,7 @@ def train(
     """
     import numpy as np
 
-    from jinfer.spec import training
+    from jinfer.training import loop as training
 
     num_steps = args.steps or -(-args.epochs * len(data[0]) // args.batch_size)
     config = _config(args, num_steps)
@@ -130,7 +130,7 @@ def train(
 
 
 def _config(args: argparse.Namespace, num_steps: int) -> Any:
-    from jinfer.spec import training
+    from jinfer.training import loop as training
 
     return training.TrainingConfig(
         num_steps=num_steps,
@@ -148,7 +148,7 @@ def check_same_run(args: argparse.Namespace, *own: str) -> None:
     `own` are the names of settings that the command has beside those of all training. Where --data
     cannot be read, no folder is made that would insist on it; nor with settings that no run has.
     """
-    from jinfer.sampling_params import SamplingParams
+    from jinfer.config.sampling_params import SamplingParams
 
     args.epochs = args.epochs or 2  # no default of argparse, which takes a given 2 for not given
     _config(args, num_steps=args.steps or 1)
@@ -184,7 +184,7 @@ def read_data(args: argparse.Namespace, model: Any, params: Any) -> Data:
     import numpy as np
 
     from jinfer import LLM
-    from jinfer.spec.training import windows
+    from jinfer.training.loop import windows
 
     file = args.output / "data.npz"
     if file.is_file():

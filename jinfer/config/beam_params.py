@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import InitVar
 from typing import Any, Literal
 
-from jinfer import refusals
-from jinfer.fields import (
+from jinfer.config import refusals
+from jinfer.config.fields import (
     MAX_FLOAT32,
     check_keywords,
     read_bool,
@@ -18,7 +18,7 @@ from jinfer.fields import (
     require,
     shown,
 )
-from jinfer.sampling_params import MIN_TEMPERATURE
+from jinfer.config.sampling_params import MIN_TEMPERATURE
 
 MAX_LENGTH_PENALTY = 32
 """Beyond this the power of a length may leave the range of a float."""

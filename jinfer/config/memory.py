@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from jinfer.config import KV_BITS, ModelConfig, kv_format
-from jinfer.fields import shown
+from jinfer.config.fields import shown
+from jinfer.config.model import KV_BITS, ModelConfig, kv_format
 
 Part = Literal["embedding", "attention", "mlp", "norms", "head"]
 
@@ -37,7 +37,7 @@ FLOAT32_SCALES: Mapping[str, str] = {
 KV_SCALE_BYTES = 4  # a scale a token and head, of formats below 16 bits
 CPU_KV_BYTES = 2**30  # what the pool takes on a CPU, unless the weights are larger
 
-# The formats of `jinfer.qtensor.QFormat` that the planner knows.
+# The formats of `jinfer.linear.qtensor.QFormat` that the planner knows.
 _FORMAT = re.compile(
     r"(?:int(?P<bits>[2-8])|(?P<fp8>fp8-e4m3|fp8-e5m2)|nf4|fp4)"
     r"-(?:g(?P<group>[1-9]\d*)|(?P<whole>channel|tensor)|block(?P<block>[1-9]\d*))"

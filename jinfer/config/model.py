@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jinfer.fields import check_fields, check_positive, shown
-from jinfer.fields import require as require
-from jinfer.static_kv import StaticKV
+from jinfer.config.fields import check_fields, check_positive, shown
+from jinfer.config.fields import require as require
+from jinfer.config.static_kv import StaticKV
 
 # Formats of K and V in the cache and the bits of a value; those below 16 have scales beside.
 KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "int8": 8, "int4": 4}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jinfer.fields import check_fields, require
+from jinfer.config.fields import check_fields, require
 
 Grid = Literal["full", "restricted"]
 

@@ -1,6 +1,6 @@
 """What a user asks of sampling: every field is applied, or refused by name with the reason.
 
-Knows nothing of arrays, tokenizers or models; `jinfer/sampling.py` applies these fields.
+Knows nothing of arrays, tokenizers or models; `jinfer/sampling/process.py` applies these fields.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar
 from typing import Any
 
-from jinfer import refusals
-from jinfer.fields import (
+from jinfer.config import refusals
+from jinfer.config.fields import (
     MAX_FLOAT32,
     check_keywords,
     one_line,
@@ -87,8 +87,8 @@ def _as_output_kind(value: Any) -> RequestOutputKind:
 class SamplingParams:
     """How one request is sampled, stopped and reported.
 
-    The order in which the distribution is shaped is in `jinfer.sampling.process_logits`. Names and
-    defaults are those that users of other engines know. Everything is validated and normalised
+    The order in which the distribution is shaped is in `sampling.process.process_logits`. Names
+    and defaults are those that users of other engines know. Everything is validated and normalised
     here: greedy decoding (temperature 0) resets top_p, top_k and min_p, which cannot change it;
     temperatures in (0, 0.01) become 0.01; top_k = -1 becomes 0; seed = -1 becomes None;
     logit_bias is clamped to +-100; lists become tuples without repetitions.

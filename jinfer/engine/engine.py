@@ -13,21 +13,21 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from jinfer.config import EngineConfig, ModelConfig
-from jinfer.engine import recovery
-from jinfer.engine.bad_words import encode_bad_word
+from jinfer.config.model import EngineConfig, ModelConfig
+from jinfer.config.sampling_params import SamplingParams, child_seed
+from jinfer.config.typing import Params
+from jinfer.engine.device.results import Launched
+from jinfer.engine.device.runner import Runner
+from jinfer.engine.drafting.trees import TreeSpeculation
 from jinfer.engine.plan import Plan, Progress
 from jinfer.engine.request import Request
-from jinfer.engine.results import Launched
-from jinfer.engine.runner import Runner
+from jinfer.engine.safety import recovery
+from jinfer.engine.safety.watchdog import Watchdog
 from jinfer.engine.scheduler import Scheduler
-from jinfer.engine.tree_speculation import TreeSpeculation
-from jinfer.engine.watchdog import Watchdog
 from jinfer.models.rope import needs_context_lens
-from jinfer.sampling import check_request
-from jinfer.sampling_params import SamplingParams, child_seed
-from jinfer.tracing import refuse_tracing
-from jinfer.typing import Params
+from jinfer.sampling.process import check_request
+from jinfer.steps.tracing import refuse_tracing
+from jinfer.text.bad_words import encode_bad_word
 
 logger = logging.getLogger(__name__)
 

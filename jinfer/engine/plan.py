@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jinfer.engine.request import Request
-from jinfer.spec import draft_tree
+from jinfer.speculation import trees as draft_tree
 
 
 @dataclasses.dataclass(frozen=True)

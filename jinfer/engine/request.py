@@ -16,9 +16,9 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
-from jinfer.engine.detokenizer import Detokenizer
-from jinfer.outputs import FinishReason, RequestMetrics
-from jinfer.sampling_params import NO_TOKEN, SamplingParams
+from jinfer.config.outputs import FinishReason, RequestMetrics
+from jinfer.config.sampling_params import NO_TOKEN, SamplingParams
+from jinfer.text.detokenizer import Detokenizer
 
 
 class RequestStatus(enum.Enum):

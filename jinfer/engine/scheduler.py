@@ -23,16 +23,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jinfer.config import EngineConfig
-from jinfer.engine import integrity, recovery
-from jinfer.engine.holdings import Holdings
-from jinfer.engine.pages import PagePool
+from jinfer.config.model import EngineConfig
+from jinfer.config.outputs import FinishReason
+from jinfer.engine.drafting.trees import draft, make_speculation
+from jinfer.engine.pages.holdings import Holdings
+from jinfer.engine.pages.pool import PagePool
+from jinfer.engine.pages.prefix import PrefixCache
 from jinfer.engine.plan import Drafts, Plan, Progress, ScheduledSeq, SchedulerStats
-from jinfer.engine.prefix import PrefixCache
 from jinfer.engine.queue import WaitingQueue, arrival_key
 from jinfer.engine.request import Request, RequestStatus
-from jinfer.engine.tree_speculation import draft, make_speculation
-from jinfer.outputs import FinishReason
+from jinfer.engine.safety import integrity, recovery
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 from jax.experimental.layout import Format, Layout
 
-from jinfer.qkernels import PreparedWeight
-from jinfer.qtensor import QTensor
-from jinfer.typing import Params
+from jinfer.config.typing import Params
+from jinfer.linear.prepared import PreparedWeight
+from jinfer.linear.qtensor import QTensor
 from pallas_kernels.target import Target
 
 _TILE_ROWS = {"tpu7x": 16}  # what loops read 16-bit matrices in, where it isn't what JAX has

@@ -13,11 +13,18 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer import qkernels
-from jinfer.config import require
-from jinfer.qformat import CODEBOOKS, FP8_DTYPES, FP8_MAX, divide, expand_groups, split_groups
-from jinfer.qkernels import PreparedWeight
-from jinfer.qtensor import QTensor, dequantize
+from jinfer.config.model import require
+from jinfer.config.quant_format import (
+    CODEBOOKS,
+    FP8_DTYPES,
+    FP8_MAX,
+    divide,
+    expand_groups,
+    split_groups,
+)
+from jinfer.linear import prepared as qkernels
+from jinfer.linear.prepared import PreparedWeight
+from jinfer.linear.qtensor import QTensor, dequantize
 from pallas_kernels.int8_matmul.xla import int8_dot
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(): Dettmers et al. 2022, section 3.2

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jinfer.qkernels import PreparedWeight
-from jinfer.qlinear import qmatmul
-from jinfer.qtensor import QTensor
+from jinfer.linear.matmul import qmatmul
+from jinfer.linear.prepared import PreparedWeight
+from jinfer.linear.qtensor import QTensor
 
 
 def linear(

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jinfer.config import BACKENDS, require
-from jinfer.qformat import CODEBOOKS, TENSOR, QFormat
-from jinfer.qtensor import DoubleScale, QTensor, array_bytes
-from jinfer.typing import Params
+from jinfer.config.model import BACKENDS, require
+from jinfer.config.quant_format import CODEBOOKS, TENSOR, QFormat
+from jinfer.config.typing import Params
+from jinfer.linear.qtensor import DoubleScale, QTensor, array_bytes
 from pallas_kernels import dispatch
 from pallas_kernels import target as target_lib
 from pallas_kernels.fp8_matmul import fp8_matmul

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jinfer import memory
-from jinfer.qformat import FP8_DTYPES
-from jinfer.qtensor import QTensor, dequantize
-from jinfer.typing import Params
+from jinfer.config import memory
+from jinfer.config.quant_format import FP8_DTYPES
+from jinfer.config.typing import Params
+from jinfer.linear.qtensor import QTensor, dequantize
 from pallas_kernels import target as target_lib
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jinfer.fields import require, shown
-from jinfer.qformat import (
+from jinfer.config.fields import require, shown
+from jinfer.config.quant_format import (
     CODEBOOKS,
     FP8_DTYPES,
     TENSOR,

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jinfer import ops
-from jinfer.config import ModelConfig
+from jinfer.config.model import ModelConfig
+from jinfer.linear import ops
 from jinfer.models.layers import Linear, Norm
 from jinfer.models.moe import Experts
 

@@ -14,10 +14,10 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jinfer.config import ModelConfig
-from jinfer.fields import require, shown
-from jinfer.qkernels import PreparedWeight
-from jinfer.qtensor import QTensor
+from jinfer.config.fields import require, shown
+from jinfer.config.model import ModelConfig
+from jinfer.linear.prepared import PreparedWeight
+from jinfer.linear.qtensor import QTensor
 
 
 def _as_array(name: str, value: Any, what: str) -> Any:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jinfer import ops
-from jinfer.config import ModelConfig
+from jinfer.config.model import ModelConfig
+from jinfer.linear import ops
 
 
 class Linear(nnx.Module):

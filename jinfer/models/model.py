@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jinfer import ops
-from jinfer.config import ModelConfig
+from jinfer.config.model import ModelConfig
+from jinfer.config.typing import Params
+from jinfer.linear import ops
+from jinfer.linear.qtensor import QTensor
 from jinfer.models import block, inputs, rope
 from jinfer.models.block import Attend, Rope, Taps
-from jinfer.qtensor import QTensor
-from jinfer.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jinfer import ops
-from jinfer.config import ModelConfig
+from jinfer.config.model import ModelConfig
+from jinfer.linear import ops
 from jinfer.models.layers import Linear
 
 MAX_BLOCK_ROWS = 128

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jinfer.config import RopeConfig
+from jinfer.config.model import RopeConfig
 
 
 def needs_context_lens(rope: RopeConfig) -> bool:

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer import ops
-from jinfer.config import require
+from jinfer.config.model import require
+from jinfer.config.typing import Params
+from jinfer.linear import ops
+from jinfer.linear.qtensor import check_finite
 from jinfer.models import block
 from jinfer.models.model import Model
-from jinfer.qtensor import check_finite
-from jinfer.quant.factor import dot_transposed, gram
-from jinfer.typing import Params
+from jinfer.quant.methods.factor import dot_transposed, gram
 
 CHUNK_TOKENS = 2048  # the tokens of a chunk, about
 QUERY_BLOCK = 128

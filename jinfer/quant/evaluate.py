@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jinfer.config.typing import Params
 from jinfer.models.model import Model
 from jinfer.quant import calibrate
-from jinfer.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)

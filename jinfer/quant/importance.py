@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jinfer.config import require
-from jinfer.models.families import Path
+from jinfer.checkpoints.families import Path
+from jinfer.config.model import require
+from jinfer.config.typing import Params
 from jinfer.models.model import Model
 from jinfer.quant import calibrate
-from jinfer.typing import Params
 
 
 @jax.jit

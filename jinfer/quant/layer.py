@@ -10,22 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jinfer.config import require
+from jinfer.config.model import require
+from jinfer.linear.qlayout import lay_out
+from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model
-from jinfer.qlayout import lay_out
-from jinfer.qtensor import QTensor
 from jinfer.quant import calibrate
-from jinfer.quant.awq import search_scales
 from jinfer.quant.calibrate import InputStats
-from jinfer.quant.folding import (
+from jinfer.quant.methods.awq import search_scales
+from jinfer.quant.methods.folding import (
     divide_norm,
     divide_outputs,
     head_ties,
     producer_scales,
     scale_inputs,
 )
+from jinfer.quant.methods.smoothquant import smooth_scales
 from jinfer.quant.recipe import Method, Recipe
-from jinfer.quant.smoothquant import smooth_scales
 from jinfer.quant.solve import Row, merge_rows, solve_group, stack
 
 Layer: TypeAlias = dict[str, Any]

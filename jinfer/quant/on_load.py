@@ -9,11 +9,11 @@ import jax
 from jax import Array
 from jax.tree_util import SequenceKey
 
-from jinfer.models.families import is_linear
-from jinfer.qtensor import QTensor, check_weight
+from jinfer.checkpoints.families import is_linear
+from jinfer.config.typing import Params
+from jinfer.linear.qtensor import QTensor, check_weight
 from jinfer.quant.recipe import parse_quantization
 from jinfer.quant.solve import solve_group
-from jinfer.typing import Params
 
 KEEP_GGUF = "gguf"
 """LLM(quantization=...) that quantizes nothing: a GGUF file's own types stay."""

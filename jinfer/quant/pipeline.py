@@ -12,15 +12,15 @@ from typing import Any
 import jax
 from jax import Array
 
-from jinfer.config import require
+from jinfer.config.model import require
+from jinfer.config.typing import Params
+from jinfer.linear.qtensor import QTensor
 from jinfer.models import inputs
 from jinfer.models.model import Model
-from jinfer.qtensor import QTensor
 from jinfer.quant import calibrate
 from jinfer.quant.layer import GROUPS, Layer, LayerQuantizer
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.solve import Row
-from jinfer.typing import Params
 
 Progress = Callable[[int, Layer, list[Row]], None]
 

@@ -12,8 +12,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jinfer.fields import one_line, require, shown
-from jinfer.qformat import QFormat
+from jinfer.config.fields import one_line, require, shown
+from jinfer.config.quant_format import QFormat
 
 FOLDS = ("none", "awq", "smoothquant")
 SOLVERS = ("rtn", "gptq", "hqq")

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config import require
+from jinfer.config.model import require
+from jinfer.config.quant_format import QFormat
+from jinfer.config.typing import Params
+from jinfer.linear.qtensor import dequantize, quantize
 from jinfer.models.model import Model
-from jinfer.qformat import QFormat
-from jinfer.qtensor import dequantize, quantize
 from jinfer.quant import calibrate
 from jinfer.quant.evaluate import divergence, embed, logits_from
 from jinfer.quant.layer import GROUPS
 from jinfer.quant.recipe import Method, Recipe
-from jinfer.typing import Params
 
 WIDTHS = (3, 4, 5, 6, 8)
 

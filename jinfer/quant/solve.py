@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jinfer.qformat import Grid, QFormat
-from jinfer.qtensor import QTensor, check_finite, dequantize, split_outputs
-from jinfer.quant.awq import clip_weights
+from jinfer.config.quant_format import Grid, QFormat
+from jinfer.linear.qtensor import QTensor, check_finite, dequantize, split_outputs
 from jinfer.quant.calibrate import InputStats
-from jinfer.quant.correction import correct_weight
-from jinfer.quant.gptq import GPTQInfo, quantize_gptq
-from jinfer.quant.hqq import quantize_hqq
+from jinfer.quant.methods.awq import clip_weights
+from jinfer.quant.methods.correction import correct_weight
+from jinfer.quant.methods.gptq import GPTQInfo, quantize_gptq
+from jinfer.quant.methods.hqq import quantize_hqq
+from jinfer.quant.methods.rtn import quantize_rtn, with_static_inputs
 from jinfer.quant.recipe import Method
-from jinfer.quant.rtn import quantize_rtn, with_static_inputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinfer.beam_params import BeamSearchParams
-from jinfer.config import require
-from jinfer.engine.beam import BeamSearcher
-from jinfer.engine.core import Engine
-from jinfer.engine.hypotheses import Finished, Token
-from jinfer.fields import read_token_ids
-from jinfer.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
-from jinfer.prompts import Prompt
+from jinfer.config.beam_params import BeamSearchParams
+from jinfer.config.fields import read_token_ids
+from jinfer.config.model import require
+from jinfer.config.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
+from jinfer.engine.beam.hypotheses import Finished, Token
+from jinfer.engine.beam.searcher import BeamSearcher
+from jinfer.engine.engine import Engine
+from jinfer.text.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Collection
 from typing import Any
 
-from jinfer.engine.core import Engine
+from jinfer.config.fields import read_int, require, shown
+from jinfer.config.outputs import CompletionOutput, Logprob, RequestOutput
+from jinfer.config.sampling_params import RequestOutputKind, SamplingParams
+from jinfer.engine.device.results import TokenLogprobs
+from jinfer.engine.engine import Engine
 from jinfer.engine.request import Request
-from jinfer.engine.results import TokenLogprobs
-from jinfer.fields import read_int, require, shown
-from jinfer.outputs import CompletionOutput, Logprob, RequestOutput
-from jinfer.prompts import Prompt
-from jinfer.sampling_params import RequestOutputKind, SamplingParams
+from jinfer.text.prompts import Prompt
 
 
 class LogprobFormatter:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
-from jinfer.sampler_state import (
+from jinfer.config.sampling_params import NO_TOKEN
+from jinfer.sampling.state import (
     ALLOWED,
     BAD_WORDS,
     BIAS,
@@ -24,20 +25,19 @@ from jinfer.sampler_state import (
     SampleArgs,
     SamplerState,
 )
-from jinfer.sampler_state import ArgRow as ArgRow
-from jinfer.sampler_state import RowSetup as RowSetup
-from jinfer.sampler_state import SamplerLimits as SamplerLimits
-from jinfer.sampler_state import arg_row as arg_row
-from jinfer.sampler_state import check_request as check_request
-from jinfer.sampler_state import init_state as init_state
-from jinfer.sampler_state import observe as observe
-from jinfer.sampler_state import pack_args as pack_args
-from jinfer.sampler_state import pack_bits as pack_bits
-from jinfer.sampler_state import pack_row as pack_row
-from jinfer.sampler_state import reset_row as reset_row
-from jinfer.sampler_state import state_bytes as state_bytes
-from jinfer.sampler_state import state_flags as state_flags
-from jinfer.sampling_params import NO_TOKEN
+from jinfer.sampling.state import ArgRow as ArgRow
+from jinfer.sampling.state import RowSetup as RowSetup
+from jinfer.sampling.state import SamplerLimits as SamplerLimits
+from jinfer.sampling.state import arg_row as arg_row
+from jinfer.sampling.state import check_request as check_request
+from jinfer.sampling.state import init_state as init_state
+from jinfer.sampling.state import observe as observe
+from jinfer.sampling.state import pack_args as pack_args
+from jinfer.sampling.state import pack_bits as pack_bits
+from jinfer.sampling.state import pack_row as pack_row
+from jinfer.sampling.state import reset_row as reset_row
+from jinfer.sampling.state import state_bytes as state_bytes
+from jinfer.sampling.state import state_flags as state_flags
 
 _NEG_INF = float("-inf")
 _BLOCK = 64  # neighbours whose maximum stands for them in `_largest`

@@ -1,7 +1,7 @@
 """What the sampler knows of each sequence: its parameters, one row a step, and its memory.
 
-Knows nothing of models, requests or steps. Host-side packing is plain numpy; `jinfer/sampling.py`
-turns logits into tokens with what is kept here.
+Knows nothing of models, requests or steps. Host-side packing is plain numpy; `process.py` turns
+logits into tokens with what is kept here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from jinfer.config import require
-from jinfer.sampling_params import SamplingParams
+from jinfer.config.model import require
+from jinfer.config.sampling_params import SamplingParams
 
 _ANY_TOKEN = -2  # in bad-word prefixes: matches whatever came before
 _NO_TOKEN = -1  # in the history: no output token yet, matched by _ANY_TOKEN alone

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from jinfer import llm_options as options
-from jinfer import qkernels
-from jinfer.config import SpeculativeConfig
-from jinfer.engine.drafter import Drafter
+from jinfer.config.model import SpeculativeConfig
+from jinfer.config.typing import Params
+from jinfer.engine.device.drafter import Drafter
+from jinfer.linear import prepared as qkernels
+from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model
-from jinfer.qtensor import QTensor
-from jinfer.typing import Params
+from jinfer.setup import options
 
 
 def take_drafter(

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from jinfer import formats, kv_cache, memory, qkernels
-from jinfer import params as weights
-from jinfer.config import (
+from jinfer.config import memory
+from jinfer.config.fields import shown
+from jinfer.config.model import (
     KV_BITS,
     CacheConfig,
     EngineConfig,
@@ -21,15 +21,18 @@ from jinfer.config import (
     SpeculativeConfig,
     require,
 )
-from jinfer.engine.drafter import Drafter
-from jinfer.fields import shown
-from jinfer.kv_quant import resolve_format
+from jinfer.config.sampling_params import SamplingParams
+from jinfer.config.typing import Params
+from jinfer.engine.device.drafter import Drafter
+from jinfer.kv import cache as kv_cache
+from jinfer.kv.codes import resolve_format
+from jinfer.linear import layouts as formats
+from jinfer.linear import prepared as qkernels
+from jinfer.linear.qlayout import lay_out
+from jinfer.linear.qtensor import array_bytes
 from jinfer.models.model import Model
-from jinfer.qlayout import lay_out
-from jinfer.qtensor import array_bytes
-from jinfer.sampling_params import SamplingParams
-from jinfer.spec import medusa_tree
-from jinfer.typing import Params
+from jinfer.speculation import medusa_tree
+from jinfer.steps import params as weights
 from pallas_kernels import target
 
 logger = logging.getLogger(__name__)
@@ -167,7 +170,7 @@ def take_heads(
     """
     if config is None or SpeculativeConfig.of(config).method != "medusa":
         return config, None
-    from jinfer.spec import medusa
+    from jinfer.speculation import medusa
 
     shape, heads, tree = medusa.load(config["heads"], model)
     if config.get("tree") is not None:
@@ -213,7 +216,7 @@ def take_model(
         return model, prepare(params, quantization, linear_impl)
     if params is not None:
         raise ValueError("params go with a Model; a path or name brings its own")
-    from jinfer.weights.load import load
+    from jinfer.checkpoints.load import load
 
     loaded, own = load(
         model,
@@ -254,7 +257,7 @@ def take_tokenizer(
         revision = None  # it is the model's
     tokenizer = source if tokenizer is None else tokenizer
     if isinstance(tokenizer, (str, os.PathLike)):
-        from jinfer.tokenizer import load_tokenizer
+        from jinfer.checkpoints.tokenizer import load_tokenizer
 
         return load_tokenizer(tokenizer, revision=revision)
     if tokenizer is not None and not (
@@ -269,7 +272,7 @@ def enable_compilation_cache() -> None:
     settings = jax.config.values
     if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
-    from jinfer.weights.default_model import cache_dir
+    from jinfer.checkpoints.default_model import cache_dir
 
     folder = cache_dir() / "xla"
     try:
@@ -292,7 +295,7 @@ def sampling_defaults(
       source: "auto", or "none" for no fields at all.
       revision: branch, tag or commit of a hub name.
     """
-    from jinfer.weights.locate import fetch_from_hub, locate
+    from jinfer.checkpoints.locate import fetch_from_hub, locate
 
     if source not in ("auto", "none"):
         raise ValueError(f'generation_config must be "auto" or "none", got {source!r}')

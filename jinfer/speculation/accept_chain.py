@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from jinfer import sampling
-from jinfer.sampler_state import SEEDED
-from jinfer.sampling import SampleArgs, SamplerState
-from jinfer.sampling_params import NO_TOKEN
+from jinfer.config.sampling_params import NO_TOKEN
+from jinfer.sampling import process as sampling
+from jinfer.sampling.process import SampleArgs, SamplerState
+from jinfer.sampling.state import SEEDED
 
 # Folded into a position's key: streams beside the plain draw's own. Beyond any token id, so that no
 # block of the plain draw's noise is met again.

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from jinfer import sampling
-from jinfer.sampling import SampleArgs, SamplerState
+from jinfer.sampling import process as sampling
+from jinfer.sampling.process import SampleArgs, SamplerState
 
 
 class Nodes(NamedTuple):

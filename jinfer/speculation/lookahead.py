@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from jinfer.spec.draft_tree import TreeBuilder
+from jinfer.speculation.trees import TreeBuilder
 
 
 class Lookahead:

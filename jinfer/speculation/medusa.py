@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jinfer import ops
-from jinfer.config import ModelConfig, require
-from jinfer.fields import one_line
+from jinfer.checkpoints.files import writing
+from jinfer.config.fields import one_line
+from jinfer.config.model import ModelConfig, require
+from jinfer.config.typing import Params
+from jinfer.linear import ops
+from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model
-from jinfer.qtensor import QTensor
-from jinfer.spec.medusa_tree import Tree, check_tree
-from jinfer.typing import Params
-from jinfer.weights.files import writing
+from jinfer.speculation.medusa_tree import Tree, check_tree
 
 _CONFIG_FILE, _WEIGHTS_FILE = "medusa.json", "heads.safetensors"
 _ROOT_EPS = 1e-6  # of the norm of a root's embedding

@@ -10,7 +10,7 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
-from jinfer.config import MAX_TREE_NODES, require
+from jinfer.config.model import MAX_TREE_NODES, require
 
 Tree = tuple[tuple[int, ...], ...]
 

@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
-from jinfer import sampling, steps
-from jinfer.batch import StepBatch
-from jinfer.kv_cache import KVCache
+from jinfer.config.typing import Params
+from jinfer.kv.cache import KVCache
 from jinfer.models.model import Model
-from jinfer.sampling import SampleArgs, SamplerState
-from jinfer.spec import accept
-from jinfer.steps import StepOutput
-from jinfer.typing import Params
+from jinfer.sampling import process as sampling
+from jinfer.sampling.process import SampleArgs, SamplerState
+from jinfer.speculation import accept_chain as accept
+from jinfer.steps import forward as steps
+from jinfer.steps.batch import StepBatch
+from jinfer.steps.forward import StepOutput
 
 
 @functools.partial(

@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jinfer import functional, kv_cache, kv_quant, sampling
-from jinfer.batch import DecodeBatch, StepBatch
-from jinfer.kv_cache import KVCache
+from jinfer import functional
+from jinfer.config.typing import Params
+from jinfer.kv import cache as kv_cache
+from jinfer.kv import codes as kv_quant
+from jinfer.kv.cache import KVCache
+from jinfer.kv.rotation import kv_rotation, rotate
 from jinfer.models.model import Model
-from jinfer.quant.rotation import kv_rotation, rotate
-from jinfer.sampling import SampleArgs, SamplerState
-from jinfer.spec import accept
-from jinfer.typing import Params
+from jinfer.sampling import process as sampling
+from jinfer.sampling.process import SampleArgs, SamplerState
+from jinfer.speculation import accept_chain as accept
+from jinfer.steps.batch import DecodeBatch, StepBatch
 from pallas_kernels.paged_attention import ragged_paged_attention
 
 NOT_FINITE = -1  # stands for a token whose logits, or the hidden states behind them, are not finite

@@ -10,12 +10,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jinfer.config.typing import Params
+from jinfer.linear.prepared import PreparedWeight
+from jinfer.linear.qtensor import QTensor
 from jinfer.models.inputs import examine
 from jinfer.models.model import Model
-from jinfer.qkernels import PreparedWeight
-from jinfer.qtensor import QTensor
-from jinfer.tracing import refuse_tracing
-from jinfer.typing import Params
+from jinfer.steps.tracing import refuse_tracing
 
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
 

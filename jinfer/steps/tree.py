@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jinfer import kv_cache, steps
-from jinfer.batch import StepBatch
-from jinfer.kv_cache import KVCache
+from jinfer.config.typing import Params
+from jinfer.kv import cache as kv_cache
+from jinfer.kv.cache import KVCache
 from jinfer.models.model import Model
-from jinfer.sampling import SampleArgs, SamplerState
-from jinfer.spec import medusa
-from jinfer.spec.tree_accept import Nodes, Walk, verify_tree
-from jinfer.steps import StepOutput
-from jinfer.typing import Params
+from jinfer.sampling.process import SampleArgs, SamplerState
+from jinfer.speculation import medusa
+from jinfer.speculation.accept_tree import Nodes, Walk, verify_tree
+from jinfer.steps import forward as steps
+from jinfer.steps.batch import StepBatch
+from jinfer.steps.forward import StepOutput
 
 
 @functools.partial(

@@ -18,7 +18,7 @@ import re
 import weakref
 from typing import Any, Protocol
 
-from jinfer.sampling_params import SamplingParams
+from jinfer.config.sampling_params import SamplingParams
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

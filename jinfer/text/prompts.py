@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jinfer.conversations import fit, read_messages, reads_none
-from jinfer.fields import shown
+from jinfer.config.fields import shown
+from jinfer.text.conversations import fit, read_messages, reads_none
 
 
 class Prompt(NamedTuple):

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jinfer.config import ModelConfig, require
+from jinfer.config.model import ModelConfig, require
+from jinfer.config.typing import Params
 from jinfer.models.model import Model
-from jinfer.spec.training import hidden_states
-from jinfer.typing import Params
+from jinfer.training.loop import hidden_states
 
 
 def init(params: Params, config: ModelConfig) -> dict[str, Any]:

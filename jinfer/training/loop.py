@@ -18,9 +18,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jinfer.fields import require, shown
+from jinfer.config.fields import require, shown
+from jinfer.config.typing import Params
 from jinfer.models.model import Model
-from jinfer.typing import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

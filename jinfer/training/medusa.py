@@ -18,10 +18,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from jinfer.config.typing import Params
 from jinfer.models.model import Model
-from jinfer.spec import medusa
-from jinfer.spec.training import hidden_states
-from jinfer.typing import Params
+from jinfer.speculation import medusa
+from jinfer.training.loop import hidden_states
 
 NO_TARGET, MISSED = -1, -2
 _ROUND_TO = 64  # tokens: windows are computed at few different lengths

@@ -53,12 +53,12 @@ class Done:
 
 
 class CliDoor:
-    """`jinfer.cli.main` in a temporary working folder."""
+    """`jinfer.cli.main.main` in a temporary working folder."""
 
     name = "cli"
 
     def __init__(self) -> None:
-        from jinfer.cli import build_parser
+        from jinfer.cli.main import build_parser
 
         root = temporary_folder(self)
         self.shelf = Shelf(root / "models")
@@ -280,7 +280,7 @@ class CliDoor:
 
     def _check_records(self, good: dict[int, dict[str, Any]]) -> None:
         from jinfer import SamplingParams
-        from jinfer.prompts import read_chat
+        from jinfer.text.prompts import read_chat
 
         out = self.work / "out.jsonl"
         rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
@@ -315,7 +315,7 @@ class CliDoor:
         )
 
     def _plan_case(self, rng: random.Random) -> Case:
-        from jinfer import memory
+        from jinfer.config import memory
 
         preset = rng.random() < 0.3
         model = None if preset else self._any_model(rng)
@@ -476,7 +476,7 @@ class CliDoor:
         )
 
     def _bench_case(self, rng: random.Random) -> Case:
-        from jinfer.commands.bench import BENCHES
+        from jinfer.cli.bench.main import BENCHES
 
         name = rng.choice(list(BENCHES))
         return self._make(
@@ -525,7 +525,7 @@ def _odd_rules(rng: random.Random) -> list[Any]:
 
 def _as_refusal(error: Exception) -> Exception:
     """A text that ended with an error has its own exception: the command did what it should."""
-    from jinfer.commands.terminal import GenerationError
+    from jinfer.cli.terminal import GenerationError
 
     return ValueError(f"model: {error}") if isinstance(error, GenerationError) else error
 
@@ -544,7 +544,7 @@ def _files(files: dict[str, bytes] | None) -> str:
 
 
 def _in_process(argv: list[str], stdin: str, folder: Path) -> Done:
-    from jinfer import cli
+    from jinfer.cli import main as cli
 
     errors: list[Exception] = []
     one_line = cli.one_line

@@ -88,7 +88,7 @@ def write_gguf_of(folder: Path, file: Path, kind: str | None) -> Path:
 
 
 def _command(argv: list[str]) -> None:
-    from jinfer.cli import main
+    from jinfer.cli.main import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

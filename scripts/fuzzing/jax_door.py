@@ -359,11 +359,11 @@ class JaxDoor:
     # ------------------------------------------------------------------ quantization
 
     def _quantize_case(self, rng: random.Random) -> Case:
-        from jinfer import qtensor
-        from jinfer.qformat import QFormat
-        from jinfer.quant.gptq import quantize_gptq
-        from jinfer.quant.hqq import quantize_hqq
-        from jinfer.quant.rtn import quantize_rtn
+        from jinfer.config.quant_format import QFormat
+        from jinfer.linear import qtensor
+        from jinfer.quant.methods.gptq import quantize_gptq
+        from jinfer.quant.methods.hqq import quantize_hqq
+        from jinfer.quant.methods.rtn import quantize_rtn
 
         gen = np.random.default_rng(rng.randrange(100))
         w = jnp.asarray(gen.standard_normal((64, 8)), jnp.float32)
@@ -452,7 +452,7 @@ class JaxDoor:
         )
 
     def _format_case(self, rng: random.Random) -> Case:
-        from jinfer.qformat import QFormat
+        from jinfer.config.quant_format import QFormat
         from jinfer.quant.recipe import make_method
 
         makers: dict[str, Callable[[random.Random], Any]] = {

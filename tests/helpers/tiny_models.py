@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jinfer.config import ModelConfig
+from jinfer.config.model import ModelConfig
 from jinfer.models.model import Model
 
 

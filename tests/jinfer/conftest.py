@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def smollm2_path() -> pathlib.Path:
     """The GGUF file of the default model, fetched into the cache if need be."""
-    from jinfer.weights.default_model import default_model_path
+    from jinfer.checkpoints.default_model import default_model_path
 
     try:
         return default_model_path()

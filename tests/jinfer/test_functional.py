@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jinfer
-from jinfer.config import ModelConfig, RopeConfig
+from jinfer.config.model import ModelConfig, RopeConfig
 from jinfer.models.model import Model, stack_layers
 
 CONFIG = ModelConfig(

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer, make_model
 
-from jinfer import LLM, BeamSearchParams, RequestOutputKind, SamplingParams, memory, tokenizer
-from jinfer.llm_options import sampling_defaults, take_tokenizer
+from jinfer import LLM, BeamSearchParams, RequestOutputKind, SamplingParams
+from jinfer.checkpoints import tokenizer
+from jinfer.config import memory
+from jinfer.setup.options import sampling_defaults, take_tokenizer
 
 VOCAB = 300
 MODEL = make_model(VOCAB, max_position_embeddings=256, eos_token_ids=(7,))

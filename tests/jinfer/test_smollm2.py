@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch", reason="torch, the parity oracle, is not in
 
 import transformers  # noqa: E402
 
-from jinfer import LLM, BeamSearchParams, SamplingParams, cli  # noqa: E402
+from jinfer import LLM, BeamSearchParams, SamplingParams  # noqa: E402
+from jinfer.cli import main as cli  # noqa: E402
 
 NUM_NEW_TOKENS = 24
 QUESTIONS = [

@@ -9,8 +9,8 @@ from tiny_models import make_model
 
 import jinfer
 from jinfer import LLM, BeamSearchParams, SamplingParams
-from jinfer.qformat import QFormat
-from jinfer.quant.gptq import quantize_gptq
+from jinfer.config.quant_format import QFormat
+from jinfer.quant.methods.gptq import quantize_gptq
 from jinfer.quant.on_load import quantize_params
 
 VOCAB = 96

@@ -13,11 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.config import require
-from jinfer.qformat import QFormat
-from jinfer.qtensor import QTensor
-from jinfer.weights.bitpack import pack_words, unpack_words
-from jinfer.weights.interop import (
+from jinfer.checkpoints.formats.bitpack import pack_words, unpack_words
+from jinfer.checkpoints.formats.interop import (
     Sign,
     Tensors,
     Weight,
@@ -28,6 +25,9 @@ from jinfer.weights.interop import (
     make_qtensor,
     unsigned_parts,
 )
+from jinfer.config.model import require
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.qtensor import QTensor
 
 GROUPS = (16, 32, 64, 128, 256)  # sizes to propose
 ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # nibble j of a word holds output ORDER[j]

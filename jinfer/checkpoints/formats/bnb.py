@@ -19,11 +19,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config import require
-from jinfer.qformat import CHANNEL, CODEBOOKS, QFormat
-from jinfer.qlinear import OUTLIER_THRESHOLD
-from jinfer.qtensor import DYNAMIC_MAP, DoubleScale, QTensor, from_codes
-from jinfer.weights.interop import Dense, Sign, Tensors, Weight, check_scales
+from jinfer.checkpoints.formats.interop import Dense, Sign, Tensors, Weight, check_scales
+from jinfer.config.model import require
+from jinfer.config.quant_format import CHANNEL, CODEBOOKS, QFormat
+from jinfer.linear.matmul import OUTLIER_THRESHOLD
+from jinfer.linear.qtensor import DYNAMIC_MAP, DoubleScale, QTensor, from_codes
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _MAP_ERROR = 1e-6

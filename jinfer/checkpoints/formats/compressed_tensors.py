@@ -20,11 +20,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config import require
-from jinfer.qformat import CHANNEL, TENSOR, QFormat, expand_groups
-from jinfer.qtensor import QTensor, dequantize, from_codes
-from jinfer.weights.bitpack import pack_words, unpack_padded_words, unpack_words
-from jinfer.weights.interop import (
+from jinfer.checkpoints.formats.bitpack import pack_words, unpack_padded_words, unpack_words
+from jinfer.checkpoints.formats.interop import (
     Dense,
     Sign,
     Tensors,
@@ -37,6 +34,9 @@ from jinfer.weights.interop import (
     sort_groups,
     unsigned_parts,
 )
+from jinfer.config.model import require
+from jinfer.config.quant_format import CHANNEL, TENSOR, QFormat, expand_groups
+from jinfer.linear.qtensor import QTensor, dequantize, from_codes
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 RESTRICTED = {"grid": "restricted"}

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.fields import one_line, require
-from jinfer.weights.awq_format import AWQReader
-from jinfer.weights.bnb_format import BNBReader
-from jinfer.weights.ct_format import CTReader
-from jinfer.weights.fp8_format import FP8Reader
-from jinfer.weights.gptq_format import GPTQReader
-from jinfer.weights.interop import Dense, Reader, Weight, check_scales
-from jinfer.weights.native_format import NativeReader
+from jinfer.checkpoints.formats.awq import AWQReader
+from jinfer.checkpoints.formats.bnb import BNBReader
+from jinfer.checkpoints.formats.compressed_tensors import CTReader
+from jinfer.checkpoints.formats.fp8 import FP8Reader
+from jinfer.checkpoints.formats.gptq import GPTQReader
+from jinfer.checkpoints.formats.interop import Dense, Reader, Weight, check_scales
+from jinfer.checkpoints.formats.native import NativeReader
+from jinfer.config.fields import one_line, require
 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
     "gptq": GPTQReader.parse,

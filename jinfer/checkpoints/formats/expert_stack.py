@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jinfer.qformat import CHANNEL, TENSOR, QFormat
-from jinfer.qtensor import DoubleScale, QTensor, from_codes
+from jinfer.config.quant_format import CHANNEL, TENSOR, QFormat
+from jinfer.linear.qtensor import DoubleScale, QTensor, from_codes
 
 
 def common_format(formats: Sequence[QFormat | None], num_inputs: int) -> QFormat | None:

@@ -16,11 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config import require
-from jinfer.qformat import TENSOR
-from jinfer.qtensor import QTensor
-from jinfer.weights.ct_format import read_fp8
-from jinfer.weights.interop import Sign, Tensors, Weight, check_scales
+from jinfer.checkpoints.formats.compressed_tensors import read_fp8
+from jinfer.checkpoints.formats.interop import Sign, Tensors, Weight, check_scales
+from jinfer.config.model import require
+from jinfer.config.quant_format import TENSOR
+from jinfer.linear.qtensor import QTensor
 
 LARGEST_WEIGHT = 100.0  # beyond it a scale has surely been read upside down
 

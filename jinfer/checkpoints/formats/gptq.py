@@ -20,11 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.config import require
-from jinfer.qformat import QFormat
-from jinfer.qtensor import QTensor, dequantize
-from jinfer.weights.bitpack import pack_words, unpack_words
-from jinfer.weights.interop import (
+from jinfer.checkpoints.formats.bitpack import pack_words, unpack_words
+from jinfer.checkpoints.formats.interop import (
     Dense,
     Sign,
     Tensors,
@@ -38,6 +35,9 @@ from jinfer.weights.interop import (
     sort_groups,
     unsigned_parts,
 )
+from jinfer.config.model import require
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.qtensor import QTensor, dequantize
 
 BITS = (2, 3, 4, 8)
 SAMPLED_OUTPUTS = 256  # of a module that is asked for its version

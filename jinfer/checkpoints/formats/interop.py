@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config import require
-from jinfer.qformat import CHANNEL, QFormat
-from jinfer.qtensor import QTensor, from_codes
+from jinfer.config.model import require
+from jinfer.config.quant_format import CHANNEL, QFormat
+from jinfer.linear.qtensor import QTensor, from_codes
 
 
 @dataclasses.dataclass(frozen=True)

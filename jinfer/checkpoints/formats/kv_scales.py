@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.config import ModelConfig
-from jinfer.static_kv import StaticKV
+from jinfer.config.model import ModelConfig
+from jinfer.config.static_kv import StaticKV
 
 Scheme = Mapping[str, Any] | str
 

@@ -18,10 +18,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config import require
-from jinfer.qformat import CODEBOOKS, FP8_DTYPES, QFormat
-from jinfer.qtensor import DoubleScale, QTensor, from_codes, pack_bits, unpack_bits
-from jinfer.weights.interop import Sign, Tensors, Weight, check_dtype
+from jinfer.checkpoints.formats.interop import Sign, Tensors, Weight, check_dtype
+from jinfer.config.model import require
+from jinfer.config.quant_format import CODEBOOKS, FP8_DTYPES, QFormat
+from jinfer.linear.qtensor import DoubleScale, QTensor, from_codes, pack_bits, unpack_bits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.qformat import QFormat
-from jinfer.qtensor import QTensor, from_codes
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.qtensor import QTensor, from_codes
 
 FORMATS = {
     **{"Q4_0": "int4-g32", "Q5_0": "int5-g32", "Q8_0": "int8-g32", "Q6_K": "int6-g16"},

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.config import ModelConfig
-from jinfer.models.families import Path, config_from_hf, is_linear, placements
-from jinfer.qtensor import QTensor
-from jinfer.weights.gguf_blocks import FORMATS, qtensor_of, read_blocks
-from jinfer.weights.gguf_ends import eos_token_ids
-from jinfer.weights.gguf_file import GGUFFile
+from jinfer.checkpoints.families import Path, config_from_hf, is_linear, placements
+from jinfer.checkpoints.gguf.blocks import FORMATS, qtensor_of, read_blocks
+from jinfer.checkpoints.gguf.ends import eos_token_ids
+from jinfer.checkpoints.gguf.file import GGUFFile
+from jinfer.config.model import ModelConfig
+from jinfer.linear.qtensor import QTensor
 
 ARCHITECTURES = {
     "llama": "llama",  # also Mistral; with experts, Mixtral

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.weights.gguf_file import GGUFFile
+from jinfer.checkpoints.gguf.file import GGUFFile
 
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 """Ends of a turn that are control tokens whatever type a file gives them."""

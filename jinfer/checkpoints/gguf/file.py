@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.fields import one_line
-from jinfer.weights.gguf_metadata import check_metadata, check_sizes
+from jinfer.checkpoints.gguf.metadata import check_metadata, check_sizes
+from jinfer.config.fields import one_line
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jinfer.models.hf_fields import MAX_EXPERTS, MAX_LAYERS
+from jinfer.checkpoints.hf_fields import MAX_EXPERTS, MAX_LAYERS
 
 
 @dataclasses.dataclass(frozen=True)

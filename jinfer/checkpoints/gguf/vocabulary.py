@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jinfer.tokenizer import BYTE_LEVEL_SPLITS, NFC, WHOLE_WORDS_FIRST, tokenizer_from_gguf
+from jinfer.checkpoints.tokenizer import (
+    BYTE_LEVEL_SPLITS,
+    NFC,
+    WHOLE_WORDS_FIRST,
+    tokenizer_from_gguf,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,17 +17,17 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jinfer.config import ModelConfig, RopeConfig, require
-from jinfer.models.families import Path, expected_shapes, is_linear
+from jinfer.checkpoints.families import Path, expected_shapes, is_linear
+from jinfer.checkpoints.files import writing
+from jinfer.checkpoints.gguf.checkpoint import gguf_config
+from jinfer.checkpoints.gguf.file import GGUFFile
+from jinfer.checkpoints.gguf.kquants import encode_rows, fitting_type, pack_q4_0, pack_q8_0
+from jinfer.config.model import ModelConfig, RopeConfig, require
+from jinfer.config.quant_format import CHANNEL
+from jinfer.config.typing import Params
+from jinfer.linear.qtensor import QTensor, dequantize
 from jinfer.models.model import Model
 from jinfer.models.rope import attention_factor
-from jinfer.qformat import CHANNEL
-from jinfer.qtensor import QTensor, dequantize
-from jinfer.quant.kquants import encode_rows, fitting_type, pack_q4_0, pack_q8_0
-from jinfer.typing import Params
-from jinfer.weights.files import writing
-from jinfer.weights.gguf import gguf_config
-from jinfer.weights.gguf_file import GGUFFile
 
 ARCHITECTURES = {
     **{"llama": "llama", "mistral": "llama", "mixtral": "llama", "phi3": "phi3"},

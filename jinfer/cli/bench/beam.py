@@ -15,9 +15,9 @@ import statistics
 import time
 from typing import Any
 
-from jinfer.commands.bench_report import Row, finish
-from jinfer.commands.flags import DEFAULT_MODEL
-from jinfer.commands.terminal import check
+from jinfer.cli.bench.report import Row, finish
+from jinfer.cli.flags import DEFAULT_MODEL
+from jinfer.cli.terminal import check
 
 SUMMARY = "beam search, and a loop of one-token requests"
 GOAL = 3.0

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jinfer.commands.bench_report import Row, finish
-from jinfer.commands.flags import DEFAULT_MODEL, input_file
-from jinfer.commands.terminal import check
+from jinfer.cli.bench.report import Row, finish
+from jinfer.cli.flags import DEFAULT_MODEL, input_file
+from jinfer.cli.terminal import check
 
 SUMMARY = "perplexity and bytes of quantized K and V"
 # Perplexity may rise by these shares.
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Scores a text through a quantized KV cache, beside the cache of the weights' own dtype."""
     from jinfer import load
-    from jinfer.tokenizer import load_tokenizer
+    from jinfer.checkpoints.tokenizer import load_tokenizer
 
     model, params = load(args.model, dtype=args.dtype)
     windows = read_windows(load_tokenizer(args.model), args.text, args.tokens, args.context)
@@ -97,7 +97,8 @@ def read_windows(tokenizer: Any, text: Path, num_tokens: int, context: int) -> l
 
 def score(model: Any, params: Any, windows: list[list[int]], kv_cache_dtype: str) -> dict[str, Any]:
     """Returns the perplexity of `windows` through a cache of one format, and the cache's bytes."""
-    from jinfer import LLM, SamplingParams, memory
+    from jinfer import LLM, SamplingParams
+    from jinfer.config import memory
 
     longest = max(map(len, windows))
     llm = LLM(

@@ -14,9 +14,9 @@ import statistics
 import time
 from typing import Any
 
-from jinfer.commands.bench_report import Row, finish
-from jinfer.commands.flags import DEFAULT_MODEL
-from jinfer.commands.terminal import check
+from jinfer.cli.bench.report import Row, finish
+from jinfer.cli.flags import DEFAULT_MODEL
+from jinfer.cli.terminal import check
 
 SUMMARY = "time between tokens while a long prompt arrives, with chunked prefill and without"
 GOAL = 3.0

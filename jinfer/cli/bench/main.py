@@ -6,16 +6,14 @@ import argparse
 import inspect
 from typing import Any
 
-from jinfer.commands import (
-    bench_beam,
-    bench_kv,
-    bench_latency,
-    bench_prefix,
-    bench_soak,
-    bench_spec,
-)
-from jinfer.commands.bench_report import add_json_argument
-from jinfer.commands.flags import check_result_file
+from jinfer.cli.bench import beam as bench_beam
+from jinfer.cli.bench import kv as bench_kv
+from jinfer.cli.bench import latency as bench_latency
+from jinfer.cli.bench import prefix as bench_prefix
+from jinfer.cli.bench import soak as bench_soak
+from jinfer.cli.bench import spec as bench_spec
+from jinfer.cli.bench.report import add_json_argument
+from jinfer.cli.flags import check_result_file
 
 SUMMARY = "measure one part of the engine against a peer"
 BENCHES: dict[str, Any] = {

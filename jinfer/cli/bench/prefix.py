@@ -14,9 +14,9 @@ import statistics
 import time
 from typing import Any
 
-from jinfer.commands.bench_report import Row, finish
-from jinfer.commands.flags import DEFAULT_MODEL
-from jinfer.commands.terminal import check
+from jinfer.cli.bench.report import Row, finish
+from jinfer.cli.flags import DEFAULT_MODEL
+from jinfer.cli.terminal import check
 
 SUMMARY = "the prefix cache, on and off, and its host tier"
 CASES = ("shared", "cold", "host", "tree")
@@ -232,8 +232,8 @@ def measure_tree(num_pages: int, page_size: int = 16, pages_a_text: int = 64) ->
 
     Texts share their first half with one in eight others, so that the tree branches.
     """
-    from jinfer.engine.pages import PagePool
-    from jinfer.engine.prefix import PrefixCache
+    from jinfer.engine.pages.pool import PagePool
+    from jinfer.engine.pages.prefix import PrefixCache
 
     draw = random.Random(0)
     cache = PrefixCache(PagePool(num_pages), page_size)
@@ -265,8 +265,8 @@ def measure_parts(num_pages: int, page_size: int = 16) -> list[Row]:
 
     They begin with the same four tokens and are found by all that they have.
     """
-    from jinfer.engine.pages import PagePool
-    from jinfer.engine.prefix import PrefixCache
+    from jinfer.engine.pages.pool import PagePool
+    from jinfer.engine.pages.prefix import PrefixCache
 
     draw = random.Random(0)
     cache = PrefixCache(PagePool(num_pages), page_size)

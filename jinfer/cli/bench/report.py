@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinfer.commands.flags import result_file
+from jinfer.cli.flags import result_file
 
 PACKAGES = ("jax", "jaxlib", "numpy")
 

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinfer.commands.bench_report import Row, finish
-from jinfer.commands.terminal import check
+from jinfer.cli.bench.report import Row, finish
+from jinfer.cli.terminal import check
 
 SUMMARY = "random arrivals, aborts and failures in a tiny memory"
 POISON = 1  # a token whose embedding is NaN
@@ -77,7 +77,7 @@ def _make_llm(args: argparse.Namespace) -> Any:
     import jax.numpy as jnp
 
     from jinfer import LLM
-    from jinfer.config import ModelConfig
+    from jinfer.config.model import ModelConfig
     from jinfer.models.model import Model
 
     model = Model(

@@ -20,10 +20,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jinfer import jsonl
-from jinfer.commands.bench_report import Row, finish
-from jinfer.commands.flags import DEFAULT_MODEL, path
-from jinfer.commands.terminal import check, say
+from jinfer.cli.bench.report import Row, finish
+from jinfer.cli.flags import DEFAULT_MODEL, path
+from jinfer.cli.terminal import check, say
+from jinfer.jobs import jsonl
 
 SUMMARY = "speculative decoding beside plain decoding"
 METHODS: dict[str, dict[str, Any]] = {
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures each method on chats of several categories, at each batch size."""
     from jinfer import LLM, load
-    from jinfer.tokenizer import load_tokenizer
+    from jinfer.checkpoints.tokenizer import load_tokenizer
 
     for flag in ("repeats", "limit"):
         if getattr(args, flag) < 1:
@@ -201,7 +201,7 @@ def read_chats(path: Path, tokenizer: Any, limit: int, longest: int) -> dict[str
     Raises:
       ValueError: a line is not of the form, or no prompt is short enough.
     """
-    from jinfer.prompts import apply_chat_template
+    from jinfer.text.prompts import apply_chat_template
 
     chats: dict[str, list[list[int]]] = collections.defaultdict(list)
     for number, raw in jsonl.read_lines(path):

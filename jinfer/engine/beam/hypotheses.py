@@ -13,8 +13,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jinfer.beam_params import BeamSearchParams
-from jinfer.engine.pages import PagePool
+from jinfer.config.beam_params import BeamSearchParams
+from jinfer.engine.pages.pool import PagePool
 
 
 class Candidate(NamedTuple):

@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from jinfer import sampling, steps
-from jinfer.batch import StepBatch
-from jinfer.beam_params import BeamSearchParams
-from jinfer.engine import buckets
-from jinfer.engine.core import Engine
-from jinfer.engine.hypotheses import Candidate, Finished, Search, num_pages
+from jinfer.config.beam_params import BeamSearchParams
+from jinfer.config.fields import read_int
+from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.beam.hypotheses import Candidate, Finished, Search, num_pages
+from jinfer.engine.device import buckets
+from jinfer.engine.engine import Engine
 from jinfer.engine.request import Request
-from jinfer.fields import read_int
-from jinfer.sampling_params import SamplingParams
+from jinfer.sampling import process as sampling
+from jinfer.steps import forward as steps
+from jinfer.steps.batch import StepBatch
 
 AllowedTokens = Callable[[list[int]], Sequence[int]]
 """From the tokens that a beam has found to the ids that may come next."""

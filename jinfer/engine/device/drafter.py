@@ -7,17 +7,18 @@ from typing import Any
 
 import jax
 
-from jinfer import draft_steps, kv_cache
-from jinfer import params as weights
-from jinfer.batch import StepBatch
-from jinfer.config import CacheConfig, ModelConfig
-from jinfer.engine.fed_pages import FedPages
-from jinfer.kv_cache import KVCache
+from jinfer.config.model import CacheConfig, ModelConfig
+from jinfer.config.typing import Params
+from jinfer.engine.drafting.fed_pages import FedPages
+from jinfer.kv import cache as kv_cache
+from jinfer.kv.cache import KVCache
+from jinfer.linear.qtensor import array_bytes
 from jinfer.models.model import Model
-from jinfer.qtensor import array_bytes
-from jinfer.sampling import SampleArgs, SamplerState
-from jinfer.steps import StepOutput
-from jinfer.typing import Params
+from jinfer.sampling.process import SampleArgs, SamplerState
+from jinfer.steps import draft as draft_steps
+from jinfer.steps import params as weights
+from jinfer.steps.batch import StepBatch
+from jinfer.steps.forward import StepOutput
 
 
 class Drafter:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from jinfer import sampling, steps
-from jinfer.engine.runner import Runner
+from jinfer.engine.device.runner import Runner
+from jinfer.sampling import process as sampling
+from jinfer.steps import forward as steps
 from pallas_kernels import dispatch
 
 

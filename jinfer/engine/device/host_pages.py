@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jinfer import steps
-from jinfer.engine import buckets
-from jinfer.engine.costs import TransferCosts
-from jinfer.engine.pages import PageError
-from jinfer.kv_cache import KVCache
-from jinfer.memory import format_size
+from jinfer.config.memory import format_size
+from jinfer.engine.device import buckets
+from jinfer.engine.pages.costs import TransferCosts
+from jinfer.engine.pages.pool import PageError
+from jinfer.kv.cache import KVCache
+from jinfer.steps import forward as steps
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jinfer.batch import DecodeBatch, StepBatch
 from jinfer.engine.plan import Plan
 from jinfer.engine.request import Request
+from jinfer.steps.batch import DecodeBatch, StepBatch
 
 
 class Packed(NamedTuple):

@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import numpy as np
 
-from jinfer import steps
 from jinfer.engine.plan import Plan
+from jinfer.steps import forward as steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,22 +14,29 @@ from typing import Any
 import jax
 import numpy as np
 
-from jinfer import formats, kv_cache, qkernels, sampling, steps, tree_steps
-from jinfer import params as weights
-from jinfer.batch import DecodeBatch, StepBatch
-from jinfer.config import CacheConfig, EngineConfig
-from jinfer.engine import buckets, ragged_batch, results, tree_batch
-from jinfer.engine.drafter import Drafter
-from jinfer.engine.host_pages import HostPages
+from jinfer.config.model import CacheConfig, EngineConfig
+from jinfer.config.sampling_params import SamplingParams
+from jinfer.config.typing import Params
+from jinfer.engine.device import buckets, results
+from jinfer.engine.device import packing as ragged_batch
+from jinfer.engine.device import tree_packing as tree_batch
+from jinfer.engine.device.drafter import Drafter
+from jinfer.engine.device.host_pages import HostPages
+from jinfer.engine.device.results import Launched, StepResult
 from jinfer.engine.plan import PageMoves, Plan
 from jinfer.engine.request import Request
-from jinfer.engine.results import Launched, StepResult
-from jinfer.kv_cache import KVCache
+from jinfer.kv import cache as kv_cache
+from jinfer.kv.cache import KVCache
+from jinfer.linear import layouts as formats
+from jinfer.linear import prepared as qkernels
 from jinfer.models.model import Model
-from jinfer.sampling import ArgRow, SampleArgs
-from jinfer.sampling_params import SamplingParams
-from jinfer.tracing import refuse_tracing
-from jinfer.typing import Params
+from jinfer.sampling import process as sampling
+from jinfer.sampling.process import ArgRow, SampleArgs
+from jinfer.steps import forward as steps
+from jinfer.steps import params as weights
+from jinfer.steps import tree as tree_steps
+from jinfer.steps.batch import DecodeBatch, StepBatch
+from jinfer.steps.tracing import refuse_tracing
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jinfer.batch import StepBatch
 from jinfer.engine.plan import Plan
-from jinfer.spec import draft_tree
+from jinfer.speculation import trees as draft_tree
+from jinfer.steps.batch import StepBatch
 
 
 def with_mask(batch: StepBatch) -> StepBatch:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from jinfer.config import EngineConfig
-from jinfer.engine.buckets import Buckets
-from jinfer.engine.holdings import Holdings
+from jinfer.config.model import EngineConfig
+from jinfer.config.outputs import RequestMetrics
+from jinfer.engine.device.buckets import Buckets
+from jinfer.engine.drafting.proposers import make_proposer
+from jinfer.engine.pages.holdings import Holdings
 from jinfer.engine.plan import Drafts, Plan, Progress
-from jinfer.engine.proposers import make_proposer
 from jinfer.engine.request import Request
-from jinfer.outputs import RequestMetrics
-from jinfer.spec.adaptive import DraftLength
+from jinfer.speculation.adaptive import DraftLength
 
 logger = logging.getLogger(__name__)
 

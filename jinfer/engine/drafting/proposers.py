@@ -9,9 +9,9 @@ from __future__ import annotations
 import weakref
 from typing import Protocol
 
-from jinfer.config import SpeculativeConfig
+from jinfer.config.model import SpeculativeConfig
 from jinfer.engine.request import Request
-from jinfer.spec.ngram import NgramIndex
+from jinfer.speculation.ngram import NgramIndex
 
 ON_DEVICE = -1  # stands for a draft that the step makes
 

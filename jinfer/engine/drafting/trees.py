@@ -5,14 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 
-from jinfer.config import EngineConfig
-from jinfer.engine.holdings import Holdings
+from jinfer.config.model import EngineConfig
+from jinfer.engine.drafting.chains import Speculation, make_room
+from jinfer.engine.pages.holdings import Holdings
 from jinfer.engine.plan import Drafts, Plan
 from jinfer.engine.request import Request
-from jinfer.engine.speculation import Speculation, make_room
-from jinfer.spec import draft_tree
-from jinfer.spec.lookahead import Lookahead
-from jinfer.spec.medusa_tree import parents_of
+from jinfer.speculation import trees as draft_tree
+from jinfer.speculation.lookahead import Lookahead
+from jinfer.speculation.medusa_tree import parents_of
 
 
 def make_speculation(config: EngineConfig, now: Callable[[], float]) -> Speculation | None:

@@ -25,9 +25,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jinfer.engine.pages.prefix import PrefixCache
+from jinfer.engine.pages.radix import PageKey
 from jinfer.engine.plan import PageMoves, SchedulerStats
-from jinfer.engine.prefix import PrefixCache
-from jinfer.engine.radix import PageKey
 from jinfer.engine.request import Request, RequestStatus
 
 # A copy must save an eighth of a page: a first token in common (most tokenizers begin with one) is

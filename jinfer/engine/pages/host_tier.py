@@ -20,10 +20,10 @@ import dataclasses
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
-from jinfer.engine.costs import TransferCosts
-from jinfer.engine.pages import PageError
+from jinfer.engine.pages.costs import TransferCosts
+from jinfer.engine.pages.pool import PageError
+from jinfer.engine.pages.radix import PageKey
 from jinfer.engine.plan import PageMoves
-from jinfer.engine.radix import PageKey
 
 
 class _Entry(NamedTuple):

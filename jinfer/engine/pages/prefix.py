@@ -23,9 +23,9 @@ import heapq
 import itertools
 from collections.abc import Collection, Hashable, Iterator, Sequence
 
-from jinfer.engine.host_tier import HostTier
-from jinfer.engine.pages import OutOfPages, PageError, PagePool
-from jinfer.engine.radix import Node, PageKey, as_edge, num_common
+from jinfer.engine.pages.host_tier import HostTier
+from jinfer.engine.pages.pool import OutOfPages, PageError, PagePool
+from jinfer.engine.pages.radix import Node, PageKey, as_edge, num_common
 
 
 class PrefixCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from typing import TYPE_CHECKING
 
-from jinfer.engine.pages import PageError
+from jinfer.engine.pages.pool import PageError
 
 if TYPE_CHECKING:
     from jinfer.engine.scheduler import Scheduler

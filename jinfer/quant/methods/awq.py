@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.config import require
-from jinfer.qformat import (
+from jinfer.config.model import require
+from jinfer.config.quant_format import (
     TENSOR,
     QFormat,
     decode,
@@ -23,7 +23,7 @@ from jinfer.qformat import (
     scales_from_range,
     split_groups,
 )
-from jinfer.qtensor import check_finite
+from jinfer.linear.qtensor import check_finite
 
 NUM_RATIOS = 20  # exponents 0, 1/20, .. 19/20
 COARSE = 4  # of them are passed over at first

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.config import require
-from jinfer.qtensor import check_finite
-from jinfer.quant.factor import dot_transposed, inverse_factor
+from jinfer.config.model import require
+from jinfer.linear.qtensor import check_finite
+from jinfer.quant.methods.factor import dot_transposed, inverse_factor
 
 
 def correct_weight(

@@ -2,7 +2,7 @@
 
 Knows nothing of weights. LAPACK's Cholesky depends on the number of threads, so here is one of
 them; XLA's CPU products a b and a b^T do not, those that read a^T in place do (their last bits:
-tests/jinfer/quant/test_factor.py), so `dot_transposed` is for them.
+tests/jinfer/quant/methods/test_factor.py), so `dot_transposed` is for them.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.fields import read_bool, read_float, require, shown
-from jinfer.qformat import TENSOR, Grid, QFormat, decode, encode, find_scales
-from jinfer.qtensor import (
+from jinfer.config.fields import read_bool, read_float, require, shown
+from jinfer.config.quant_format import TENSOR, Grid, QFormat, decode, encode, find_scales
+from jinfer.linear.qtensor import (
     QTensor,
     check_finite,
     check_scales,
@@ -26,8 +26,8 @@ from jinfer.qtensor import (
     from_codes,
     read_target,
 )
-from jinfer.quant.factor import dot_transposed, inverse_factor
-from jinfer.quant.rtn import search_scales
+from jinfer.quant.methods.factor import dot_transposed, inverse_factor
+from jinfer.quant.methods.rtn import search_scales
 
 Order = Literal["none", "act", "group"]
 Scales = Literal["extremes", "mse", "hessian"]

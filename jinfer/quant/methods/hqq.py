@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.config import require
-from jinfer.qformat import TENSOR, QFormat, expand_groups, find_scales, reduce_groups
-from jinfer.qtensor import QTensor, check_finite, check_scales, check_weight, read_target
-from jinfer.quant.rtn import round_with
+from jinfer.config.model import require
+from jinfer.config.quant_format import TENSOR, QFormat, expand_groups, find_scales, reduce_groups
+from jinfer.linear.qtensor import QTensor, check_finite, check_scales, check_weight, read_target
+from jinfer.quant.methods.rtn import round_with
 
 NUM_STEPS = 20
 NORM = 0.7

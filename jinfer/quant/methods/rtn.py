@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jinfer.config import require
-from jinfer.qformat import (
+from jinfer.config.model import require
+from jinfer.config.quant_format import (
     FP8_MAX,
     Grid,
     QFormat,
@@ -21,7 +21,7 @@ from jinfer.qformat import (
     reduce_groups,
     scales_from_range,
 )
-from jinfer.qtensor import (
+from jinfer.linear.qtensor import (
     QTensor,
     check_finite,
     check_scales,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jinfer.config import require
-from jinfer.qtensor import check_finite
+from jinfer.config.model import require
+from jinfer.linear.qtensor import check_finite
 
 LEAST = 1e-5
 

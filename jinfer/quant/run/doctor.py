@@ -18,18 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config import require
-from jinfer.models.families import Path, expected_shapes, is_linear
+from jinfer.checkpoints.families import Path, expected_shapes, is_linear
+from jinfer.checkpoints.fill import Checkpoint, Pieces, fill, plan_of
+from jinfer.checkpoints.formats.expert_stack import common_format, describe_forms
+from jinfer.checkpoints.formats.interop import Dense, Weight
+from jinfer.checkpoints.hf import HFCheckpoint
+from jinfer.checkpoints.hf_files import read_json
+from jinfer.checkpoints.load import open_checkpoint
+from jinfer.config.model import require
+from jinfer.config.quant_format import QFormat
+from jinfer.config.typing import Params
+from jinfer.linear.qtensor import DoubleScale, QTensor, dequantize
 from jinfer.models.model import Model
-from jinfer.qformat import QFormat
-from jinfer.qtensor import DoubleScale, QTensor, dequantize
-from jinfer.typing import Params
-from jinfer.weights.expert_stack import common_format, describe_forms
-from jinfer.weights.fill import Checkpoint, Pieces, fill, plan_of
-from jinfer.weights.hf import HFCheckpoint
-from jinfer.weights.hf_files import read_json
-from jinfer.weights.interop import Dense, Weight
-from jinfer.weights.load import open_checkpoint
 
 REPORT = "quantization.json"
 FOLD_TOLERANCE = 1e-4  # of float outputs: sums in another order in f32 move them by 1e-6

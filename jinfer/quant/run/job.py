@@ -15,24 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import SequenceKey
 
-from jinfer.config import require
-from jinfer.models.families import is_linear, names_of
+from jinfer.checkpoints.families import is_linear, names_of
+from jinfer.checkpoints.fill import Checkpoint, places_of
+from jinfer.checkpoints.hf import HFCheckpoint
+from jinfer.checkpoints.hf_files import read_safetensors_header
+from jinfer.checkpoints.save import check_export, check_free, save_folder
+from jinfer.config.model import require
+from jinfer.config.quant_format import QFormat
+from jinfer.config.typing import Params
+from jinfer.linear.qlayout import lay_out
+from jinfer.linear.qtensor import QTensor, array_bytes
 from jinfer.models.model import Model
-from jinfer.qformat import QFormat
-from jinfer.qlayout import lay_out
-from jinfer.qtensor import QTensor, array_bytes
 from jinfer.quant.evaluate import Evaluation, evaluate_both
 from jinfer.quant.pipeline import linear_names, quantize_model
 from jinfer.quant.recipe import Recipe
-from jinfer.quant.report import Report
+from jinfer.quant.run.report import Report
+from jinfer.quant.run.unfinished import Unfinished
 from jinfer.quant.sensitivity import Choice
 from jinfer.quant.solve import Row, stand_in
-from jinfer.quant.unfinished import Unfinished
-from jinfer.typing import Params
-from jinfer.weights.fill import Checkpoint, places_of
-from jinfer.weights.hf import HFCheckpoint
-from jinfer.weights.hf_files import read_safetensors_header
-from jinfer.weights.save import check_export, check_free, save_folder
 
 _log = logging.getLogger(__name__)
 

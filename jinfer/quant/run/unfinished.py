@@ -19,13 +19,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.qformat import QFormat
-from jinfer.qtensor import DoubleScale, QTensor
+from jinfer.checkpoints.files import writing
+from jinfer.checkpoints.fill import Checkpoint
+from jinfer.checkpoints.hf_files import read_json, read_safetensors_header
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.qtensor import DoubleScale, QTensor
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.solve import Row
-from jinfer.weights.files import writing
-from jinfer.weights.fill import Checkpoint
-from jinfer.weights.hf_files import read_json, read_safetensors_header
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jinfer import qtensor
-from jinfer.config import ModelConfig
-from jinfer.models.families import (
+from jinfer.checkpoints.families import (
     assemble,
     config_from_hf,
     expected_shapes,
     tensor_names,
     unflatten,
 )
+from jinfer.config.model import ModelConfig
+from jinfer.linear import qtensor
 
 COMMON = {
     "vocab_size": 96,

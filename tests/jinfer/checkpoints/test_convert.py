@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import qtensor
-from jinfer.cli import main
-from jinfer.qformat import QFormat
-from jinfer.weights import save
-from jinfer.weights.ct_format import ct_config, write_ct
-from jinfer.weights.gptq_format import gptq_config, write_gptq
-from jinfer.weights.hf_files import read_safetensors_header, safetensors_files
-from jinfer.weights.load import open_checkpoint
+from jinfer.checkpoints import save
+from jinfer.checkpoints.formats.compressed_tensors import ct_config, write_ct
+from jinfer.checkpoints.formats.gptq import gptq_config, write_gptq
+from jinfer.checkpoints.hf_files import read_safetensors_header, safetensors_files
+from jinfer.checkpoints.load import open_checkpoint
+from jinfer.cli.main import main
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import qtensor
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from jinfer.weights import default_model
+from jinfer.checkpoints import default_model
 
 PIP = """#!/bin/sh
 echo run >> "$FAKE_PIP_LOG"

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jinfer.checkpoints.load import load
+from jinfer.checkpoints.save import save_folder
 from jinfer.models.model import Model
 from jinfer.quant.on_load import quantize_params
-from jinfer.weights.load import load
-from jinfer.weights.save import save_folder
 
 pytestmark = pytest.mark.slow
 WEIGHTS_ONLY = 1e-5  # of the largest logit: f32 forwards of the same weights

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jinfer.config import RopeConfig
-from jinfer.models import families
+from jinfer.checkpoints import families
+from jinfer.config.model import RopeConfig
 
 SIZES = dict(
     vocab_size=32,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jinfer import load
-from jinfer.qlinear import qmatmul
+from jinfer.linear.matmul import qmatmul
 
 GOLDEN = pathlib.Path(__file__).parents[4] / "shared" / "data" / "quantized"
 NAMES = sorted(p.parent.name for p in GOLDEN.glob("*/golden.npz") if p.parent.name[:4] != "peft")

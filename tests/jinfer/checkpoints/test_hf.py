@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jinfer.checkpoints import fill
+from jinfer.checkpoints.load import load, load_config
 from jinfer.models.model import Model
-from jinfer.weights import fill
-from jinfer.weights.load import load, load_config
 
 
 def assert_same_params(loaded, expected):
@@ -98,7 +98,7 @@ def test_an_unknown_dtype_is_named(dtype, one_line):
     ],
 )
 def test_the_checkpoints_own_dtype_is_found(spelling, tiny, write_hf, tmp_path):
-    from jinfer.weights.hf import HFCheckpoint
+    from jinfer.checkpoints.hf import HFCheckpoint
 
     model = tiny("llama")
     tensors = {name: t.astype(ml_dtypes.bfloat16) for name, t in model.tensors().items()}

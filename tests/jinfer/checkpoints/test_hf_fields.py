@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer
 
-from jinfer.models.hf_fields import FIELDS, FIELDS_OF, ROPE_FIELDS
-from jinfer.tokenizer import load_tokenizer
-from jinfer.weights.fill import fill
-from jinfer.weights.hf import HFCheckpoint
-from jinfer.weights.load import load, load_config
+from jinfer.checkpoints.fill import fill
+from jinfer.checkpoints.hf import HFCheckpoint
+from jinfer.checkpoints.hf_fields import FIELDS, FIELDS_OF, ROPE_FIELDS
+from jinfer.checkpoints.load import load, load_config
+from jinfer.checkpoints.tokenizer import load_tokenizer
 
 VALUES = [
     *(None, True, False, 0, 1, 2, -1, 3, 100, 10_000, 2**31, 2**70, 0.0, -1.0, 0.5, 1e-300, 1e300),

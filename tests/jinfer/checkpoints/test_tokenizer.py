@@ -16,8 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jinfer.tokenizer import BYTE_LEVEL_SPLITS, NFC, load_tokenizer, tokenizer_from_gguf
-from jinfer.weights.gguf_file import GGUFFile
+from jinfer.checkpoints.gguf.file import GGUFFile
+from jinfer.checkpoints.tokenizer import BYTE_LEVEL_SPLITS, NFC, load_tokenizer, tokenizer_from_gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 TEXTS = [
@@ -120,7 +120,7 @@ def test_the_default_model_encodes_as_transformers_own_conversion(
 def test_a_tokenizer_is_built_without_torch(smollm2_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from jinfer.tokenizer import load_tokenizer\n"
+        "from jinfer.checkpoints.tokenizer import load_tokenizer\n"
         "print(load_tokenizer('smollm2').encode('Hello world'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

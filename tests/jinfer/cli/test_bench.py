@@ -10,10 +10,12 @@ import pytest
 from tiny_models import make_model
 
 import jinfer
-from jinfer import cli
-from jinfer.commands import bench_kv, bench_soak, bench_spec
-from jinfer.engine.costs import TransferCosts
-from jinfer.outputs import RequestMetrics
+from jinfer.cli import main as cli
+from jinfer.cli.bench import kv as bench_kv
+from jinfer.cli.bench import soak as bench_soak
+from jinfer.cli.bench import spec as bench_spec
+from jinfer.config.outputs import RequestMetrics
+from jinfer.engine.pages.costs import TransferCosts
 
 FIELDS = {
     "case",
@@ -100,7 +102,7 @@ def test_the_beam_bench_compares_two_searches_that_find_the_same(tmp_path, tiny_
 def test_the_kv_bench_scores_a_text_through_the_cache(tmp_path, tiny_model, monkeypatch):
     text = tmp_path / "text"
     text.write_text("0123456789" * 20)
-    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda *args: Characters())
+    monkeypatch.setattr("jinfer.checkpoints.tokenizer.load_tokenizer", lambda *args: Characters())
     argv = ("--text", text, "--tokens", 80, "--context", 40, "--kv-cache-dtype", "int8")
     rows = bench(tmp_path, "kv", *argv)
     perplexity, size = rows["int8 KV", "perplexity"], rows["int8 KV", "pool bytes a token"]
@@ -180,7 +182,7 @@ class Chat(Characters):
 def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     tmp_path, tiny_model, monkeypatch, capsys
 ):
-    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda name: Chat())
+    monkeypatch.setattr("jinfer.checkpoints.tokenizer.load_tokenizer", lambda name: Chat())
     file = tmp_path / "chats.jsonl"
     rows = [
         ("writing", "ab" * 9),

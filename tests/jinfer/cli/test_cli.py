@@ -1,7 +1,6 @@
 """The commands over a fake engine: what they print, what they refuse, how they end."""
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -12,18 +11,16 @@ import time
 import types
 from pathlib import Path
 
+import fake_llm
 import jinja2
 import pytest
 
-from jinfer import cli, memory
-from jinfer.commands import flags, training
+from jinfer.cli import flags, training
+from jinfer.cli import main as cli
+from jinfer.config import memory
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-spec = importlib.util.spec_from_file_location("fake_llm", HERE / "fake_llm.py")
-assert spec and spec.loader
-fake_llm = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fake_llm)
+ROOT = Path(__file__).resolve().parents[3]
+FAKE = ROOT / "tests" / "helpers" / "fake_llm.py"
 
 
 class Spy(fake_llm.FakeLLM):
@@ -424,7 +421,7 @@ spec = importlib.util.spec_from_file_location("fake_llm", sys.argv[1])
 fake = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fake)
 sys.modules["jinfer.llm"] = types.SimpleNamespace(LLM=fake.FakeLLM)
-from jinfer.cli import main
+from jinfer.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -432,7 +429,13 @@ sys.exit(main(sys.argv[2:]))
 def start(*argv, **kwargs):
     """Starts a command over the fake engine in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(HERE / "fake_llm.py"), *map(str, argv)],
+        [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            str(FAKE),
+            *map(str, argv),
+        ],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

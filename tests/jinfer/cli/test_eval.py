@@ -10,7 +10,7 @@ import pytest
 from tiny_models import make_config
 
 import jinfer
-from jinfer import cli
+from jinfer.cli import main as cli
 from jinfer.models.model import Model
 
 CONFIG = make_config(128, max_position_embeddings=64)
@@ -35,8 +35,8 @@ def models(monkeypatch):
     model = Model(CONFIG)
     loaded = {name: (model, model.init(jax.random.key(i))) for i, name in enumerate("ab")}
     monkeypatch.setattr(jinfer, "load", lambda name, **options: loaded[name])
-    monkeypatch.setattr("jinfer.weights.load.load_config", lambda name: loaded[name][0].config)
-    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda name: Characters())
+    monkeypatch.setattr("jinfer.checkpoints.load.load_config", lambda name: loaded[name][0].config)
+    monkeypatch.setattr("jinfer.checkpoints.tokenizer.load_tokenizer", lambda name: Characters())
     return loaded
 
 
@@ -85,7 +85,7 @@ def test_models_of_different_tokens_are_not_compared(
     model = Model(dataclasses.replace(CONFIG, vocab_size=vocab_size))
     models["c"] = (model, model.init(jax.random.key(0)))
     tokenizers = {"a": Characters(), "c": tokenizer}
-    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", tokenizers.get)
+    monkeypatch.setattr("jinfer.checkpoints.tokenizer.load_tokenizer", tokenizers.get)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over it")
     argv = ["eval", "--model", "a", "--text", str(tmp_path / "text.txt"), "--context", "10"]
     assert cli.main([*argv, "--against", "c", "--json", str(tmp_path / "report.json")]) == 2

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tiny_models import hf_llama, make_model
 
-from jinfer import cli
-from jinfer.commands.quantize import sequences
-from jinfer.weights.files import writing
-from jinfer.weights.gguf_write import write_gguf
-from jinfer.weights.save import save_folder
+from jinfer.checkpoints.files import writing
+from jinfer.checkpoints.gguf.write import write_gguf
+from jinfer.checkpoints.save import save_folder
+from jinfer.cli import main as cli
+from jinfer.cli.quantize import sequences
 
 MODEL = make_model(
     128, num_layers=1, hidden_size=64, intermediate_size=96, head_dim=16, max_position_embeddings=64
@@ -41,7 +41,9 @@ def params():
 @pytest.fixture
 def quantize(tmp_path, monkeypatch, capsys):
     """Runs the command on params; returns status, standard output and standard error."""
-    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda *_, **__: Characters())
+    monkeypatch.setattr(
+        "jinfer.checkpoints.tokenizer.load_tokenizer", lambda *_, **__: Characters()
+    )
     (tmp_path / "long.txt").write_text("the quick brown fox " * 100)
     (tmp_path / "empty.txt").write_text(" \n")
 
@@ -197,7 +199,7 @@ def test_a_run_without_a_terminal_logs_each_layer_and_that_it_goes_on(
         raise RuntimeError("cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jinfer.quant.job.save_folder", fail)
+        patch.setattr("jinfer.quant.run.job.save_folder", fail)
         status, _, err = quantize(params, "--method", "rtn", "--format", "int4-g32")
     assert status == 1 and "jinfer: quantizing: layer 1 of 1, " in err and "left them" not in err
     status, _, err = quantize(params, "--method", "rtn", "--format", "int4-g32")
@@ -268,7 +270,9 @@ def test_errors_that_name_a_file_or_no_disk_pass_unchanged(tmp_path):
 @pytest.mark.parametrize("command", ["quantize", "eval"])
 def test_a_default_length_is_one_that_the_model_has(params, tmp_path, monkeypatch, command):
     """The defaults, 512 and 1024, are more than this model's 64 positions."""
-    monkeypatch.setattr("jinfer.tokenizer.load_tokenizer", lambda *_, **__: Characters())
+    monkeypatch.setattr(
+        "jinfer.checkpoints.tokenizer.load_tokenizer", lambda *_, **__: Characters()
+    )
     save_folder(tmp_path / "m", MODEL, params, HF, dtype="float32")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 20)

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 import jinfer
-from jinfer import LLM, SamplingParams, cli, tokenizer
-from jinfer.models.families import config_from_hf
+from jinfer import LLM, SamplingParams
+from jinfer.checkpoints import tokenizer
+from jinfer.checkpoints.families import config_from_hf
+from jinfer.checkpoints.save import save_folder
+from jinfer.cli import main as cli
 from jinfer.models.model import Model
-from jinfer.spec import draft_training, training
-from jinfer.weights.save import save_folder
+from jinfer.training import draft as draft_training
+from jinfer.training import loop as training
 
 VOCAB = 61
 HF = {

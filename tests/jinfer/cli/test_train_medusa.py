@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 import jinfer
-from jinfer import cli, tokenizer
-from jinfer.commands import training as commands_training
-from jinfer.config import ModelConfig
+from jinfer.checkpoints import tokenizer
+from jinfer.cli import main as cli
+from jinfer.cli import training as commands_training
+from jinfer.config.model import ModelConfig
 from jinfer.models.model import Model
-from jinfer.spec import medusa, medusa_training, training
+from jinfer.speculation import medusa
+from jinfer.training import loop as training
+from jinfer.training import medusa as medusa_training
 
 VOCAB = 61
 MODEL = Model(

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer, make_model
 
-from jinfer import LLM, BeamSearchParams, SamplingParams, functional, sampling
-from jinfer.sampling_params import MAX_TOP_K
+from jinfer import LLM, BeamSearchParams, SamplingParams, functional
+from jinfer.config.sampling_params import MAX_TOP_K
+from jinfer.sampling import process as sampling
 
 VOCAB = 300
 MODEL = make_model(VOCAB)

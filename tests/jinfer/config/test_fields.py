@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer, make_model
 
-from jinfer import LLM, BeamSearchParams, SamplingParams, cli, fields
+from jinfer import LLM, BeamSearchParams, SamplingParams
+from jinfer.cli import main as cli
+from jinfer.config import fields
 
 ODD = [
     *(None, True, "", "7", "a\nb", b"a", "x" * 5000, 1.5, float("nan"), 10**400, 1 + 2j, [], {}),

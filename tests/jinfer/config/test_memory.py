@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jinfer import memory, qtensor
-from jinfer.memory import PRESETS
+from jinfer.config import memory
+from jinfer.config.memory import PRESETS
+from jinfer.linear import qtensor
 
 GIB = 2**30
 

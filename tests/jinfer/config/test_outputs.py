@@ -2,7 +2,7 @@
 
 import pytest
 
-from jinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jinfer.config.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 
 
 def test_a_completion_is_finished_once_it_has_a_reason():

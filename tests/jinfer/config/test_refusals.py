@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from jinfer import BeamSearchParams, SamplingParams, refusals
+from jinfer import BeamSearchParams, SamplingParams
+from jinfer.config import refusals
 from jinfer.llm import LLM
 
 LLM_NAMES = """model runner convert tokenizer tokenizer_mode skip_tokenizer_init trust_remote_code

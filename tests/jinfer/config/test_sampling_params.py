@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from jinfer.sampling_params import RequestOutputKind, SamplingParams, child_seed
+from jinfer.config.sampling_params import RequestOutputKind, SamplingParams, child_seed
 
 
 def refuse(match: str, **kwargs) -> None:

@@ -28,18 +28,19 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jinfer.config import EngineConfig, SpeculativeConfig
-from jinfer.engine import prefix, recovery
-from jinfer.engine.holdings import Holdings
-from jinfer.engine.host_tier import HostTier
-from jinfer.engine.pages import PagePool
+from jinfer.config.model import EngineConfig, SpeculativeConfig
+from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.pages import prefix
+from jinfer.engine.pages.holdings import Holdings
+from jinfer.engine.pages.host_tier import HostTier
+from jinfer.engine.pages.pool import PagePool
+from jinfer.engine.pages.prefix import PrefixCache
+from jinfer.engine.pages.radix import TOKEN_BYTES, PageKey, num_common
 from jinfer.engine.plan import ScheduledSeq
-from jinfer.engine.prefix import PrefixCache
-from jinfer.engine.radix import TOKEN_BYTES, PageKey, num_common
 from jinfer.engine.request import Request
+from jinfer.engine.safety import recovery
 from jinfer.engine.scheduler import Scheduler
-from jinfer.sampling_params import SamplingParams
-from jinfer.spec.adaptive import DraftLength
+from jinfer.speculation.adaptive import DraftLength
 
 EOS = 0
 VOCAB_SIZE = 23  # an end of sequence every 23 tokens or so

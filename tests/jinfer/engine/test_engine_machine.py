@@ -22,12 +22,12 @@ from hypothesis.stateful import (
 from tiny_models import make_model
 
 from jinfer import LLM, SamplingParams
-from jinfer.engine import recovery
-from jinfer.engine.costs import TransferCosts
-from jinfer.engine.holdings import Holdings
-from jinfer.engine.host_pages import HostPages
-from jinfer.engine.pages import PagePool
-from jinfer.engine.runner import Runner
+from jinfer.engine.device.host_pages import HostPages
+from jinfer.engine.device.runner import Runner
+from jinfer.engine.pages.costs import TransferCosts
+from jinfer.engine.pages.holdings import Holdings
+from jinfer.engine.pages.pool import PagePool
+from jinfer.engine.safety import recovery
 
 NUM_HOST_PAGES = 10
 POISON = 1  # the token whose embedding is NaN

@@ -2,12 +2,12 @@
 
 import pytest
 
-from jinfer.config import EngineConfig
+from jinfer.config.model import EngineConfig
+from jinfer.config.sampling_params import SamplingParams
 from jinfer.engine import queue
 from jinfer.engine.queue import MAX_OVERTAKEN, WINDOW, WaitingQueue
 from jinfer.engine.request import Request, RequestStatus
 from jinfer.engine.scheduler import Scheduler
-from jinfer.sampling_params import SamplingParams
 
 SHARED = list(range(100, 116))
 

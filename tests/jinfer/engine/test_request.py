@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
+from jinfer.config.sampling_params import NO_TOKEN, SamplingParams
 from jinfer.engine.request import Request
-from jinfer.sampling_params import NO_TOKEN, SamplingParams
 
 A, B, EOS, STOP = 0, 1, 2, 3
 

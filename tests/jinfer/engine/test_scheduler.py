@@ -2,10 +2,10 @@
 
 import pytest
 
-from jinfer.config import EngineConfig
+from jinfer.config.model import EngineConfig
+from jinfer.config.sampling_params import SamplingParams
 from jinfer.engine.request import Request, RequestStatus
 from jinfer.engine.scheduler import Scheduler
-from jinfer.sampling_params import SamplingParams
 
 EOS = 99
 

@@ -3,7 +3,6 @@
 import bz2
 import errno
 import gzip
-import importlib.util
 import json
 import lzma
 import os
@@ -15,17 +14,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_llm
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jinfer import jsonl
-
-HERE = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("fake_llm", HERE / "fake_llm.py")
-assert spec and spec.loader
-fake_llm = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fake_llm)
+from jinfer.jobs import jsonl
 
 SETTINGS = {"model": "fake"}
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import kv_cache, memory, steps
-from jinfer.config import CacheConfig, ModelConfig
+from jinfer.config import memory
+from jinfer.config.model import CacheConfig, ModelConfig
+from jinfer.kv import cache as kv_cache
+from jinfer.steps import forward as steps
 from pallas_kernels import target
 from pallas_kernels.paged_attention import ragged_paged_attention
 

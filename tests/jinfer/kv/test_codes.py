@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from tiny_models import make_config
 
-from jinfer import LLM, SamplingParams, kv_cache, kv_quant, memory
-from jinfer.config import CacheConfig, ModelConfig, kv_format
+from jinfer import LLM, SamplingParams
+from jinfer.config import memory
+from jinfer.config.model import CacheConfig, ModelConfig, kv_format
+from jinfer.kv import cache as kv_cache
+from jinfer.kv import codes as kv_quant
 from jinfer.models.model import Model
 from pallas_kernels import target
 from pallas_kernels.paged_attention import ragged_paged_attention

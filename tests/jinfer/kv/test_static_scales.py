@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from tiny_models import make_config
 
-from jinfer import LLM, BeamSearchParams, SamplingParams, kv_quant, ops
+from jinfer import LLM, BeamSearchParams, SamplingParams
+from jinfer.config.static_kv import StaticKV
+from jinfer.kv import codes as kv_quant
+from jinfer.linear import ops
 from jinfer.models.model import Model
-from jinfer.static_kv import StaticKV
 
 PLAIN = make_config(199, head_dim=16)
 SCALES = {

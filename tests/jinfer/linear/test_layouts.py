@@ -7,9 +7,10 @@ import pytest
 from jax.experimental.layout import Layout
 from tiny_models import make_model
 
-from jinfer import LLM, SamplingParams, formats
-from jinfer.qformat import QFormat
-from jinfer.qtensor import quantize
+from jinfer import LLM, SamplingParams
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import layouts as formats
+from jinfer.linear.qtensor import quantize
 from pallas_kernels import target
 
 MODEL = make_model(256, num_layers=1)

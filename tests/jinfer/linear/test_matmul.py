@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import qlinear, qtensor
-from jinfer.qformat import QFormat
-from jinfer.qlinear import quantize_tokens
-from jinfer.qtensor import QTensor, from_codes
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import matmul as qlinear
+from jinfer.linear import qtensor
+from jinfer.linear.matmul import quantize_tokens
+from jinfer.linear.qtensor import QTensor, from_codes
 
 WEIGHT_ONLY = [
     "int2-g64",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import ops
+from jinfer.linear import ops
 
 RNG = np.random.default_rng(0)
 # float32 sums of a few dozen terms; bfloat16 keeps 8 bits of a result that was summed in float32.

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import LLM, SamplingParams, qkernels, qlinear, qtensor
-from jinfer.config import ModelConfig
+from jinfer import LLM, SamplingParams
+from jinfer.config.model import ModelConfig
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import matmul as qlinear
+from jinfer.linear import prepared as qkernels
+from jinfer.linear import qtensor
+from jinfer.linear.prepared import PreparedWeight, prepare, prepare_params
+from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model
-from jinfer.qformat import QFormat
-from jinfer.qkernels import PreparedWeight, prepare, prepare_params
-from jinfer.qtensor import QTensor
 from pallas_kernels import dispatch, target
 
 H100, V6E = target.TARGETS["h100"], target.TARGETS["v6e"]

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import ops
-from jinfer.qformat import QFormat
-from jinfer.qlayout import lay_out
-from jinfer.qtensor import QTensor, dequantize, quantize
-from jinfer.quant.rtn import with_static_inputs
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import ops
+from jinfer.linear.qlayout import lay_out
+from jinfer.linear.qtensor import QTensor, dequantize, quantize
+from jinfer.quant.methods.rtn import with_static_inputs
 
 RNG = np.random.default_rng(0)
 W = jnp.asarray(RNG.normal(size=(96, 48)), jnp.float32)

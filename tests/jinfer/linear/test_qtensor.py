@@ -5,15 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import qtensor
-from jinfer.qformat import (
-    CODEBOOKS,
-    QFormat,
-    decode,
-    encode,
-    find_scales,
-)
-from jinfer.qtensor import (
+from jinfer.config.quant_format import CODEBOOKS, QFormat, decode, encode, find_scales
+from jinfer.linear import qtensor
+from jinfer.linear.qtensor import (
     DYNAMIC_MAP,
     DoubleScale,
     QTensor,

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.config import ModelConfig
-from jinfer.models import families
+from jinfer.checkpoints import families
+from jinfer.config.model import ModelConfig
 from jinfer.models.model import Model
 
 TINY = ModelConfig(

@@ -7,18 +7,18 @@ import pytest
 from tiny_models import make_model
 
 import jinfer
-from jinfer import qtensor
-from jinfer.commands.terminal import one_line
-from jinfer.config import ModelConfig, RopeConfig, SpeculativeConfig
-from jinfer.qformat import QFormat
-from jinfer.quant.gptq import quantize_gptq
-from jinfer.quant.hqq import quantize_hqq
+from jinfer.checkpoints.fill import resolve_dtype
+from jinfer.checkpoints.formats.detect import QuantizedModules, open_reader
+from jinfer.checkpoints.hf_files import read_safetensors_header
+from jinfer.cli.terminal import one_line
+from jinfer.config.model import ModelConfig, RopeConfig, SpeculativeConfig
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import qtensor
+from jinfer.quant.methods.gptq import quantize_gptq
+from jinfer.quant.methods.hqq import quantize_hqq
+from jinfer.quant.methods.rtn import quantize_rtn
 from jinfer.quant.pipeline import quantize_model
 from jinfer.quant.recipe import Method, Recipe, make_method, parse_quantization
-from jinfer.quant.rtn import quantize_rtn
-from jinfer.weights.fill import resolve_dtype
-from jinfer.weights.hf_files import read_safetensors_header
-from jinfer.weights.quantized import QuantizedModules, open_reader
 
 VOCAB = 31
 KEY = jax.random.key(0)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import ops
-from jinfer.config import RopeConfig
+from jinfer.config.model import RopeConfig
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import ops
+from jinfer.linear.qtensor import QTensor, dequantize, quantize
 from jinfer.models.model import stack_layers
-from jinfer.qformat import QFormat
-from jinfer.qtensor import QTensor, dequantize, quantize
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 

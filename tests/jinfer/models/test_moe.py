@@ -10,8 +10,8 @@ from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jinfer import ops
-from jinfer.config import ModelConfig
+from jinfer.config.model import ModelConfig
+from jinfer.linear import ops
 from jinfer.models import moe
 
 CONFIG = ModelConfig(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jinfer import LLM, SamplingParams
-from jinfer.models import families
+from jinfer.checkpoints import families
 from jinfer.models.model import Model
 
 torch = pytest.importorskip("torch", reason="the parity oracle, torch, is not installed")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.config import RopeConfig
+from jinfer.config.model import RopeConfig
 from jinfer.models import rope
 
 POSITIONS = jnp.array([[0, 1, 2, 7, 30]])

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.models.families import expected_shapes, is_linear
+from jinfer.checkpoints.families import expected_shapes, is_linear
 from jinfer.quant import calibrate
 from jinfer.quant.importance import measure_importance
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.qtensor import QTensor
+from jinfer.linear.qtensor import QTensor
 from jinfer.quant import calibrate, sensitivity
 from jinfer.quant.importance import measure_importance
 from jinfer.quant.layer import LayerQuantizer

@@ -8,8 +8,8 @@ import pytest
 from tiny_models import make_model
 
 from jinfer import LLM, SamplingParams
-from jinfer.engine.core import Engine
-from jinfer.engine.holdings import Holdings
+from jinfer.engine.engine import Engine
+from jinfer.engine.pages.holdings import Holdings
 from jinfer.engine.scheduler import Scheduler
 
 VOCAB = 199

@@ -8,8 +8,8 @@ from tiny_models import byte_tokenizer, make_config
 
 from jinfer import LLM, BeamSearchParams, SamplingParams
 from jinfer.models.model import Model
-from jinfer.spec import medusa
-from jinfer.spec.ngram import NgramIndex
+from jinfer.speculation import medusa
+from jinfer.speculation.ngram import NgramIndex
 
 VOCAB = 300
 EOS = 299

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jinfer import sampling
-from jinfer.sampling_params import NO_TOKEN, SamplingParams, child_seed
+from jinfer.config.sampling_params import NO_TOKEN, SamplingParams, child_seed
+from jinfer.sampling import process as sampling
 
 V = 61  # not a multiple of 32: the last word of every bit row is ragged
 LIMITS = sampling.SamplerLimits(max_logit_bias=8, max_bad_words=4, max_bad_word_tokens=4)

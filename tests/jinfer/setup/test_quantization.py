@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from tiny_models import hf_llama, make_config
 
-from jinfer import LLM, SamplingParams, load, memory
+from jinfer import LLM, SamplingParams, load
+from jinfer.checkpoints.save import save_folder
+from jinfer.config import memory
+from jinfer.linear.qlayout import lay_out
+from jinfer.linear.qtensor import QTensor, dequantize
 from jinfer.models.model import Model
-from jinfer.qlayout import lay_out
-from jinfer.qtensor import QTensor, dequantize
 from jinfer.quant.on_load import quantize_params
-from jinfer.weights.save import save_folder
 
 HF = hf_llama(max_position_embeddings=64)
 CONFIG = make_config(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jinfer import SamplingParams, sampling
-from jinfer.spec import accept
-from jinfer.spec.tree_accept import Nodes, verify_tree
+from jinfer import SamplingParams
+from jinfer.sampling import process as sampling
+from jinfer.speculation import accept_chain as accept
+from jinfer.speculation.accept_tree import Nodes, verify_tree
 
 V, K, N = 7, 2, 24_000  # tokens, drafts, sequences (one draw of a batch each)
 PROMPT = [1, 3, 3]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jinfer.spec.adaptive import NUM_TRIALS, RETRY_AFTER, TRIAL_SHARE, DraftLength
+from jinfer.speculation.adaptive import NUM_TRIALS, RETRY_AFTER, TRIAL_SHARE, DraftLength
 
 SIZES = (2, 4)
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from jinfer.spec.draft_tree import depths
-from jinfer.spec.lookahead import Lookahead
+from jinfer.speculation.lookahead import Lookahead
+from jinfer.speculation.trees import depths
 
 
 def run(text, follows, num_tokens, **sizes):

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from jinfer.config import ModelConfig
+from jinfer.config.model import ModelConfig
 from jinfer.models.model import Model
-from jinfer.spec import medusa, medusa_training, training
-from jinfer.spec.medusa_tree import check_tree, fit_tree, tokens_per_step
-from jinfer.spec.training import Checkpoints, TrainingConfig
+from jinfer.speculation import medusa
+from jinfer.speculation.medusa_tree import check_tree, fit_tree, tokens_per_step
+from jinfer.training import loop as training
+from jinfer.training import medusa as medusa_training
+from jinfer.training.loop import Checkpoints, TrainingConfig
 
 VOCAB, HIDDEN, HEADS = 61, 24, 2
 MODEL = Model(

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jinfer.spec.ngram import MAX_PLACES, NgramIndex
+from jinfer.speculation.ngram import MAX_PLACES, NgramIndex
 
 
 def search(tokens, shortest, longest, count):

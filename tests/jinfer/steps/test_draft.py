@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jinfer import SamplingParams, draft_steps, kv_cache, sampling
-from jinfer.batch import StepBatch
-from jinfer.config import CacheConfig, ModelConfig
+from jinfer import SamplingParams
+from jinfer.config.model import CacheConfig, ModelConfig
+from jinfer.kv import cache as kv_cache
 from jinfer.models.model import Model
-from jinfer.spec import accept
+from jinfer.sampling import process as sampling
+from jinfer.speculation import accept_chain as accept
+from jinfer.steps import draft as draft_steps
+from jinfer.steps.batch import StepBatch
 
 V, K, S, PAGE = 8, 2, 512, 8
 ROUNDS = 48  # runs of S draws of two tokens

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import make_model
 
 from jinfer import LLM, BeamSearchParams, SamplingParams, generate
-from jinfer.engine.compile_counter import compile_counter
+from jinfer.engine.device.compile_counter import compile_counter
 
 VOCAB = 96
 MODEL = make_model(VOCAB)
@@ -291,7 +291,7 @@ print("both")
 
 def test_weights_on_several_devices_are_brought_to_one():
     here = pathlib.Path(__file__).resolve().parent
-    paths = [here, here.parent / "helpers", here.parents[1]]
+    paths = [here, here.parents[1] / "helpers", here.parents[2]]
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, "-c", TWO_DEVICES]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jinfer.engine.bad_words import encode_bad_word
-from jinfer.tokenizer import load_tokenizer
+from jinfer.checkpoints.tokenizer import load_tokenizer
+from jinfer.text.bad_words import encode_bad_word
 
 BEFORE = ("", " ", "\n", "A ", "I see ", "a\n", "a\n\n", "\t", "(", '"', ' "', "so, ")
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jinfer.engine.detokenizer import Detokenizer
-from jinfer.sampling_params import SamplingParams
+from jinfer.config.sampling_params import SamplingParams
+from jinfer.text.detokenizer import Detokenizer
 
 CORPUS = [
     "Hello world, hello there.",
@@ -141,7 +141,7 @@ def test_any_bytes_give_the_same_replacement_characters(data):
 
 
 def _alphabet():
-    from jinfer.engine import detokenizer
+    from jinfer.text import detokenizer
 
     return detokenizer._BYTE_OF
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer
 
-from jinfer.prompts import apply_chat_template, as_list, chat_prompts, read_chat, read_prompt
+from jinfer.text.prompts import apply_chat_template, as_list, chat_prompts, read_chat, read_prompt
 
 SIMPLE = "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}"
 ADDING = "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}"

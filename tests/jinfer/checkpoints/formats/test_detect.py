@@ -7,21 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import load, qtensor
+from jinfer import load
+from jinfer.checkpoints import save
+from jinfer.checkpoints.formats.awq import awq_config, write_awq
+from jinfer.checkpoints.formats.bnb import bnb_config, write_bnb
+from jinfer.checkpoints.formats.compressed_tensors import ct_config, write_ct
+from jinfer.checkpoints.formats.fp8 import fp8_config, write_fp8
+from jinfer.checkpoints.formats.gptq import gptq_config, write_gptq
+from jinfer.checkpoints.formats.native import native_config, write_native
+from jinfer.checkpoints.hf_files import read_safetensors_header
+from jinfer.checkpoints.load import open_checkpoint
+from jinfer.checkpoints.save import save_folder, write_tensors
+from jinfer.config.quant_format import QFormat
+from jinfer.config.static_kv import StaticKV
+from jinfer.linear import qtensor
+from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model
-from jinfer.qformat import QFormat
-from jinfer.qtensor import QTensor
-from jinfer.static_kv import StaticKV
-from jinfer.weights import save
-from jinfer.weights.awq_format import awq_config, write_awq
-from jinfer.weights.bnb_format import bnb_config, write_bnb
-from jinfer.weights.ct_format import ct_config, write_ct
-from jinfer.weights.fp8_format import fp8_config, write_fp8
-from jinfer.weights.gptq_format import gptq_config, write_gptq
-from jinfer.weights.hf_files import read_safetensors_header
-from jinfer.weights.load import open_checkpoint
-from jinfer.weights.native_format import native_config, write_native
-from jinfer.weights.save import save_folder, write_tensors
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 dequantize = jax.jit(qtensor.dequantize)

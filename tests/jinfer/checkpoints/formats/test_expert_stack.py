@@ -9,24 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import load, qtensor
+from jinfer import load
+from jinfer.checkpoints.convert import convert_folder
+from jinfer.checkpoints.formats.awq import awq_config, write_awq
+from jinfer.checkpoints.formats.bnb import bnb_config, write_bnb
+from jinfer.checkpoints.formats.compressed_tensors import ct_config, write_ct
+from jinfer.checkpoints.formats.expert_stack import common_format
+from jinfer.checkpoints.formats.fp8 import fp8_config, write_fp8
+from jinfer.checkpoints.formats.gptq import gptq_config, write_gptq
+from jinfer.checkpoints.formats.native import native_config, write_native
+from jinfer.checkpoints.load import open_checkpoint
+from jinfer.checkpoints.save import save_folder
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import qtensor
+from jinfer.linear.qlayout import lay_out
+from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model
-from jinfer.qformat import QFormat
-from jinfer.qlayout import lay_out
-from jinfer.qtensor import QTensor
-from jinfer.quant.doctor import examine
-from jinfer.quant.job import check_source
-from jinfer.quant.rtn import with_static_inputs
-from jinfer.weights.awq_format import awq_config, write_awq
-from jinfer.weights.bnb_format import bnb_config, write_bnb
-from jinfer.weights.convert import convert_folder
-from jinfer.weights.ct_format import ct_config, write_ct
-from jinfer.weights.expert_stack import common_format
-from jinfer.weights.fp8_format import fp8_config, write_fp8
-from jinfer.weights.gptq_format import gptq_config, write_gptq
-from jinfer.weights.load import open_checkpoint
-from jinfer.weights.native_format import native_config, write_native
-from jinfer.weights.save import save_folder
+from jinfer.quant.methods.rtn import with_static_inputs
+from jinfer.quant.run.doctor import examine
+from jinfer.quant.run.job import check_source
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 dequantize = jax.jit(qtensor.dequantize)

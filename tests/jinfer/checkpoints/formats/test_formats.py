@@ -9,16 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jinfer import qtensor
-from jinfer.qformat import QFormat
-from jinfer.qtensor import DoubleScale, QTensor, dequantize
-from jinfer.weights import bitpack
-from jinfer.weights.awq_format import AWQReader, awq_config, write_awq
-from jinfer.weights.bnb_format import BNBReader, bnb_config, write_bnb
-from jinfer.weights.ct_format import CTReader, ct_config, write_ct
-from jinfer.weights.fp8_format import FP8Reader, fp8_config, write_fp8
-from jinfer.weights.gptq_format import GPTQReader, gptq_config, write_gptq
-from jinfer.weights.interop import Dense, unsigned_parts
+from jinfer.checkpoints.formats import bitpack
+from jinfer.checkpoints.formats.awq import AWQReader, awq_config, write_awq
+from jinfer.checkpoints.formats.bnb import BNBReader, bnb_config, write_bnb
+from jinfer.checkpoints.formats.compressed_tensors import CTReader, ct_config, write_ct
+from jinfer.checkpoints.formats.fp8 import FP8Reader, fp8_config, write_fp8
+from jinfer.checkpoints.formats.gptq import GPTQReader, gptq_config, write_gptq
+from jinfer.checkpoints.formats.interop import Dense, unsigned_parts
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import qtensor
+from jinfer.linear.qtensor import DoubleScale, QTensor, dequantize
 
 P = "model.layers.0.self_attn.q_proj"
 EXAMPLE_CODES = np.add.outer(np.arange(8), np.arange(8)) % 16  # [I, O]: (k + n) % 16

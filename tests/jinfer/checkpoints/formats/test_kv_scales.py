@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer import load, qtensor
-from jinfer.cli import main
-from jinfer.qformat import QFormat
-from jinfer.static_kv import StaticKV
-from jinfer.weights.hf_files import read_safetensors_header
-from jinfer.weights.kv_scales import kv_scale_of
-from jinfer.weights.load import open_checkpoint
-from jinfer.weights.save import EXPORTS
+from jinfer import load
+from jinfer.checkpoints.formats.kv_scales import kv_scale_of
+from jinfer.checkpoints.hf_files import read_safetensors_header
+from jinfer.checkpoints.load import open_checkpoint
+from jinfer.checkpoints.save import EXPORTS
+from jinfer.cli.main import main
+from jinfer.config.quant_format import QFormat
+from jinfer.config.static_kv import StaticKV
+from jinfer.linear import qtensor
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 P = "model.layers.0.mlp.up_proj"

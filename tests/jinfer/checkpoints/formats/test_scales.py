@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jinfer import qtensor
-from jinfer.qformat import QFormat
-from jinfer.quant.doctor import examine
-from jinfer.quant.rtn import with_static_inputs
-from jinfer.weights.quantized import READERS, QuantizedModules
-from jinfer.weights.save import EXPORTS
+from jinfer.checkpoints.formats.detect import READERS, QuantizedModules
+from jinfer.checkpoints.save import EXPORTS
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import qtensor
+from jinfer.quant.methods.rtn import with_static_inputs
+from jinfer.quant.run.doctor import examine
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 P = "model.layers.0.self_attn.q_proj"

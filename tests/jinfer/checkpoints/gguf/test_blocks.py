@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from jinfer.llm_options import prepare, take_model
+from jinfer.checkpoints.gguf.blocks import FORMATS, qtensor_of, read_blocks
+from jinfer.checkpoints.gguf.kquants import encode_rows
+from jinfer.checkpoints.gguf.write import write_gguf
+from jinfer.checkpoints.load import load
 from jinfer.models.model import Model
-from jinfer.quant.kquants import encode_rows
-from jinfer.weights.gguf_blocks import FORMATS, qtensor_of, read_blocks
-from jinfer.weights.gguf_write import write_gguf
-from jinfer.weights.load import load
+from jinfer.setup.options import prepare, take_model
 
 
 @pytest.mark.parametrize("name", FORMATS)

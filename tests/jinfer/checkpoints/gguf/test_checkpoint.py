@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
+from jinfer.checkpoints.gguf.checkpoint import gguf_config
+from jinfer.checkpoints.gguf.file import GGUFFile
+from jinfer.checkpoints.load import load
 from jinfer.models import rope
-from jinfer.weights.gguf import gguf_config
-from jinfer.weights.gguf_file import GGUFFile
-from jinfer.weights.load import load
 
 ARCHITECTURES = {
     "llama": "llama",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from jinfer.weights import gguf_file
-from jinfer.weights.gguf_file import SUPPORTED_TYPES, GGUFFile
+from jinfer.checkpoints.gguf import file as gguf_file
+from jinfer.checkpoints.gguf.file import SUPPORTED_TYPES, GGUFFile
 
 
 def random_blocks(type_name: str, rows: int, columns: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from jinfer.quant.kquants import BLOCK, encode_rows, fitting_type
+from jinfer.checkpoints.gguf.kquants import BLOCK, encode_rows, fitting_type
 
 # Relative error of the whole on normal weights: what each width can do, and little more.
 ERRORS = {"Q8_0": 0.0065, "Q4_0": 0.09, "Q4_1": 0.085, "Q5_0": 0.045, "Q4_K": 0.075, "Q6_K": 0.02}
@@ -62,7 +62,7 @@ def test_rows_of_576_fall_back_as_llama_cpp_does():
 def test_chunks_do_not_show(rows, monkeypatch):
     w, importance = rows
     whole = encode_rows(w, "Q4_K", importance)
-    monkeypatch.setattr("jinfer.quant.kquants.CHUNK_BLOCKS", 40)
+    monkeypatch.setattr("jinfer.checkpoints.gguf.kquants.CHUNK_BLOCKS", 40)
     np.testing.assert_array_equal(encode_rows(w, "Q4_K", importance), whole)
 
 

@@ -30,13 +30,14 @@ from gguf_bytes import (
     tiny_header,
 )
 
-import jinfer.tokenizer
-from jinfer.tokenizer import tokenizer_from_gguf
-from jinfer.weights import gguf, gguf_ends
-from jinfer.weights.fill import fill
-from jinfer.weights.gguf import GGUFCheckpoint
-from jinfer.weights.gguf_file import GGUFFile
-from jinfer.weights.gguf_metadata import FIELDS
+from jinfer.checkpoints import tokenizer as tokenizer_module
+from jinfer.checkpoints.fill import fill
+from jinfer.checkpoints.gguf import checkpoint as gguf
+from jinfer.checkpoints.gguf import ends as gguf_ends
+from jinfer.checkpoints.gguf.checkpoint import GGUFCheckpoint
+from jinfer.checkpoints.gguf.file import GGUFFile
+from jinfer.checkpoints.gguf.metadata import FIELDS
+from jinfer.checkpoints.tokenizer import tokenizer_from_gguf
 
 ARCHITECTURES = ("llama", "gemma3", "qwen3moe")
 HEADERS = {arch: tiny_header(arch) for arch in ARCHITECTURES}
@@ -237,13 +238,13 @@ def test_every_key_that_is_read_is_in_the_table():
     """Else a file could hold anything there, and its reader would find out by an exception."""
     weights, ends, tokenizer = (
         pathlib.Path(inspect.getfile(module)).read_text()
-        for module in (gguf, gguf_ends, jinfer.tokenizer)
+        for module in (gguf, gguf_ends, tokenizer_module)
     )
     own = re.findall(r'meta\.(?:get|require)\(\s*"([\w.]+)"', weights)
     own += [*gguf._REFUSED, *gguf._NEUTRAL]
     vocabulary = re.findall(r'meta(?:data)?\.tokenizer\(\s*"(\w+)"', weights)
     vocabulary += re.findall(r'(?<![.\w])get\(\s*"(\w+)"', tokenizer)
-    vocabulary += [*gguf_ends._END_KEYS, *jinfer.tokenizer._NAMED_TOKENS.values()]
+    vocabulary += [*gguf_ends._END_KEYS, *tokenizer_module._NAMED_TOKENS.values()]
     whole = re.findall(r'get\(\s*"([\w]+\.[\w.]+)"', weights + tokenizer + ends)
     whole = [key for key in whole if key.startswith(("general", "tokenizer", "split"))]
     read = {f"{{arch}}.{key}" for key in own} | {f"tokenizer.ggml.{key}" for key in vocabulary}

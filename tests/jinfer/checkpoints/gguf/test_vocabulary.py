@@ -20,19 +20,19 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from jinfer.cli import main
-from jinfer.gguf_vocabulary import SAMPLES, tokenizer_metadata
-from jinfer.llm_options import sampling_defaults
-from jinfer.models.families import assemble, config_from_hf, expected_shapes, tensor_names
-from jinfer.tokenizer import (
+from jinfer.checkpoints.families import assemble, config_from_hf, expected_shapes, tensor_names
+from jinfer.checkpoints.gguf.file import GGUFFile
+from jinfer.checkpoints.gguf.vocabulary import SAMPLES, tokenizer_metadata
+from jinfer.checkpoints.load import load_config
+from jinfer.checkpoints.tokenizer import (
     BYTE_LEVEL_SPLITS,
     NFC,
     WHOLE_WORDS_FIRST,
     load_tokenizer,
     tokenizer_from_gguf,
 )
-from jinfer.weights.gguf_file import GGUFFile
-from jinfer.weights.load import load_config
+from jinfer.cli.main import main
+from jinfer.setup.options import sampling_defaults
 
 TEXTS = [*SAMPLES, "the quick brown fox jumps over the lazy dog, then the other foxes"] * 2
 

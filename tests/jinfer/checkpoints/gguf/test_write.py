@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from jinfer import qtensor
+from jinfer.checkpoints.families import is_linear, unflatten
+from jinfer.checkpoints.gguf.file import GGUFFile
+from jinfer.checkpoints.gguf.kquants import encode_rows, fitting_type
+from jinfer.checkpoints.gguf.write import write_gguf
+from jinfer.checkpoints.load import load
+from jinfer.config.quant_format import QFormat
+from jinfer.linear import qtensor
 from jinfer.models import rope
-from jinfer.models.families import is_linear, unflatten
 from jinfer.models.model import Model
-from jinfer.qformat import QFormat
-from jinfer.quant.kquants import encode_rows, fitting_type
-from jinfer.weights.gguf_file import GGUFFile
-from jinfer.weights.gguf_write import write_gguf
-from jinfer.weights.load import load
 
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 

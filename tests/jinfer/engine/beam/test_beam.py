@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from jinfer import LLM, BeamSearchParams, SamplingParams, steps
-from jinfer.engine.beam import BeamSearcher
-from jinfer.engine.holdings import Holdings
-from jinfer.sampling import best_continuations, pack_bits
+from jinfer import LLM, BeamSearchParams, SamplingParams
+from jinfer.engine.beam.searcher import BeamSearcher
+from jinfer.engine.pages.holdings import Holdings
+from jinfer.sampling.process import best_continuations, pack_bits
+from jinfer.steps import forward as steps
 
 VOCAB, PAGE = 97, 4
 EOS = (5, 11, 40)

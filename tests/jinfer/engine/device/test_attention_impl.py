@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jinfer import LLM, SamplingParams, kv_cache, sampling, steps
-from jinfer.batch import StepBatch
-from jinfer.config import CacheConfig, ModelConfig
+from jinfer import LLM, SamplingParams
+from jinfer.config.model import CacheConfig, ModelConfig
+from jinfer.kv import cache as kv_cache
 from jinfer.models.model import Model
+from jinfer.sampling import process as sampling
+from jinfer.steps import forward as steps
+from jinfer.steps.batch import StepBatch
 from pallas_kernels import dispatch, target
 
 MODEL = Model(

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import make_model
 
 from jinfer import LLM, BeamSearchParams, SamplingParams
-from jinfer.engine.costs import TransferCosts
+from jinfer.engine.pages.costs import TransferCosts
 
 PAGE, CHUNK, NUM_HOST_PAGES = 8, 16, 60
 MODEL = make_model(211)

@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-from jinfer.config import EngineConfig, SpeculativeConfig
+from jinfer.config.model import EngineConfig, SpeculativeConfig
+from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.drafting.trees import TreeSpeculation
 from jinfer.engine.request import Request
 from jinfer.engine.scheduler import Scheduler
-from jinfer.engine.tree_speculation import TreeSpeculation
-from jinfer.sampling_params import SamplingParams
-from jinfer.spec.adaptive import FIRST_TRIAL_WITHIN
+from jinfer.speculation.adaptive import FIRST_TRIAL_WITHIN
 
 METHODS = {
     "ngram": {},

@@ -12,7 +12,8 @@ from tiny_models import byte_tokenizer, make_config
 
 from jinfer import LLM, SamplingParams
 from jinfer.models.model import Model
-from jinfer.spec import medusa, training
+from jinfer.speculation import medusa
+from jinfer.training import loop as training
 
 VOCAB = 300
 CONFIG = make_config(

@@ -3,7 +3,7 @@
 import random
 import types
 
-from jinfer.engine.fed_pages import FedPages
+from jinfer.engine.drafting.fed_pages import FedPages
 from jinfer.engine.plan import PageMoves
 
 SIZE, NUM_PAGES = 4, 12

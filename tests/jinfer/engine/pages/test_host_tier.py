@@ -15,15 +15,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jinfer.config import EngineConfig
-from jinfer.engine.costs import TransferCosts
-from jinfer.engine.host_tier import HostTier
-from jinfer.engine.pages import PageError
+from jinfer.config.model import EngineConfig
+from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.pages.costs import TransferCosts
+from jinfer.engine.pages.host_tier import HostTier
+from jinfer.engine.pages.pool import PageError
+from jinfer.engine.pages.radix import PageKey
 from jinfer.engine.plan import PageMoves, Plan, ScheduledSeq
-from jinfer.engine.radix import PageKey
 from jinfer.engine.request import Request
 from jinfer.engine.scheduler import Scheduler
-from jinfer.sampling_params import SamplingParams
 
 NO_MOVES = PageMoves()
 TEXTS = st.lists(st.integers(0, 1), min_size=1, max_size=3).map(tuple)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jinfer.engine.pages import OutOfPages, PageError, PagePool
+from jinfer.engine.pages.pool import OutOfPages, PageError, PagePool
 
 
 def test_pages_are_distinct_until_freed():

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import make_model
 
 from jinfer import LLM, SamplingParams
-from jinfer.config import RopeConfig
+from jinfer.config.model import RopeConfig
 
 PAGE, CHUNK = 8, 16
 MODEL = make_model(211)

@@ -9,16 +9,17 @@ import pytest
 from tiny_models import byte_tokenizer, make_model
 
 from jinfer import LLM, SamplingParams
-from jinfer.engine import core, recovery, watchdog
-from jinfer.engine.detokenizer import Detokenizer
-from jinfer.engine.holdings import Holdings
-from jinfer.engine.pages import PagePool
-from jinfer.engine.prefix import PrefixCache
+from jinfer.engine import engine as core
+from jinfer.engine.device.runner import Runner
+from jinfer.engine.pages.holdings import Holdings
+from jinfer.engine.pages.pool import PagePool
+from jinfer.engine.pages.prefix import PrefixCache
 from jinfer.engine.request import Request
-from jinfer.engine.runner import Runner
+from jinfer.engine.safety import recovery, watchdog
+from jinfer.engine.safety.watchdog import Watchdog
 from jinfer.engine.scheduler import Scheduler
-from jinfer.engine.watchdog import Watchdog
-from jinfer.spec.ngram import NgramIndex
+from jinfer.speculation.ngram import NgramIndex
+from jinfer.text.detokenizer import Detokenizer
 
 POISON = 13  # the token whose embedding is NaN
 NAMESPACE = ("float32", None)

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.qformat import QFormat
-from jinfer.qtensor import dequantize
-from jinfer.quant.awq import clip_weights, fake_quantize, search_scales
-from jinfer.quant.factor import gram
-from jinfer.quant.gptq import output_error
-from jinfer.quant.rtn import quantize_rtn
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.qtensor import dequantize
+from jinfer.quant.methods.awq import clip_weights, fake_quantize, search_scales
+from jinfer.quant.methods.factor import gram
+from jinfer.quant.methods.gptq import output_error
+from jinfer.quant.methods.rtn import quantize_rtn
 
 FMT = QFormat.parse("int4-g64-asym")
 

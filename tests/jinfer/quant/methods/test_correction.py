@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jinfer.quant import calibrate
-from jinfer.quant.correction import correct_weight
-from jinfer.quant.factor import gram
+from jinfer.quant.methods.correction import correct_weight
+from jinfer.quant.methods.factor import gram
 from jinfer.quant.pipeline import quantize_model
 from jinfer.quant.recipe import Recipe, make_method
 

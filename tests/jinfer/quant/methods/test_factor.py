@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.quant.factor import DAMP_RETRIES, gram, inverse_cholesky, inverse_factor
+from jinfer.quant.methods.factor import DAMP_RETRIES, gram, inverse_cholesky, inverse_factor
 
 factor = jax.jit(inverse_factor, static_argnums=1)
 
@@ -71,11 +71,11 @@ def test_a_hopeless_hessian_falls_back_to_the_identity(bad):
 SAME_BITS = """
 import hashlib
 import jax, numpy as np
-from jinfer.qformat import QFormat
-from jinfer.quant.awq import search_scales
+from jinfer.config.quant_format import QFormat
+from jinfer.quant.methods.awq import search_scales
 from jinfer.quant.calibrate import measure, measure_drift
-from jinfer.quant.factor import dot_transposed, gram
-from jinfer.quant.gptq import quantize_gptq
+from jinfer.quant.methods.factor import dot_transposed, gram
+from jinfer.quant.methods.gptq import quantize_gptq
 rng = np.random.default_rng(0)
 x = rng.normal(size=(2048, 384)).astype("f4") * np.exp(rng.normal(size=384)).astype("f4")
 h = jax.jit(gram)(x)

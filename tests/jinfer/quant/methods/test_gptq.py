@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.qformat import QFormat
-from jinfer.qtensor import dequantize, split_outputs
-from jinfer.quant.factor import gram
-from jinfer.quant.gptq import output_error, quantize_gptq, solve
-from jinfer.quant.rtn import quantize_rtn, search_scales
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.qtensor import dequantize, split_outputs
+from jinfer.quant.methods.factor import gram
+from jinfer.quant.methods.gptq import output_error, quantize_gptq, solve
+from jinfer.quant.methods.rtn import quantize_rtn, search_scales
 
 SIZE = 150  # more than a block of 128, and 2.3 groups of 64
 

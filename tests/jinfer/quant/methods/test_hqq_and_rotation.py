@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.qformat import QFormat
-from jinfer.qtensor import dequantize
-from jinfer.quant.hqq import quantize_hqq
-from jinfer.quant.rotation import (
+from jinfer.config.quant_format import QFormat
+from jinfer.kv.rotation import (
     hadamard,
     kv_rotation,
     random_hadamard,
@@ -17,7 +15,9 @@ from jinfer.quant.rotation import (
     rotate_inputs,
     rotate_outputs,
 )
-from jinfer.quant.rtn import quantize_rtn
+from jinfer.linear.qtensor import dequantize
+from jinfer.quant.methods.hqq import quantize_hqq
+from jinfer.quant.methods.rtn import quantize_rtn
 
 
 def weights(seed=0, rows=150):

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.qformat import QFormat
-from jinfer.qtensor import dequantize, quantize
-from jinfer.quant.rtn import NORM, quantize_rtn
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.qtensor import dequantize, quantize
+from jinfer.quant.methods.rtn import NORM, quantize_rtn
 
 
 def weights(seed=0, rows=150, columns=24):

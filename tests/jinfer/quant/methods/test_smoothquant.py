@@ -4,17 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.qformat import QFormat
-from jinfer.qlinear import qmatmul
-from jinfer.qtensor import quantize
-from jinfer.quant.folding import (
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.matmul import qmatmul
+from jinfer.linear.qtensor import quantize
+from jinfer.quant.methods.folding import (
     divide_norm,
     divide_outputs,
     head_ties,
     producer_scales,
     scale_inputs,
 )
-from jinfer.quant.smoothquant import smooth_scales
+from jinfer.quant.methods.smoothquant import smooth_scales
 
 
 def problem():

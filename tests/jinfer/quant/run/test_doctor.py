@@ -7,11 +7,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import hf_llama
 
-from jinfer.quant.doctor import examine
-from jinfer.quant.job import Job, run_job
+from jinfer.checkpoints.load import open_checkpoint
+from jinfer.checkpoints.save import save_folder
 from jinfer.quant.recipe import Recipe, make_method
-from jinfer.weights.load import open_checkpoint
-from jinfer.weights.save import save_folder
+from jinfer.quant.run.doctor import examine
+from jinfer.quant.run.job import Job, run_job
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (4, 32)).astype(np.int32)
 HF = hf_llama()

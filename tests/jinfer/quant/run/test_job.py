@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny_models import hf_llama
 
-from jinfer.qtensor import QTensor
-from jinfer.quant.job import Job, run_job
+from jinfer.checkpoints.load import load
+from jinfer.linear.qtensor import QTensor
 from jinfer.quant.pipeline import quantize_model
 from jinfer.quant.recipe import Recipe, make_method, parse_quantization
-from jinfer.weights.load import load
+from jinfer.quant.run.job import Job, run_job
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (4, 32)).astype(np.int32)
 HF = hf_llama()
