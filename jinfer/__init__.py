@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jinfer.checkpoints.load import load as load
+    from jinfer.quant.on_load import load as load
     from jinfer.config.beam_params import BeamSearchParams as BeamSearchParams
     from jinfer.config.outputs import BeamSearchOutput as BeamSearchOutput
     from jinfer.config.outputs import BeamSearchSequence as BeamSearchSequence
@@ -36,7 +36,7 @@ _MODULES = {
     "RequestOutputKind": "jinfer.config.sampling_params",
     "SamplingParams": "jinfer.config.sampling_params",
     "generate": "jinfer.functional",
-    "load": "jinfer.checkpoints.load",
+    "load": "jinfer.quant.on_load",
 }
 __all__ = [*_MODULES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -115,7 +115,7 @@ def export_for_transformers(model: str) -> Path:
 
     from jinfer.checkpoints.default_model import cache_dir
     from jinfer.checkpoints.families import assemble, tensor_names
-    from jinfer.checkpoints.load import load
+    from jinfer import load
 
     path = Path(model)
     if path.is_dir() and (path / "config.json").is_file():

@@ -35,9 +35,9 @@ from typing import Any
 
 TARGETS = ("h100", "v5e", "v6e", "tpu7x")
 OPS = {
-    "paged_attention": "pallas_kernels.paged_attention",
-    "quant_matmul": "pallas_kernels.quant_matmul",
-    "fp8_matmul": "pallas_kernels.fp8_matmul",
+    "paged_attention": "pallas_kernels.paged_attention.cases",
+    "quant_matmul": "pallas_kernels.quant_matmul.cases",
+    "fp8_matmul": "pallas_kernels.fp8_matmul.cases",
     "kv_write": "kv_write_cases",
 }
 MARK = "@row "  # what a child prints before its JSON; compilers print to stdout as they like

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     print(line_of(["---"] * len(titles)))
     with target.compile_target("h100") as compiler:
         for op in args.op:
-            module = importlib.import_module(f"pallas_kernels.{op}")
+            module = importlib.import_module(f"pallas_kernels.{op}.cases")
             for case in module.compile_cases(compiler.target, quick=not args.all):
                 if args.only not in case.name or not case.expects_wgmma:
                     continue

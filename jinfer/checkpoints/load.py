@@ -1,4 +1,4 @@
-"""`load`: a folder, a GGUF file, a hub name or the default model -> (Model, params)."""
+"""Opens a folder, a GGUF file, a hub name or the default model, and fills the params tree."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import os
 import pathlib
 from typing import Any
 
-from jinfer.checkpoints.fill import Checkpoint, fill, resolve_dtype
+from jinfer.checkpoints.fill import Checkpoint, Quantizer, fill, resolve_dtype
 from jinfer.checkpoints.gguf.checkpoint import GGUFCheckpoint
 from jinfer.checkpoints.hf import HFCheckpoint, read_hf_config, with_generation_ends
 from jinfer.checkpoints.hf_files import safetensors_files
 from jinfer.checkpoints.locate import fetch_from_hub, locate
-from jinfer.config.fields import check_kinds
 from jinfer.config.model import ModelConfig
 from jinfer.models.model import Model
-from jinfer.quant import on_load
 
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")  # beside config.json
@@ -30,34 +28,21 @@ def load(
     *,
     dtype: Any = None,
     revision: str | None = None,
-    quantization: str | None = None,
+    quantize: Quantizer | None = None,
+    keeps_gguf: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
-    """Loads a model, one tensor in host memory at a time.
+    """Loads a model, one tensor in host memory at a time; see `quant.on_load.load`.
 
     Args:
-      path_or_name: a Hugging Face folder, a .gguf file, a folder with exactly one, a name on the
-        Hugging Face hub, or "smollm2", the default model. What exists on disk goes first.
-      dtype: "float32", "bfloat16" or "float16" for every parameter; None or "auto": the
-        checkpoint's own on accelerators (bfloat16 for GGUF files, unless all F32), float32 on CPUs.
-      revision: branch, tag or commit of a hub name.
-      quantization: how to quantize the linears of the blocks while they are loaded, one by one and
-        without data: see `quant.recipe.parse_quantization`. Or "gguf": those that a GGUF file holds
-        as Q4_0, Q5_0, Q8_0 or Q6_K stay as they are.
-
-    Returns:
-      The model, and its params on the default device.
-
-    Raises:
-      FileNotFoundError: nothing is there, or nothing by that name can be fetched.
-      ValueError: it cannot be loaded; one line says which part, and what is supported.
+      path_or_name, dtype, revision: as there.
+      quantize: called with the name and the weight of each linear of the blocks, while it is
+        loaded; returns the weight to keep.
+      keeps_gguf: keep the linears that a GGUF file holds as Q4_0, Q5_0, Q8_0 or Q6_K as they are.
     """
-    given = {"revision": revision, "quantization": quantization}
-    check_kinds(given, texts=given, optional=given)
-    if quantization == on_load.KEEP_GGUF:
+    if keeps_gguf:
         checkpoint = _open_as_it_is(path_or_name, revision)
-        return Model(checkpoint.config), fill(checkpoint, resolve_dtype(dtype, checkpoint.dtype))
-    quantize = None if quantization is None else on_load.quantizer(quantization)
-    checkpoint = open_checkpoint(path_or_name, revision=revision)
+    else:
+        checkpoint = open_checkpoint(path_or_name, revision=revision)
     params = fill(checkpoint, resolve_dtype(dtype, checkpoint.dtype), quantize=quantize)
     return Model(checkpoint.config), params
 

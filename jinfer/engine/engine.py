@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from jinfer.config.model import EngineConfig, ModelConfig
 from jinfer.config.sampling_params import SamplingParams, child_seed
 from jinfer.config.typing import Params
+from jinfer.engine.safety import integrity
 from jinfer.engine.device.results import Launched
 from jinfer.engine.device.runner import Runner
 from jinfer.engine.drafting.trees import TreeSpeculation
@@ -214,7 +215,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raises PageError if pages, rows and requests do not agree with each other."""
-        self.scheduler.check()
+        integrity.check(self.scheduler)
         if self.tier is not None:
             self.runner.host.check(self.tier.filled_slots())
 

@@ -71,6 +71,11 @@ def arrival_key(request: Request) -> tuple[int, int]:
     return request.priority, request.arrival
 
 
+def may_join(request: Request, running: list[Request]) -> bool:
+    """Whether a request may run beside those that do: of suspects only one."""
+    return not request.is_suspect or not any(other.is_suspect for other in running)
+
+
 def _rank(request: Request, num_cached_pages: Callable[[Request], int]) -> tuple[int, ...]:
     is_due = request.status is RequestStatus.PREEMPTED or request.num_overtaken >= MAX_OVERTAKEN
     num_cached = 0 if is_due else num_cached_pages(request)

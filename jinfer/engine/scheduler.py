@@ -30,9 +30,8 @@ from jinfer.engine.pages.holdings import Holdings
 from jinfer.engine.pages.pool import PagePool
 from jinfer.engine.pages.prefix import PrefixCache
 from jinfer.engine.plan import Drafts, Plan, Progress, ScheduledSeq, SchedulerStats
-from jinfer.engine.queue import WaitingQueue, arrival_key
+from jinfer.engine.queue import WaitingQueue, arrival_key, may_join
 from jinfer.engine.request import Request, RequestStatus
-from jinfer.engine.safety import integrity, recovery
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +230,7 @@ class Scheduler:
             is_whole = request.num_tokens <= budget
             if budget <= 0 or not (is_whole or self.config.enable_chunked_prefill):
                 break
-            if not recovery.may_join(request, self.running) or not self._admit(request):
+            if not may_join(request, self.running) or not self._admit(request):
                 break
             chunks.append(self._schedule_chunk(request, budget))
             budget -= chunks[-1].num_tokens
@@ -444,7 +443,3 @@ class Scheduler:
         self.stats.num_output_tokens += num_new
         self.stats.num_discarded_tokens += len(tokens) - num_new
         return Progress(request, list(tokens[:num_new]), request.take_text(), request.is_finished)
-
-    def check(self) -> None:
-        """Verifies the books; see `integrity.check`."""
-        integrity.check(self)

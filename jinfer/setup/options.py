@@ -216,7 +216,7 @@ def take_model(
         return model, prepare(params, quantization, linear_impl)
     if params is not None:
         raise ValueError("params go with a Model; a path or name brings its own")
-    from jinfer.checkpoints.load import load
+    from jinfer.quant.on_load import load
 
     loaded, own = load(
         model,

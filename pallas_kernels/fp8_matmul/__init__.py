@@ -21,7 +21,6 @@ from pallas_kernels.fp8_matmul.base import (
     rows_of_scales,
 )
 from pallas_kernels.fp8_matmul.base import Fp8Weight as Fp8Weight
-from pallas_kernels.fp8_matmul.cases import compile_cases as compile_cases
 from pallas_kernels.quant_matmul.base import (
     FLOAT_DTYPES,
     FP8_DTYPES,

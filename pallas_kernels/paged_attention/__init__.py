@@ -21,7 +21,6 @@ from pallas_kernels.paged_attention.base import decode_int4 as decode_int4
 from pallas_kernels.paged_attention.base import int4_levels as int4_levels
 from pallas_kernels.paged_attention.base import pack_int4 as pack_int4
 from pallas_kernels.paged_attention.base import unpack_int4 as unpack_int4
-from pallas_kernels.paged_attention.cases import compile_cases as compile_cases
 from pallas_kernels.paged_attention.mosaic_gpu import MosaicGpuTiles as MosaicGpuTiles
 from pallas_kernels.paged_attention.mosaic_tpu import MosaicTpuTiles as MosaicTpuTiles
 from pallas_kernels.paged_attention.xla import XlaTiles as XlaTiles

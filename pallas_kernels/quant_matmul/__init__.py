@@ -22,7 +22,6 @@ from pallas_kernels.quant_matmul.base import (
     check_weight,
 )
 from pallas_kernels.quant_matmul.base import QuantWeight as QuantWeight
-from pallas_kernels.quant_matmul.cases import compile_cases as compile_cases
 
 IMPLS = (mosaic_gpu.IMPL, mosaic_tpu.IMPL, xla.IMPL)
 # XLA fuses a scale per output channel into its own product on every target, group scales on none.

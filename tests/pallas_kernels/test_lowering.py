@@ -3,7 +3,9 @@
 import jax
 import pytest
 
-from pallas_kernels import fp8_matmul, quant_matmul, target
+from pallas_kernels import target
+from pallas_kernels.fp8_matmul import cases as fp8_matmul
+from pallas_kernels.quant_matmul import cases as quant_matmul
 
 PLATFORMS = {"h100": "cuda", "v5e": "tpu", "tpu7x": "tpu"}
 

@@ -73,8 +73,3 @@ def start_over(scheduler: Scheduler) -> None:
         scheduler.waiting.add(request)
         if request.finish_reason is not None:
             scheduler.retire(request)
-
-
-def may_join(request: Request, running: list[Request]) -> bool:
-    """Whether a request may run beside those that do: of suspects only one."""
-    return not request.is_suspect or not any(other.is_suspect for other in running)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.checkpoints.load import load
+from jinfer import load
 from jinfer.checkpoints.save import save_folder
 from jinfer.models.model import Model
 from jinfer.quant.on_load import quantize_params

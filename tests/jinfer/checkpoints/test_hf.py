@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jinfer.checkpoints import fill
-from jinfer.checkpoints.load import load, load_config
+from jinfer import load
+from jinfer.checkpoints.load import load_config
 from jinfer.models.model import Model
 
 

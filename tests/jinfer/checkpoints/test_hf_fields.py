@@ -11,7 +11,8 @@ from tiny_models import byte_tokenizer
 from jinfer.checkpoints.fill import fill
 from jinfer.checkpoints.hf import HFCheckpoint
 from jinfer.checkpoints.hf_fields import FIELDS, FIELDS_OF, ROPE_FIELDS
-from jinfer.checkpoints.load import load, load_config
+from jinfer import load
+from jinfer.checkpoints.load import load_config
 from jinfer.checkpoints.tokenizer import load_tokenizer
 
 VALUES = [

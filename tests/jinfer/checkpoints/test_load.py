@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from jinfer.checkpoints import default_model, locate
-from jinfer.checkpoints.load import load, load_config, open_checkpoint
+from jinfer import load
+from jinfer.checkpoints.load import load_config, open_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_loading_needs_no_torch(tiny, write_hf, tmp_path):
     folder = write_hf(tmp_path / "model", model.hf, model.tensors())
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from jinfer.checkpoints.load import load\n"
+        "from jinfer import load\n"
         f"print(load({str(folder)!r})[0].config.family)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

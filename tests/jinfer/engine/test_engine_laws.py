@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 
 from jinfer.config.model import EngineConfig, SpeculativeConfig
 from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.safety import integrity
 from jinfer.engine.pages import prefix
 from jinfer.engine.pages.holdings import Holdings
 from jinfer.engine.pages.host_tier import HostTier
@@ -351,7 +352,7 @@ class Harness:
     def check(self):
         """Invariants, from the requests' own books rather than by `Scheduler.check`."""
         scheduler = self.scheduler
-        scheduler.check()
+        integrity.check(scheduler)
         prefix = scheduler.prefix
         held = [page for request in self.requests for page in request.pages]
         shared = {page for page, n in collections.Counter(held).items() if n > 1}

@@ -4,6 +4,7 @@ import pytest
 
 from jinfer.config.model import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.safety import integrity
 from jinfer.engine import queue
 from jinfer.engine.queue import MAX_OVERTAKEN, WINDOW, WaitingQueue
 from jinfer.engine.request import Request, RequestStatus
@@ -81,7 +82,7 @@ class Driver:
         plan = self.scheduler.plan()
         progress = self.scheduler.commit(plan, [[7] * seq.num_samples for seq in plan.seqs])
         self.finished += [p.request.arrival for p in progress if p.finished]
-        self.scheduler.check()
+        integrity.check(self.scheduler)
 
 
 def test_requests_with_a_cached_beginning_follow_each_other():

@@ -4,6 +4,7 @@ import pytest
 
 from jinfer.config.model import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.safety import integrity
 from jinfer.engine.request import Request, RequestStatus
 from jinfer.engine.scheduler import Scheduler
 
@@ -39,12 +40,12 @@ class Driver:
 
     def plan(self):
         plan = self.scheduler.plan()
-        self.scheduler.check()
+        integrity.check(self.scheduler)
         return plan
 
     def commit(self, plan, token=7):
         progress = self.scheduler.commit(plan, [[token] * seq.num_samples for seq in plan.seqs])
-        self.scheduler.check()
+        integrity.check(self.scheduler)
         return progress
 
     def step(self, token=7):
@@ -307,7 +308,7 @@ def test_abort_frees_everything_at_any_moment(moment):
         while driver.is_undisturbed():
             driver.plan()
     aborted = driver.scheduler.abort(second.request_id)
-    driver.scheduler.check()
+    integrity.check(driver.scheduler)
     assert aborted is second and second.is_finished and second.finish_reason == "abort"
     assert (second.pages, second.row) == ([], None)
     assert driver.scheduler.abort(second.request_id) is None
@@ -413,12 +414,12 @@ def test_the_check_names_what_is_wrong():
     driver, first, _ = crowded()
     first.pages.pop()
     with pytest.raises(RuntimeError, match=r"pages \[1\] are counted otherwise"):
-        driver.scheduler.check()
+        integrity.check(driver.scheduler)
     driver, first, _ = crowded()
     first.num_computed_tokens = 9
     with pytest.raises(RuntimeError, match="request a has 9 computed tokens and pages for 8"):
-        driver.scheduler.check()
+        integrity.check(driver.scheduler)
     driver, first, second = crowded()
     first.row = second.row
     with pytest.raises(RuntimeError, match="not all rows once"):
-        driver.scheduler.check()
+        integrity.check(driver.scheduler)

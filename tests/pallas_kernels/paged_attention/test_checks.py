@@ -9,9 +9,9 @@ from pallas_kernels import dispatch, target
 from pallas_kernels.paged_attention import (
     PagedKV,
     XlaTiles,
-    compile_cases,
     ragged_paged_attention,
 )
+from pallas_kernels.paged_attention.cases import compile_cases
 
 s, f32, i32 = jax.ShapeDtypeStruct, jnp.float32, jnp.int32
 

@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType
 
 from jinfer.checkpoints.gguf.checkpoint import gguf_config
 from jinfer.checkpoints.gguf.file import GGUFFile
-from jinfer.checkpoints.load import load
+from jinfer import load
 from jinfer.models import rope
 
 ARCHITECTURES = {

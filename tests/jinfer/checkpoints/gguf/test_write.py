@@ -13,7 +13,7 @@ from jinfer.checkpoints.families import is_linear, unflatten
 from jinfer.checkpoints.gguf.file import GGUFFile
 from jinfer.checkpoints.gguf.kquants import encode_rows, fitting_type
 from jinfer.checkpoints.gguf.write import write_gguf
-from jinfer.checkpoints.load import load
+from jinfer import load
 from jinfer.config.quant_format import QFormat
 from jinfer.linear import qtensor
 from jinfer.models import rope

@@ -7,6 +7,7 @@ import pytest
 
 from jinfer.config.model import EngineConfig, SpeculativeConfig
 from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.safety import integrity
 from jinfer.engine.drafting.trees import TreeSpeculation
 from jinfer.engine.request import Request
 from jinfer.engine.scheduler import Scheduler
@@ -85,7 +86,7 @@ class Engine:
             guesses = [[[1, 2]] * max(depth, nodes)] * len(plan.seqs)
             speculation.take_guesses(plan, samples, guesses)
         self.scheduler.commit(plan, samples)
-        self.scheduler.check()
+        integrity.check(self.scheduler)
         if not any(seq.is_prefill for seq in plan.seqs):
             self.num_tokens += sum(map(len, samples))
             self.num_steps += 1

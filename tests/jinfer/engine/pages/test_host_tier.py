@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 
 from jinfer.config.model import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.safety import integrity
 from jinfer.engine.pages.costs import TransferCosts
 from jinfer.engine.pages.host_tier import HostTier
 from jinfer.engine.pages.pool import PageError
@@ -219,7 +220,7 @@ def serve(prompts, costs=None, max_tokens=1, num_pages=6):
         first = True
         while scheduler.has_work():
             plan = scheduler.plan()
-            scheduler.check()
+            integrity.check(scheduler)
             if first:
                 starts += [seq.start for seq in plan.seqs]
             first = False

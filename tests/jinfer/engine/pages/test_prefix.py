@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 
 from jinfer.config.model import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
+from jinfer.engine.safety import integrity
 from jinfer.engine.pages import prefix, radix
 from jinfer.engine.pages.pool import OutOfPages, PageError, PagePool
 from jinfer.engine.pages.prefix import PrefixCache
@@ -578,13 +579,13 @@ class Driver:
 
     def plan(self):
         plan = self.scheduler.plan()
-        self.scheduler.check()
+        integrity.check(self.scheduler)
         return plan and [(seq.request.request_id, seq.start, seq.num_tokens) for seq in plan.seqs]
 
     def commit(self):
         plan = self.scheduler._in_flight[0]
         self.scheduler.commit(plan, [[7] * seq.num_samples for seq in plan.seqs])
-        self.scheduler.check()
+        integrity.check(self.scheduler)
 
     def run(self, *args, **fields):
         """Runs one request alone to its end; returns it and what its first plan computed."""
@@ -741,7 +742,7 @@ def test_after_a_reset_running_requests_bring_nothing_old_back():
     driver.plan()
     assert driver.scheduler.prefix.num_cached == 4
     driver.scheduler.prefix.reset()
-    driver.scheduler.check()
+    integrity.check(driver.scheduler)
     while driver.scheduler.has_work():
         driver.plan()
         driver.commit()
@@ -781,12 +782,12 @@ def test_the_check_names_what_is_wrong_with_the_cache():
     page = cache.find((None, None), range(4), 1)[0]
     driver.scheduler.pool._counts[page] = 2
     with pytest.raises(PageError, match=r"counts 2 pages, 2 to be evicted, and has 2 and 1"):
-        driver.scheduler.check()
+        integrity.check(driver.scheduler)
     driver.scheduler.pool._counts[page] = 1
     cache._nodes[page].order.append(b"")
     with pytest.raises(PageError, match=f"below page {page} have edges that cannot be theirs"):
-        driver.scheduler.check()
+        integrity.check(driver.scheduler)
     cache._nodes[page].order.pop()
     cache._nodes[page].edge = b"other"
     with pytest.raises(PageError, match=f"page {page} of the prefix cache is linked wrongly"):
-        driver.scheduler.check()
+        integrity.check(driver.scheduler)

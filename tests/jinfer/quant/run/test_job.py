@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import hf_llama
 
-from jinfer.checkpoints.load import load
+from jinfer import load
 from jinfer.linear.qtensor import QTensor
 from jinfer.quant.pipeline import quantize_model
 from jinfer.quant.recipe import Recipe, make_method, parse_quantization
