@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jinfer.quant.on_load import load as load
     from jinfer.config.beam_params import BeamSearchParams as BeamSearchParams
     from jinfer.config.outputs import BeamSearchOutput as BeamSearchOutput
     from jinfer.config.outputs import BeamSearchSequence as BeamSearchSequence
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from jinfer.functional import generate as generate
     from jinfer.llm import LLM as LLM
     from jinfer.models.model import Model as Model
+    from jinfer.quant.on_load import load as load
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,8 @@ from jinfer.config.typing import Params
 from jinfer.linear import ops
 from jinfer.models import inputs
 from jinfer.models.model import Model
-from jinfer.sampling import process as sampling
-from jinfer.sampling.process import SampleArgs
+from jinfer.sampling.args import SampleArgs
+from jinfer.sampling.threshold import filter_logits
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -170,7 +170,7 @@ def _draw(logits: Array, args: SampleArgs, row_keys: Array, i: Array, is_greedy:
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if is_greedy:
         return best
-    filtered = sampling.filter_logits(logits, args)
+    filtered = filter_logits(logits, args)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(row_keys)
     drawn = jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
     return jnp.where(args.is_greedy, best, drawn)

@@ -1,26 +1,16 @@
-"""What a kernel runs on, or is compiled for; and everything that differs between JAX versions.
+"""What a kernel runs on: the chips and their facts. Knows no op.
 
-Knows no op. A `Target` comes from the default device, or is stated: inside `compile_target("h100")`
-kernels are built for a chip that this host does not have, through the pip wheels of its compiler.
+A `Target` is that of the default device, or is stated by a context.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import importlib.metadata
-import importlib.util
-import os
-import pathlib
-import re
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.experimental.layout import Format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +44,7 @@ TARGETS = {
     "cpu": Target(name="cpu", kind="cpu", arch="cpu", num_cores=1, smem_bytes=0),
 }
 
+
 _TPU_KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -62,9 +53,9 @@ _TPU_KINDS = {
     "TPU7x": "tpu7x",
 }
 
+
 # Stated by contexts; both are part of jit's cache key, so a program never outlives its target.
 _stated: Any = jax.make_user_context(default_value=None)
-_interpreted: Any = jax.make_user_context(default_value=None)
 
 
 def current() -> Target:
@@ -111,378 +102,12 @@ def state(target: Target | str) -> Iterator[Target]:
     It does not move computation: use `compile_target` to compile for a chip that is not there.
     """
     if isinstance(target, str):
-        target = _named(target)
+        target = named(target)
     with _stated(target):
         yield target
 
 
-def _named(name: str) -> Target:
+def named(name: str) -> Target:
     if name not in TARGETS:
         raise ValueError(f"target must be one of {sorted(TARGETS)}, got {name!r}")
     return TARGETS[name]
-
-
-# Interpret modes: kernels simulated on the CPU, for checking numbers.
-
-
-@contextlib.contextmanager
-def interpret(*, detect_races: bool = False) -> Iterator[None]:
-    """Simulates Pallas kernels on the CPU inside the context: slow, for tests on tiny shapes.
-
-    Args:
-      detect_races: also look for unsynchronised accesses. A race is reported on stdout and in
-        `races_found(kind)`.
-    """
-    with _interpreted((detect_races,)):
-        yield
-
-
-def is_interpreting() -> bool:
-    """Tells whether Pallas kernels are to be simulated."""
-    return _interpreted.value is not None
-
-
-def why_not_interpret(kind: str) -> str | None:
-    """Returns why kernels for `kind` ("gpu", "tpu") cannot be simulated here, or None."""
-    if jax.default_backend() != "cpu":
-        return (
-            f"kernels are simulated on the CPU only, the default backend is {jax.default_backend()}"
-        )
-    if kind == "gpu" and jax.__version_info__ < (0, 11):
-        return (
-            "JAX's simulator of GPU kernels is complete enough from jax 0.11 (Python 3.12), "
-            f"this is jax {jax.__version__}"
-        )
-    return None
-
-
-def gpu_interpret_params() -> Any:
-    """Returns the `interpret=` argument of a `plgpu.kernel` call: False outside `interpret()`."""
-    if not is_interpreting():
-        return False
-    try:
-        from jax.experimental.pallas.mosaic_gpu import (
-            InterpretGPUParams,  # pyright: ignore[reportAttributeAccessIssue]  # 0.11 on
-        )
-    except ImportError:
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-    return InterpretGPUParams(detect_races=_interpreted.value[0])
-
-
-def tpu_interpret_params() -> Any:
-    """Returns the `interpret=` argument of a TPU `pallas_call`: False outside `interpret()`."""
-    if not is_interpreting():
-        return False
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.InterpretParams(detect_races=_interpreted.value[0])
-
-
-def reset_interpreter() -> None:
-    """Forgets what a simulated kernel left behind; needed after one failed, harmless otherwise."""
-    from jax.experimental.pallas import tpu as pltpu
-
-    pltpu.reset_tpu_interpret_mode_state()
-    try:
-        from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-    except ImportError:
-        return
-    interpreter.reset_gpu_interpret_mode_state()
-
-
-def races_found(kind: str = "tpu") -> bool:
-    """Tells whether the last kernel simulated for `kind`, with `detect_races`, had a race."""
-    if kind == "gpu":
-        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-        races: Any = gpu_callbacks._races
-    else:
-        from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-
-        races = interpreter.races
-    return races is not None and bool(races.races_found)
-
-
-# Differences between JAX versions.
-
-
-def gpu_compiler_params(**kwargs: Any) -> Any:
-    """Returns Mosaic GPU compiler parameters with warpgroup semantics stated.
-
-    The default is Lane in jax 0.10 and Warpgroup from 0.11.
-    """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    kwargs.setdefault("lowering_semantics", plgpu.LoweringSemantics.Warpgroup)
-    return plgpu.CompilerParams(**kwargs)
-
-
-def gpu_load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
-    """Loads a whole (sliced) reference into registers in a given layout.
-
-    `plgpu.load` requires an index in jax 0.10, deprecates it in 0.11 and has none in 0.12.
-    """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    load: Any = plgpu.load
-    if jax.__version_info__ < (0, 11):
-        return load(ref, (), layout=layout, optimized=optimized)
-    return load(ref, layout=layout, optimized=optimized)
-
-
-# Compiling for a chip that is not there.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompileCase:
-    """A call at a real model's shape, to be compiled for a target; ops enumerate theirs.
-
-    Attributes:
-      name: op, backend and shape in words; unique among an op's cases.
-      fn: what is compiled.
-      abstract_args: its arguments, trees of `jax.ShapeDtypeStruct`.
-      max_temp_bytes: bound on the program's temporaries; None: no bound.
-      expects_wgmma: the PTX must use Hopper's tensor cores through `wgmma`.
-      expects_tma: the PTX must use the copy engine.
-      never_written: types ("bf16[4096,14336]") of arrays that may exist inside fusions only: dense
-        copies of quantized weights or pages, see `hlo.dense_types`.
-      min_alias_bytes: outputs that must lie where donated arguments lay.
-      never_copied: types of arrays that no instruction may copy or transpose: the KV pool.
-      layouts: layouts of the first argument's arrays, a tree; None: JAX's own.
-    """
-
-    name: str
-    fn: Callable[..., Any]
-    abstract_args: tuple[Any, ...]
-    max_temp_bytes: int | None = None
-    expects_wgmma: bool = False
-    expects_tma: bool = False
-    never_written: tuple[str, ...] = ()
-    min_alias_bytes: int = 0
-    never_copied: tuple[str, ...] = ()
-    layouts: Any = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelReport:
-    """What ptxas said of one Mosaic GPU kernel, and its PTX and what that holds."""
-
-    name: str
-    registers: int
-    spill_bytes: int
-    smem_bytes: int
-    has_wgmma: bool
-    has_tma: bool
-    ptx: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """A program compiled for a target.
-
-    Attributes:
-      executable: the `jax.stages.Compiled`; it cannot run here.
-      seconds: trace, lowering and compilation.
-      temp_bytes: device memory for temporaries.
-      kernels: reports of the Mosaic GPU kernels compiled just now. Mosaic caches kernels for the
-        life of the process: the same kernel compiled a second time leaves no report.
-    """
-
-    executable: Any
-    seconds: float
-    temp_bytes: int
-    kernels: tuple[KernelReport, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compiler:
-    """Compiles for a stated target; made by `compile_target`.
-
-    Attributes:
-      target: what is compiled for.
-      mesh: one compile-only device.
-      sharding: the sharding on that mesh that replicates.
-    """
-
-    target: Target
-    mesh: jax.sharding.Mesh
-    sharding: jax.sharding.Sharding
-
-    def abstract(self, tree: Any) -> Any:
-        """Returns `tree` with each array replaced by its shape, placed on the target."""
-        return jax.tree.map(self._placed, tree)
-
-    def laid_out(self, tree: Any, layouts: Any) -> Any:
-        """Returns `abstract(tree)` in these layouts, one an array; None: JAX's own."""
-
-        def place(layout: Any, x: Any) -> Any:
-            return self.abstract(x) if layout is None else self._placed(x, layout)
-
-        return jax.tree.map(place, layouts, tree, is_leaf=lambda x: x is None)
-
-    def _placed(self, x: Any, layout: Any = None) -> jax.ShapeDtypeStruct:
-        where: Any = self.sharding if layout is None else Format(layout, self.sharding)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    def compile(self, f: Callable[..., Any], *abstract_args: Any, layouts: Any = None) -> Compiled:
-        """Compiles `f` (jitted already, or not) for arrays of these shapes.
-
-        Args:
-          f: what is compiled.
-          abstract_args: its arguments' shapes.
-          layouts: of the arrays of the first argument, as in `laid_out`.
-        """
-        jitted: Any = f if hasattr(f, "lower") else jax.jit(f)
-        start = time.perf_counter()
-        with _without_persistent_cache(), _mosaic_gpu_dump(self.target) as reports:
-            args = self.abstract(abstract_args)
-            if layouts is not None:
-                args = (self.laid_out(abstract_args[0], layouts), *args[1:])
-            lowered = jitted.lower(*args)
-            options = {"xla_gpu_autotune_level": 0} if self.target.kind == "gpu" else None
-            executable = lowered.compile(compiler_options=options)
-        return Compiled(
-            executable=executable,
-            seconds=time.perf_counter() - start,
-            temp_bytes=int(executable.memory_analysis().temp_size_in_bytes),
-            kernels=tuple(reports),
-        )
-
-
-@contextlib.contextmanager
-def compile_target(name: str) -> Iterator[Compiler]:
-    """Compiles for "h100", "v5e", "v6e" or "tpu7x" on a host that has none.
-
-    Inside, `current()` is that target, so that `impl="auto"` chooses as it would there. Run with
-    `JAX_PLATFORMS=cpu`.
-
-        with compile_target("h100") as compiler:
-            compiled = compiler.compile(f, jax.ShapeDtypeStruct((64, 128), jnp.bfloat16))
-
-    Raises:
-      ValueError: there is no such target.
-      NotImplementedError: the wheels of its compiler are not installed.
-    """
-    target = _named(name)
-    if reason := why_not_compile(name):
-        raise NotImplementedError(f"compile_target({name!r}): {reason}")
-    device = _compile_only_device(name)
-    mesh = jax.sharding.Mesh([device], ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    with state(target), jax.set_mesh(mesh):
-        yield Compiler(target=target, mesh=mesh, sharding=sharding)
-
-
-def why_not_compile(name: str) -> str | None:
-    """Returns why this host cannot compile for the named target, or None."""
-    kind = _named(name).kind
-    if kind == "cpu":
-        return "the CPU is compiled for by jax.jit itself"
-    wheels = ["jax-cuda13-plugin", "jax-cuda13-pjrt"] if kind == "gpu" else ["libtpu"]
-    missing = [w for w in wheels if not _is_installed(w)]
-    if missing:
-        return f"{' and '.join(missing)} not installed; pip install 'jinfer[compile]'"
-    return None
-
-
-def _is_installed(wheel: str) -> bool:
-    try:
-        importlib.metadata.version(wheel)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-# A description of the H100 SXM for XLA, which otherwise asks the driver (openxla/xla PR 25919).
-_H100_CONFIG = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472  threads_per_core_limit: 2048  core_count: 132
-  fpus_per_core: 128  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98  device_memory_size: 84929347584  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-_TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-
-
-@functools.cache
-def _compile_only_device(name: str) -> Any:
-    from jax.experimental import topologies
-
-    if TARGETS[name].kind == "gpu":
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=_H100_CONFIG, topology="1x1x1"
-        )
-    else:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu else asks a metadata server
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGIES[name])
-    return topology.devices[0]
-
-
-@contextlib.contextmanager
-def _without_persistent_cache() -> Iterator[None]:
-    """Neither reads nor writes JAX's cache on disk inside.
-
-    A program for a chip that is not there could be written, but not loaded again.
-    """
-    from jax.experimental.compilation_cache import compilation_cache
-
-    key = "jax_enable_compilation_cache"
-    before = jax.config.values[key]
-    jax.config.update(key, False)
-    compilation_cache.reset_cache()  # JAX looks at the setting once
-    try:
-        yield
-    finally:
-        jax.config.update(key, before)
-        compilation_cache.reset_cache()
-
-
-@contextlib.contextmanager
-def _mosaic_gpu_dump(target: Target) -> Iterator[list[KernelReport]]:
-    """Collects what Mosaic GPU writes about the kernels that are compiled inside."""
-    reports: list[KernelReport] = []
-    if target.kind != "gpu":
-        yield reports
-        return
-    key = "MOSAIC_GPU_DUMP_TO"
-    before = os.environ.get(key)
-    with tempfile.TemporaryDirectory(prefix="mosaic_gpu_") as folder:
-        os.environ[key] = folder  # it must exist, or the dump goes to stdout
-        try:
-            yield reports
-        finally:
-            if before is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = before
-            reports.extend(_read_report(p) for p in sorted(pathlib.Path(folder).glob("*.ptxas")))
-
-
-def _read_report(ptxas: pathlib.Path) -> KernelReport:
-    """Reads one kernel's ptxas report and the PTX beside it."""
-    report = ptxas.read_text()
-    ptx_file = ptxas.with_suffix(".ptx")
-    ptx = ptx_file.read_text() if ptx_file.exists() else ""
-    name = re.search(r"entry function '([^']+)'", report)
-    registers = re.search(r"Used (\d+) registers", report)
-    resources = ptxas.with_suffix(".resources.txt")
-    smem = re.search(r"smem\D*(\d+)", resources.read_text()) if resources.exists() else None
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
-    return KernelReport(
-        name=name.group(1) if name else ptxas.stem,
-        registers=int(registers.group(1)) if registers else 0,
-        spill_bytes=sum(map(int, spills)),
-        smem_bytes=int(smem.group(1)) if smem else 0,
-        has_wgmma="wgmma.mma_async" in ptx,
-        has_tma="cp.async.bulk.tensor" in ptx,
-        ptx=ptx,
-    )

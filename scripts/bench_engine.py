@@ -113,9 +113,9 @@ def export_for_transformers(model: str) -> Path:
     import numpy as np
     from safetensors.numpy import save_file
 
+    from jinfer import load
     from jinfer.checkpoints.default_model import cache_dir
     from jinfer.checkpoints.families import assemble, tensor_names
-    from jinfer import load
 
     path = Path(model)
     if path.is_dir() and (path / "config.json").is_file():

@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.child:
         return compile_here(args)
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-    from pallas_kernels import target
+    from pallas_kernels import compile_only
 
-    if missing := {t: why for t in args.target if (why := target.why_not_compile(t))}:
+    if missing := {t: why for t in args.target if (why := compile_only.why_not_compile(t))}:
         print(f"cannot compile for {', '.join(missing)}: {next(iter(missing.values()))}")
         return 1
     print("".join(title.ljust(width + 1) for _, title, width in COLUMNS))
@@ -149,12 +149,12 @@ def compile_apart(name: str, shard: str, args: argparse.Namespace) -> list[dict[
 
 def compile_here(args: argparse.Namespace) -> int:
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-    from pallas_kernels import target
+    from pallas_kernels import compile_only
 
     [name] = args.target
     shard, num_shards = map(int, args.child.split("/"))
     modules = ["model_step_cases"] if args.model_step else [OPS[op] for op in args.op]
-    with target.compile_target(name) as compiler:
+    with compile_only.compile_target(name) as compiler:
         cases = [
             case
             for module in map(importlib.import_module, modules)

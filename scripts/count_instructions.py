@@ -64,16 +64,16 @@ def main(argv: list[str] | None = None) -> int:
         if shutil.which(tool) is None:
             print(f"there is no {tool}: name it with --ptxas or --nvdisasm")
             return 1
-    from pallas_kernels import target
+    from pallas_kernels import compile_only
 
-    if reason := target.why_not_compile("h100"):
+    if reason := compile_only.why_not_compile("h100"):
         print(f"cannot compile for h100: {reason}")
         return 1
     names = [name for name, *_ in CLASSES]
     titles = ("kernel and shape", "registers", "instructions", *names, "unit: cycles")
     print(line_of(titles))
     print(line_of(["---"] * len(titles)))
-    with target.compile_target("h100") as compiler:
+    with compile_only.compile_target("h100") as compiler:
         for op in args.op:
             module = importlib.import_module(f"pallas_kernels.{op}.cases")
             for case in module.compile_cases(compiler.target, quick=not args.all):

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jinfer.config import memory
-from jinfer.config.model import CacheConfig
+from jinfer.config.cache import CacheConfig
 from jinfer.kv import cache as kv_cache
 from jinfer.linear import qtensor
 from pallas_kernels import hlo
-from pallas_kernels.target import CompileCase, Target
+from pallas_kernels.compile_only import CompileCase
+from pallas_kernels.target import Target
 
 MODEL, NUM_LAYERS = "llama-3-8b", 2
 # A pool that fits into a TPU's VMEM (128 MiB) is copied there and back by XLA; real ones do not.

@@ -18,18 +18,21 @@ import kv_write_cases
 import numpy as np
 
 from jinfer.config import memory
-from jinfer.config.model import CacheConfig
+from jinfer.config.cache import CacheConfig
 from jinfer.config.quant_format import QFormat
 from jinfer.kv import cache as kv_cache
 from jinfer.linear import layouts as formats
 from jinfer.linear import prepared as qkernels
 from jinfer.linear import qtensor
 from jinfer.models.model import Model
-from jinfer.sampling import process as sampling
+from jinfer.sampling.args import pack_args
+from jinfer.sampling.state import init_state
+from jinfer.steps import decode
 from jinfer.steps import forward as steps
 from jinfer.steps.batch import DecodeBatch, StepBatch
 from pallas_kernels import hlo
-from pallas_kernels.target import CompileCase, Target
+from pallas_kernels.compile_only import CompileCase
+from pallas_kernels.target import Target
 
 MODEL = "llama-3-8b"
 # Name, format of the linears, format of the KV pool, tokens a page.
@@ -87,13 +90,13 @@ def abstract_params(model: Model, linears: str | None) -> Any:
 
 def decode_call(model: Model, kv: Any, num_seqs: int) -> tuple[str, Callable[..., Any], tuple]:
     def call(params: Any, kv: Any, state: Any, batch: Any, args: Any, num_steps: Any) -> Any:
-        return steps.decode_loop(
+        return decode.decode_loop(
             *(model, params, kv, state, batch, args, num_steps), max_steps=DECODE_STEPS
         )
 
     batch = DecodeBatch.padding(num_seqs, max_pages=MAX_TOKENS // kv.page_size, num_rows=num_seqs)
     state = _state(model, num_seqs)
-    args = (state, batch, sampling.pack_args([], num_seqs), np.int32(1))
+    args = (state, batch, pack_args([], num_seqs), np.int32(1))
     return f"S={num_seqs} steps={DECODE_STEPS}", call, args
 
 
@@ -109,12 +112,12 @@ def prefill_call(model: Model, kv: Any, num_tokens: int) -> tuple[str, Callable[
         num_rows=PREFILL_SEQS,
     )
     state = _state(model, PREFILL_SEQS)
-    args = (state, batch, sampling.pack_args([], PREFILL_SEQS), np.zeros(PREFILL_SEQS, np.bool_))
+    args = (state, batch, pack_args([], PREFILL_SEQS), np.zeros(PREFILL_SEQS, np.bool_))
     return f"T={num_tokens} S={PREFILL_SEQS}", call, args
 
 
 def _state(model: Model, num_rows: int) -> Any:
-    make = functools.partial(sampling.init_state, num_rows, model.config.vocab_size)
+    make = functools.partial(init_state, num_rows, model.config.vocab_size)
     return jax.eval_shape(make)
 
 

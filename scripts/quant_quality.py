@@ -30,7 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from jinfer import load# noqa: E402
+from jinfer import load  # noqa: E402
 from jinfer.checkpoints.tokenizer import load_tokenizer  # noqa: E402
 from jinfer.cli.bench.report import Row, add_json_argument, finish  # noqa: E402
 from jinfer.linear.qlayout import lay_out  # noqa: E402

@@ -29,7 +29,7 @@ from jinfer.checkpoints.save import (
     write_tensors,
     write_text,
 )
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.quant_format import CHANNEL
 from jinfer.linear.qtensor import QTensor
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from jinfer.checkpoints.hf_fields import FIELDS, FIELDS_OF, ROPE_FIELDS, check_fields
-from jinfer.config.model import LayerType, ModelConfig, RopeConfig, RopeScaling, require
+from jinfer.config.fields import require
+from jinfer.config.model import LayerType, ModelConfig, RopeConfig, RopeScaling
 
 # What transformers' config classes assume where config.json is silent (Gemma 3's often is).
 _COMMON: dict[str, Any] = {

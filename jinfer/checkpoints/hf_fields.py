@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 
 MAX_LAYERS, MAX_EXPERTS = 1 << 14, 1 << 12
 _MAX_WIDTH, _MAX_LENGTH = 1 << 24, (1 << 31) - 1

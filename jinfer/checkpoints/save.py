@@ -28,7 +28,7 @@ from jinfer.checkpoints.formats.native import native_config, write_native
 from jinfer.checkpoints.gguf.write import check_gguf, write_gguf
 from jinfer.checkpoints.hf import QUANTIZATION_KEYS
 from jinfer.checkpoints.hf_files import INDEX
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import QTensor, concat_outputs
 from jinfer.models.model import Model

@@ -19,7 +19,7 @@ import numpy as np
 from jinfer.checkpoints.gguf.ends import END_OF_TURN
 from jinfer.checkpoints.gguf.file import GGUFFile
 from jinfer.checkpoints.locate import expanded, locate
-from jinfer.config.model import require
+from jinfer.config.fields import require
 
 if TYPE_CHECKING:
     import tokenizers

@@ -6,7 +6,8 @@ import argparse
 
 from jinfer.cli.flags import DEFAULT_MODEL, size
 from jinfer.config import memory
-from jinfer.config.model import ModelConfig, kv_format
+from jinfer.config.cache import kv_format
+from jinfer.config.model import ModelConfig
 
 SUMMARY = "print how much memory a model needs"
 

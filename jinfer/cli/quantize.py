@@ -289,7 +289,7 @@ def _own_text(model: Any, params: Any, num: int, length: int, seed: tuple[int, i
     import jax.numpy as jnp
     import numpy as np
 
-    from jinfer.steps.forward import sample_texts
+    from jinfer.steps.texts import sample_texts
 
     config = model.config
     ends = config.eos_token_ids

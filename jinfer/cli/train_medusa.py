@@ -9,7 +9,7 @@ from typing import Any
 from jinfer.checkpoints.files import writing
 from jinfer.cli import flags, training
 from jinfer.cli.terminal import progress, timed
-from jinfer.config.model import MAX_TREE_NODES
+from jinfer.config.speculative import MAX_TREE_NODES
 
 SUMMARY = "train Medusa heads for a model"
 TOP_KS = (1, 2, 3, 5, 10)

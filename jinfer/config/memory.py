@@ -12,8 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
+from jinfer.config.cache import KV_BITS, kv_format
 from jinfer.config.fields import shown
-from jinfer.config.model import KV_BITS, ModelConfig, kv_format
+from jinfer.config.model import ModelConfig
+from jinfer.config.quant_format import ACTS, TENSOR, QFormat
 
 Part = Literal["embedding", "attention", "mlp", "norms", "head"]
 
@@ -37,12 +39,6 @@ FLOAT32_SCALES: Mapping[str, str] = {
 KV_SCALE_BYTES = 4  # a scale a token and head, of formats below 16 bits
 CPU_KV_BYTES = 2**30  # what the pool takes on a CPU, unless the weights are larger
 
-# The formats of `jinfer.linear.qtensor.QFormat` that the planner knows.
-_FORMAT = re.compile(
-    r"(?:int(?P<bits>[2-8])|(?P<fp8>fp8-e4m3|fp8-e5m2)|nf4|fp4)"
-    r"-(?:g(?P<group>[1-9]\d*)|(?P<whole>channel|tensor)|block(?P<block>[1-9]\d*))"
-    r"(?P<asym>-asymf?)?(?P<dq>-dq)?(?::[a-z-]+)*"
-)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -170,25 +166,26 @@ def quantized_bytes(shape: tuple[int, ...], quantization: str) -> int:
       ValueError: `quantization` is no format.
     """
     scale_bytes = 4.0 if quantization in FLOAT32_SCALES else SCALE_BYTES
-    match = _FORMAT.fullmatch(FLOAT32_SCALES.get(quantization, quantization))
-    if not match:
+    name = FLOAT32_SCALES.get(quantization, quantization)
+    try:
+        stored, *more = name.split(":")  # what happens to the inputs, then the method
+        fmt = QFormat.parse(":".join([stored, *(word for word in more if word in ACTS)]))
+    except ValueError:
         raise ValueError(
             f"quantization must be fp8, int8, nf4, or read like int4-g128, int4-g64-asym, "
             f"int8-channel or fp8-e4m3-channel, got {quantization!r}"
-        )
-    bits = int(match["bits"] or (8 if match["fp8"] else 4))
+        ) from None
     *lead, num_in, num_out = shape
-    if match["whole"]:
-        num_scales = num_out if match["whole"] == "channel" else 1
-    elif match["block"]:
-        num_scales = math.ceil(num_in / int(match["block"])) * math.ceil(
-            num_out / int(match["block"])
-        )
-    else:
-        num_scales = math.ceil(num_in / int(match["group"])) * num_out
-    code_bytes = math.ceil(num_in * bits / 8) * num_out if bits != 4 else num_in * num_out / 2
-    zero_bytes = {None: 0, "-asym": 0.5 if bits == 4 else 1, "-asymf": 4}[match["asym"]]
-    if match["dq"]:
+    num_scales = 1 if fmt.group == TENSOR else math.ceil(num_out / fmt.block)
+    if fmt.group > 0:
+        num_scales *= math.ceil(num_in / fmt.group)
+    code_bytes = math.ceil(num_in * fmt.bits / 8) * num_out
+    if fmt.bits == 4:
+        code_bytes = num_in * num_out / 2
+    zero_bytes = 0.0
+    if not fmt.symmetric:
+        zero_bytes = 4.0 if fmt.float_zero else 0.5 if fmt.bits == 4 else 1.0
+    if fmt.double_quant:
         scale_bytes = 1 + 4 / 256
     return math.ceil(math.prod(lead) * (code_bytes + num_scales * (scale_bytes + zero_bytes)))
 

@@ -13,20 +13,20 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from jinfer.config.model import EngineConfig, ModelConfig
+from jinfer.config.engine import EngineConfig
+from jinfer.config.model import ModelConfig
 from jinfer.config.sampling_params import SamplingParams, child_seed
 from jinfer.config.typing import Params
-from jinfer.engine.safety import integrity
 from jinfer.engine.device.results import Launched
 from jinfer.engine.device.runner import Runner
 from jinfer.engine.drafting.trees import TreeSpeculation
 from jinfer.engine.plan import Plan, Progress
 from jinfer.engine.request import Request
-from jinfer.engine.safety import recovery
+from jinfer.engine.safety import integrity, recovery
 from jinfer.engine.safety.watchdog import Watchdog
 from jinfer.engine.scheduler import Scheduler
 from jinfer.models.rope import needs_context_lens
-from jinfer.sampling.process import check_request
+from jinfer.sampling.check import check_request
 from jinfer.steps.tracing import refuse_tracing
 from jinfer.text.bad_words import encode_bad_word
 

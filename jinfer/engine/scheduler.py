@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jinfer.config.model import EngineConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.outputs import FinishReason
 from jinfer.engine.drafting.trees import draft, make_speculation
 from jinfer.engine.pages.holdings import Holdings

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jinfer.config.model import CacheConfig, ModelConfig
+from jinfer.config.cache import CacheConfig
+from jinfer.config.model import ModelConfig
 from jinfer.kv import codes as kv_quant
 from pallas_kernels import target as target_lib
 from pallas_kernels.paged_attention import PagedKV

@@ -17,7 +17,8 @@ import logging
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jinfer.config.model import ModelConfig, kv_format
+from jinfer.config.cache import kv_format
+from jinfer.config.model import ModelConfig
 from pallas_kernels.paged_attention import decode_int4, int4_levels, pack_int4
 
 _log = logging.getLogger(__name__)

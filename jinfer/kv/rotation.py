@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 
 
 def hadamard(size: int) -> np.ndarray:

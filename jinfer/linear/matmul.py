@@ -13,16 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.config.model import require
-from jinfer.config.quant_format import (
-    CODEBOOKS,
-    FP8_DTYPES,
-    FP8_MAX,
-    divide,
-    expand_groups,
-    split_groups,
-)
+from jinfer.config.fields import require
+from jinfer.config.quant_format import CODEBOOKS, FP8_MAX
 from jinfer.linear import prepared as qkernels
+from jinfer.linear.grids import FP8_DTYPES, divide, expand_groups, split_groups
 from jinfer.linear.prepared import PreparedWeight
 from jinfer.linear.qtensor import QTensor, dequantize
 from pallas_kernels.int8_matmul.xla import int8_dot

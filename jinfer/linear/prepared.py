@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jinfer.config.model import BACKENDS, require
+from jinfer.config.engine import BACKENDS
+from jinfer.config.fields import require
 from jinfer.config.quant_format import CODEBOOKS, TENSOR, QFormat
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import DoubleScale, QTensor, array_bytes

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jinfer.config import memory
-from jinfer.config.quant_format import FP8_DTYPES
 from jinfer.config.typing import Params
+from jinfer.linear.grids import FP8_DTYPES
 from jinfer.linear.qtensor import QTensor, dequantize
 from pallas_kernels import target as target_lib
 

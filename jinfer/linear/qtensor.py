@@ -17,18 +17,8 @@ from jax import Array
 from jax.core import Tracer
 
 from jinfer.config.fields import require, shown
-from jinfer.config.quant_format import (
-    CODEBOOKS,
-    FP8_DTYPES,
-    TENSOR,
-    Grid,
-    QFormat,
-    decode,
-    divide,
-    encode,
-    expand_groups,
-    find_scales,
-)
+from jinfer.config.quant_format import CODEBOOKS, TENSOR, QFormat
+from jinfer.linear.grids import FP8_DTYPES, Grid, decode, divide, encode, expand_groups, find_scales
 
 
 @jax.tree_util.register_dataclass

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.typing import Params
 from jinfer.linear import ops
 from jinfer.linear.qtensor import check_finite

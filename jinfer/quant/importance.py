@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from jinfer.checkpoints.families import Path
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.typing import Params
 from jinfer.models.model import Model
 from jinfer.quant import calibrate

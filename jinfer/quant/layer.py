@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.linear.qlayout import lay_out
 from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model

@@ -13,9 +13,9 @@ from jax.tree_util import SequenceKey
 from jinfer.checkpoints import load as checkpoints
 from jinfer.checkpoints.families import is_linear
 from jinfer.config.fields import check_kinds
-from jinfer.models.model import Model
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import QTensor, check_weight
+from jinfer.models.model import Model
 from jinfer.quant.recipe import parse_quantization
 from jinfer.quant.solve import solve_group
 

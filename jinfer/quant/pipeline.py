@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import QTensor
 from jinfer.models import inputs

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.quant_format import QFormat
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import dequantize, quantize

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jinfer.config.quant_format import Grid, QFormat
+from jinfer.config.quant_format import QFormat
+from jinfer.linear.grids import Grid
 from jinfer.linear.qtensor import QTensor, check_finite, dequantize, split_outputs
 from jinfer.quant.calibrate import InputStats
 from jinfer.quant.methods.awq import clip_weights

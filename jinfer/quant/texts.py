@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 
 _WHOLE = ("text", "content")
 _PARTS = (

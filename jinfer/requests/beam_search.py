@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinfer.config.beam_params import BeamSearchParams
-from jinfer.config.fields import read_token_ids
-from jinfer.config.model import require
+from jinfer.config.fields import read_token_ids, require
 from jinfer.config.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
 from jinfer.engine.beam.hypotheses import Finished, Token
 from jinfer.engine.beam.searcher import BeamSearcher

@@ -1,39 +1,28 @@
-"""What the sampler knows of each sequence: its parameters, one row a step, and its memory.
+"""The sampler's state: for each row the tokens seen, biases and masks of one sequence.
 
-Knows nothing of models, requests or steps. Host-side packing is plain numpy; `process.py` turns
-logits into tokens with what is kept here.
+Packing on the host is plain numpy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.sampling_params import SamplingParams
 
 _ANY_TOKEN = -2  # in bad-word prefixes: matches whatever came before
+
+
 _NO_TOKEN = -1  # in the history: no output token yet, matched by _ANY_TOKEN alone
+
+
 _MAX_COUNT = 65535  # output counts saturate here (u16)
-
-# Bits of SampleArgs.flags: the parts of SamplerState that a sequence needs.
-PENALTIES = 1
-BIAS = 2
-ALLOWED = 4
-BAD_WORDS = 8
-MIN_TOKENS = 16
-STATE = PENALTIES | BIAS | ALLOWED | BAD_WORDS | MIN_TOKENS
-SEEDED = 32  # no part of the state: the request brings a seed, which decides every token
-
-_FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
-_NEUTRAL_FLOATS = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32)
-_INTS = ("top_k", "min_position", "seed_high", "seed_low", "flags")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,125 +47,6 @@ class SamplerLimits:
             self.max_bad_word_tokens > 1,
             f"max_bad_word_tokens must be > 1, got {self.max_bad_word_tokens}",
         )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SampleArgs:
-    """The sampling fields of a step's S sequences, as two arrays so that a step moves only two.
-
-    A padding sequence has the neutral row that `pack_args` writes: greedy, nothing needed.
-
-    Attributes:
-      floats: [S, 6] f32, columns temperature (0 = greedy), top_p, min_p, presence, frequency,
-        repetition.
-      ints: [S, 5] u32, columns top_k (0 = all), min_position (stop tokens are banned at smaller
-        positions), seed_high, seed_low, flags (the bits PENALTIES to SEEDED).
-    """
-
-    floats: Float[Array, "S 6"]
-    ints: UInt[Array, "S 5"]
-
-    @property
-    def temperature(self) -> Float[Array, "S"]:
-        return self.floats[:, 0]
-
-    @property
-    def top_p(self) -> Float[Array, "S"]:
-        return self.floats[:, 1]
-
-    @property
-    def min_p(self) -> Float[Array, "S"]:
-        return self.floats[:, 2]
-
-    @property
-    def presence(self) -> Float[Array, "S"]:
-        return self.floats[:, 3]
-
-    @property
-    def frequency(self) -> Float[Array, "S"]:
-        return self.floats[:, 4]
-
-    @property
-    def repetition(self) -> Float[Array, "S"]:
-        return self.floats[:, 5]
-
-    @property
-    def top_k(self) -> Int[Array, "S"]:
-        return self.ints[:, 0].astype(jnp.int32)
-
-    @property
-    def min_position(self) -> Int[Array, "S"]:
-        return self.ints[:, 1].astype(jnp.int32)
-
-    @property
-    def seed(self) -> UInt[Array, "S 2"]:
-        """The 64-bit seed as the two words of a threefry key: equal to `jax.random.key(seed)`."""
-        return self.ints[:, 2:4]
-
-    @property
-    def is_greedy(self) -> Bool[Array, "S"]:
-        return self.floats[:, 0] == 0.0
-
-    def has(self, bit: int) -> Bool[Array, "S"]:
-        """Whether each sequence has a flag; of STATE: whether it needs that part of the state."""
-        return (self.ints[:, 4] & jnp.uint32(bit)) != jnp.uint32(0)
-
-
-class ArgRow(NamedTuple):
-    """One sequence's row of `SampleArgs`; made once a request, stacked every step."""
-
-    floats: np.ndarray  # [6] f32
-    ints: np.ndarray  # [5] u32
-
-
-def arg_row(params: SamplingParams, *, seed: int, prompt_len: int) -> ArgRow:
-    """Packs a request's sampling fields.
-
-    Args:
-      params: the request's parameters.
-      seed: in [0, 2**64); `child_seed(params.seed, index)`, or a fresh one where params.seed is
-        None.
-      prompt_len: tokens of the prompt; the first output token takes this position.
-    """
-    floats = (
-        params.temperature,
-        params.top_p,
-        params.min_p,
-        params.presence_penalty,
-        params.frequency_penalty,
-        params.repetition_penalty,
-    )
-    min_position = prompt_len + params.min_tokens if params.min_tokens else 0
-    min_position = min(min_position, np.iinfo(np.int32).max)  # beyond any context
-    flags = state_flags(params) | SEEDED * (params.seed is not None)
-    ints = (params.top_k, min_position, seed >> 32, seed & 0xFFFFFFFF, flags)
-    return ArgRow(np.array(floats, np.float32), np.array(ints, np.uint32))
-
-
-def pack_args(rows: Sequence[ArgRow], size: int) -> SampleArgs:
-    """Stacks `rows` into numpy-backed `SampleArgs` of `size` >= len(rows) sequences."""
-    floats = np.tile(_NEUTRAL_FLOATS, (size, 1))
-    ints = np.zeros((size, len(_INTS)), np.uint32)
-    for i, row in enumerate(rows):
-        floats[i], ints[i] = row
-    return SampleArgs(floats=floats, ints=ints)  # pyright: ignore[reportArgumentType]
-
-
-def state_flags(params: SamplingParams) -> int:
-    """Returns which parts of the sampler state `params` need; 0: `reset_row` may be skipped."""
-    has_penalty = (
-        params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-        or params.repetition_penalty != 1.0
-    )
-    return (
-        PENALTIES * has_penalty
-        | BIAS * bool(params.logit_bias)
-        | ALLOWED * (params.allowed_token_ids is not None or bool(params.bad_words))
-        | BAD_WORDS * bool(params.bad_words)
-        | MIN_TOKENS * (params.min_tokens > 0)
-    )
 
 
 @jax.tree_util.register_dataclass
@@ -282,59 +152,6 @@ def pack_bits(token_ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndar
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
 
-def check_request(
-    params: SamplingParams,
-    vocab_size: int,
-    *,
-    eos_token_ids: Sequence[int] = (),
-    bad_words_token_ids: Sequence[Sequence[int]] = (),
-    limits: SamplerLimits | None = None,
-) -> None:
-    """Checks what can only be known with the model at hand; call it when a request arrives.
-
-    Raises:
-      ValueError: an id outside the vocabulary, more than `limits` have room for, or constraints
-        that leave no token to sample.
-    """
-    limits = limits or SamplerLimits()
-    params.check_vocab(vocab_size)
-    num_bias = len(params.logit_bias or ())
-    require(
-        num_bias <= limits.max_logit_bias,
-        f"logit_bias has {num_bias} entries, room is for {limits.max_logit_bias}; "
-        f"to ban many tokens use allowed_token_ids",
-    )
-    for word in bad_words_token_ids:
-        require(len(word) > 0, "a bad word has no tokens")
-        require(
-            all(0 <= i < vocab_size for i in word),
-            f"bad_words holds token ids outside the vocabulary of {vocab_size}: {list(word)}",
-        )
-        require(
-            len(word) <= limits.max_bad_word_tokens,
-            f"a bad word of {len(word)} tokens exceeds the limit of "
-            f"{limits.max_bad_word_tokens}; ban a shorter part of it",
-        )
-    num_long = sum(len(word) > 1 for word in bad_words_token_ids)
-    require(
-        num_long <= limits.max_bad_words,
-        f"bad_words make {num_long} sequences of several tokens, room is for "
-        f"{limits.max_bad_words}; give fewer words",
-    )
-    singles = {word[0] for word in bad_words_token_ids if len(word) == 1}
-    if params.allowed_token_ids is None:
-        left = vocab_size - len(singles)
-    else:
-        allowed = set(params.allowed_token_ids) - singles
-        if params.min_tokens:
-            allowed -= set(eos_token_ids) | set(params.stop_token_ids)
-        left = len(allowed)
-    require(
-        left > 0,
-        "allowed_token_ids, bad_words and min_tokens together leave no token to sample",
-    )
-
-
 def pack_row(
     params: SamplingParams,
     prompt_token_ids: Sequence[int] | np.ndarray,
@@ -399,7 +216,7 @@ def reset_row(state: SamplerState, row: Int[Array, ""] | int, setup: RowSetup) -
 
     `state` is meant to be donated; a row outside 0 .. R - 1 changes nothing.
     """
-    row = _droppable(jnp.asarray(row, jnp.int32), state.num_rows)
+    row = droppable_rows(jnp.asarray(row, jnp.int32), state.num_rows)
     return SamplerState(
         **{
             field.name: getattr(state, field.name)
@@ -422,7 +239,7 @@ def observe(
     Pure: applied to a copy of the state it gives what the sampler would know after a drafted token.
     """
     active = active & (tokens >= 0)
-    rows = jnp.where(active, _droppable(rows, state.num_rows), state.num_rows)
+    rows = jnp.where(active, droppable_rows(rows, state.num_rows), state.num_rows)
     tokens = tokens.astype(jnp.int32)
     counts = state.output_counts.at[rows, tokens].get(mode="fill", fill_value=0)
     counts = jnp.minimum(counts.astype(jnp.int32) + 1, _MAX_COUNT).astype(jnp.uint16)
@@ -436,6 +253,6 @@ def observe(
     )
 
 
-def _droppable(rows: Array, num_rows: int) -> Array:
+def droppable_rows(rows: Array, num_rows: int) -> Array:
     """Maps negative rows, which indexing would count from the end, past the end."""
     return jnp.where(rows < 0, num_rows, rows)

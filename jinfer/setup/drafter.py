@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jinfer.config.model import SpeculativeConfig
+from jinfer.config.speculative import SpeculativeConfig
 from jinfer.config.typing import Params
 from jinfer.engine.device.drafter import Drafter
 from jinfer.linear import prepared as qkernels

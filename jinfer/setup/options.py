@@ -12,16 +12,12 @@ from typing import Any
 import jax
 
 from jinfer.config import memory
-from jinfer.config.fields import shown
-from jinfer.config.model import (
-    KV_BITS,
-    CacheConfig,
-    EngineConfig,
-    ModelConfig,
-    SpeculativeConfig,
-    require,
-)
+from jinfer.config.cache import KV_BITS, CacheConfig
+from jinfer.config.engine import EngineConfig
+from jinfer.config.fields import require, shown
+from jinfer.config.model import ModelConfig
 from jinfer.config.sampling_params import SamplingParams
+from jinfer.config.speculative import SpeculativeConfig
 from jinfer.config.typing import Params
 from jinfer.engine.device.drafter import Drafter
 from jinfer.kv import cache as kv_cache

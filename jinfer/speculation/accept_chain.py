@@ -14,9 +14,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jinfer.config.sampling_params import NO_TOKEN
-from jinfer.sampling import process as sampling
-from jinfer.sampling.process import SampleArgs, SamplerState
-from jinfer.sampling.state import SEEDED
+from jinfer.sampling.args import SEEDED, SampleArgs
+from jinfer.sampling.draw import sample
+from jinfer.sampling.process import process_logits
+from jinfer.sampling.state import SamplerState, observe
 
 # Folded into a position's key: streams beside the plain draw's own. Beyond any token id, so that no
 # block of the plain draw's noise is met again.
@@ -75,9 +76,9 @@ def verify(
         alive, count, state = carry
         i, x, draft, draft_x, mask = inputs
         has_draft = i < num_drafts
-        target = sampling.process_logits(x, args, state, rows, positions + i, mask)
+        target = process_logits(x, args, state, rows, positions + i, mask)
         tokens = draw(target, args, positions + i, draft, has_draft, draft_x)
-        state = sampling.observe(state, rows, tokens, alive)
+        state = observe(state, rows, tokens, alive)
         count = count + alive.astype(jnp.int32)
         return (alive & has_draft & (tokens == draft), count, state), tokens
 
@@ -111,7 +112,7 @@ def draw(
     its place; if it falls, the token is drawn from max(0, p - q), normed. Then it is another one:
     a draft falls only where q > p. Where `target` has no token left the result is NO_TOKEN.
     """
-    plain = sampling.sample(target, args, positions)
+    plain = sample(target, args, positions)
     if draft_logits is None:
         return plain
 
@@ -137,7 +138,7 @@ def draw_draft(
     draft_logits: Float[Array, "S V"], args: SampleArgs, positions: Int[Array, "S"]
 ) -> Int[Array, "S"]:
     """Draws each draft from the drafter's processed distribution; id 0 where it is empty."""
-    plain = jnp.maximum(sampling.sample(draft_logits, args, positions), 0)
+    plain = jnp.maximum(sample(draft_logits, args, positions), 0)
 
     def redraw(plain: Array) -> Array:
         tokens = _sample(draft_logits, _keys(args, positions, DRAFT))

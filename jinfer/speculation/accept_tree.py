@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from jinfer.sampling import process as sampling
-from jinfer.sampling.process import SampleArgs, SamplerState
+from jinfer.sampling.args import SampleArgs
+from jinfer.sampling.draw import sample
+from jinfer.sampling.process import process_logits
+from jinfer.sampling.state import SamplerState, observe
 
 
 class Nodes(NamedTuple):
@@ -90,14 +92,14 @@ def verify_tree(
         node, alive, counts, state = carry
         x = logits[node, at_seq]
         mask = None if token_mask is None else token_mask[node, at_seq]
-        target = sampling.process_logits(x, args, state, rows, positions + depth, mask)
-        tokens = sampling.sample(target, args, positions + depth)
+        target = process_logits(x, args, state, rows, positions + depth, mask)
+        tokens = sample(target, args, positions + depth)
         is_child = nodes.parents == node[None]
         if typical is not None:
             tokens = jnp.where(
                 args.is_greedy, tokens, _likely_child(target, tokens, nodes, is_child, typical)
             )
-        state = sampling.observe(state, rows, tokens, alive)
+        state = observe(state, rows, tokens, alive)
         stands = is_child & (nodes.tokens == tokens[None])
         counts = counts + alive.astype(jnp.int32)
         alive = alive & jnp.any(stands, axis=0)

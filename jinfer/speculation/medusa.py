@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jinfer.checkpoints.files import writing
-from jinfer.config.fields import one_line
-from jinfer.config.model import ModelConfig, require
+from jinfer.config.fields import one_line, require
+from jinfer.config.model import ModelConfig
 from jinfer.config.typing import Params
 from jinfer.linear import ops
 from jinfer.linear.qtensor import QTensor

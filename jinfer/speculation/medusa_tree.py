@@ -10,7 +10,8 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
-from jinfer.config.model import MAX_TREE_NODES, require
+from jinfer.config.fields import require
+from jinfer.config.speculative import MAX_TREE_NODES
 
 Tree = tuple[tuple[int, ...], ...]
 

@@ -20,12 +20,13 @@ from jaxtyping import Array, Bool, Int, UInt32
 from jinfer.config.typing import Params
 from jinfer.kv.cache import KVCache
 from jinfer.models.model import Model
-from jinfer.sampling import process as sampling
-from jinfer.sampling.process import SampleArgs, SamplerState
+from jinfer.sampling.args import SampleArgs
+from jinfer.sampling.process import process_logits
+from jinfer.sampling.state import SamplerState, observe
 from jinfer.speculation import accept_chain as accept
-from jinfer.steps import forward as steps
+from jinfer.steps import blocks, verify
 from jinfer.steps.batch import StepBatch
-from jinfer.steps.forward import StepOutput
+from jinfer.steps.blocks import StepOutput
 
 
 @functools.partial(
@@ -88,8 +89,8 @@ def draft_step(
     if draft_kv is None:
         kv = pool
     else:  # prompts, and the last draft
-        _, draft_kv = steps.run_blocks(drafter, draft_params, pool, state, batch, impl)
-    out, kv, state = steps.verify_step(
+        _, draft_kv = blocks.run_blocks(drafter, draft_params, pool, state, batch, impl)
+    out, kv, state = verify.verify_step(
         model,
         params,
         kv,
@@ -126,13 +127,13 @@ def _draft(
         tokens, kv, state = carry
         i, mask = inputs
         active = i < num_drafts
-        here = steps.one_token_each(batch, tokens, begin + i, active, kv)
-        hidden, kv = steps.run_blocks(drafter, params, kv, state, here, impl)
+        here = blocks.one_token_each(batch, tokens, begin + i, active, kv)
+        hidden, kv = blocks.run_blocks(drafter, params, kv, state, here, impl)
         logits = drafter.unembed(params, hidden)
         positions = begin + i + 1
-        processed = sampling.process_logits(logits, args, state, batch.rows, positions, mask)
+        processed = process_logits(logits, args, state, batch.rows, positions, mask)
         drafts = accept.draw_draft(processed, args, positions)
-        state = sampling.observe(state, batch.rows, drafts, active)
+        state = observe(state, batch.rows, drafts, active)
         return (drafts, kv, state), (drafts, processed)
 
     newest = batch.tokens[jnp.maximum(batch.q_starts[1:] - 1 - num_drafts, 0)]
@@ -156,4 +157,4 @@ def feed_step(
 
     `state`, of before that step, says what tokens with negative ids are.
     """
-    return steps.run_blocks(drafter, draft_params, draft_kv, state, batch, impl)[1]
+    return blocks.run_blocks(drafter, draft_params, draft_kv, state, batch, impl)[1]

@@ -13,12 +13,13 @@ from jinfer.config.typing import Params
 from jinfer.kv import cache as kv_cache
 from jinfer.kv.cache import KVCache
 from jinfer.models.model import Model
-from jinfer.sampling.process import SampleArgs, SamplerState
+from jinfer.sampling.args import SampleArgs
+from jinfer.sampling.state import SamplerState
 from jinfer.speculation import medusa
 from jinfer.speculation.accept_tree import Nodes, Walk, verify_tree
-from jinfer.steps import forward as steps
+from jinfer.steps import blocks
 from jinfer.steps.batch import StepBatch
-from jinfer.steps.forward import StepOutput
+from jinfer.steps.blocks import StepOutput
 
 
 @functools.partial(
@@ -66,7 +67,7 @@ def tree_step(
       As `steps.verify_step`, with `logits` of the places walked, and `guesses` [S, K, R] of the
       heads, or [S, N1, 1] without.
     """
-    hidden, kv = steps.run_blocks(model, params, kv, state, batch, impl)
+    hidden, kv = blocks.run_blocks(model, params, kv, state, batch, impl)
     last = jnp.maximum(batch.q_starts[1:] - 1, 0)  # [S]
     first = jnp.maximum(last - num_drafts, 0)  # the root's place among the step's tokens
     places = jnp.arange(max_drafts + 1, dtype=jnp.int32)[:, None]
@@ -92,8 +93,8 @@ def tree_step(
         newest = jnp.maximum(walk.counts - 1, 0)[None]  # the next step's root
         roots = jnp.take_along_axis(walk.tokens, newest, axis=0)[0]  # [S]
         guesses = medusa.guess(model, params, heads, from_here, roots, num_ranks=num_ranks)
-    is_sound = steps.is_sound(hidden, batch) & jnp.all(steps.is_finite(walk.logits), axis=0)
-    tokens = jnp.where(is_sound, walk.tokens, steps.NOT_FINITE)
+    is_sound = blocks.is_sound(hidden, batch) & jnp.all(blocks.is_finite(walk.logits), axis=0)
+    tokens = jnp.where(is_sound, walk.tokens, blocks.NOT_FINITE)
     return StepOutput(tokens, walk.logits, hidden, walk.counts, guesses), kv, state
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 
 # What stands before a word. With vocabularies like SentencePiece's the empty context is a space,
 # and after the others comes the word without one. Byte-level ones join a space to the word.

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jinfer.config.model import ModelConfig, require
+from jinfer.config.fields import require
+from jinfer.config.model import ModelConfig
 from jinfer.config.typing import Params
 from jinfer.models.model import Model
 from jinfer.training.loop import hidden_states

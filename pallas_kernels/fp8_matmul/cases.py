@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hlo
+from pallas_kernels.compile_only import CompileCase
 from pallas_kernels.quant_matmul.cases import LINEARS
-from pallas_kernels.target import CompileCase, Target
+from pallas_kernels.target import Target
 
 E4M3 = jnp.float8_e4m3fn
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import compat
 from pallas_kernels import target as target_lib
 from pallas_kernels import tiles as tiles_lib
 from pallas_kernels.dispatch import Impl
@@ -29,9 +30,9 @@ def _why_not(
     target: target_lib.Target, x: Any, w: Any, x_scale: Any, w_scale: Any, spec: Fp8Spec
 ) -> str | None:
     num_inputs, num_outputs = shape_kn(w, spec.layout)
-    if not target.is_hopper and not target_lib.is_interpreting():
+    if not target.is_hopper and not compat.is_interpreting():
         return f"needs a Hopper GPU (sm_90a), the target is {target.name} ({target.arch})"
-    if target_lib.is_interpreting() and (reason := target_lib.why_not_interpret("gpu")):
+    if compat.is_interpreting() and (reason := compat.why_not_interpret("gpu")):
         return reason
     if spec.config is not None and not isinstance(spec.config, QuantMatmulGpuTiles):
         return f"takes QuantMatmulGpuTiles, got {type(spec.config).__name__}"

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hlo
+from pallas_kernels.compile_only import CompileCase
 from pallas_kernels.paged_attention.base import PagedKV
-from pallas_kernels.target import CompileCase, Target
+from pallas_kernels.target import Target
 
 # (N, K, H) of a device that holds the whole model.
 _MODELS = {

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import compat
 from pallas_kernels import target as target_lib
 from pallas_kernels import tiles as tiles_lib
 from pallas_kernels.dispatch import Impl
@@ -67,8 +68,8 @@ class MosaicGpuTiles:
 
 def _why_not(target: Target, *args: Any) -> str | None:
     q, kv, *_, spec = args
-    if target_lib.is_interpreting():
-        if reason := target_lib.why_not_interpret("gpu"):
+    if compat.is_interpreting():
+        if reason := compat.why_not_interpret("gpu"):
             return reason
     elif not target.is_hopper:
         return f"needs a Hopper GPU (sm_90), the target is {target.name} ({target.arch})"

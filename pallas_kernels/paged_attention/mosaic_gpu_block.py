@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import target as target_lib
+from pallas_kernels import compat
 
 _CHUNK_ROWS = 64  # of a block that a warpgroup holds in registers at a time
 
@@ -56,14 +56,14 @@ def clear_tail(v_ref: Any, num_keys: jax.Array) -> None:
     for row in range(0, num_rows, _CHUNK_ROWS):
         for column in range(0, head_dim, columns):
             chunk = v_ref.at[pl.ds(row, _CHUNK_ROWS), pl.ds(column, columns)]
-            values = target_lib.gpu_load(chunk, layout=plgpu.Layout.WGMMA)
+            values = compat.gpu_load(chunk, layout=plgpu.Layout.WGMMA)
             chunk[...] = without_tail(values, num_keys - row)
     plgpu.commit_smem()
 
 
 def multiply_add(acc: jax.Array, p: jax.Array, v_ref: Any, p_ref: Any) -> jax.Array:
     """Returns acc + p @ v on the tensor cores; `p_ref` stages p where they are simulated."""
-    if target_lib.is_interpreting():
+    if compat.is_interpreting():
         role = lax.axis_index("role")
         p_ref.at[role][...] = p
         plgpu.commit_smem()

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import target as target_lib
+from pallas_kernels import compat
 from pallas_kernels.paged_attention import mosaic_gpu_block as block_maths
 from pallas_kernels.paged_attention.base import PagedKV
 
@@ -135,8 +135,8 @@ def attend_tiles(
         grid_names=("item", "head"),
         num_threads=roles,
         thread_name="role",
-        compiler_params=target_lib.gpu_compiler_params(approx_math=True, reduction_scratch_bytes=0),
-        interpret=target_lib.gpu_interpret_params() or None,
+        compiler_params=compat.gpu_compiler_params(approx_math=True, reduction_scratch_bytes=0),
+        interpret=compat.gpu_interpret_params() or None,
         kernel_name="paged_attention",
     )
     return kernel(*inputs)
@@ -166,7 +166,7 @@ def _scratch(q: jax.Array, kv: PagedKV, launch: Launch) -> dict[str, Any]:
         scratch["cleared"] = plgpu.Barrier()
     if not launch.share_keys:  # else each warpgroup's result takes the place of its queries
         scratch["o_s"] = _tiled((attending, ROWS, head_dim), q.dtype)
-    if target_lib.is_interpreting():  # the simulator knows no wgmma operand in registers
+    if compat.is_interpreting():  # the simulator knows no wgmma operand in registers
         scratch["p_s"] = _tiled((attending, ROWS, block), q.dtype)
     for x in "kv":
         scratch[f"{x}_s"] = _tiled((stages, block, head_dim), kv.k_pages.dtype)
@@ -335,12 +335,12 @@ def _convert_role(
         slot = lax.rem(b, jnp.int32(launch.num_converted))
         for x in "kv":
             plgpu.barrier_wait(scratch[f"raw_{x}_full"].at[raw])
-            block = target_lib.gpu_load(
+            block = compat.gpu_load(
                 scratch[f"raw_{x}_s"].at[raw], layout=plgpu.Layout.WGMMA_UPCAST_2X
             )
             block = plgpu.layout_cast(block, plgpu.Layout.WGMMA).astype(dtype)
             if has_scales:
-                scale = target_lib.gpu_load(
+                scale = compat.gpu_load(
                     scratch[f"{x}_scale_s"].at[raw], layout=plgpu.Layout.WGMMA.reduce(1)
                 )
                 block = block * lax.broadcast_in_dim(scale.astype(dtype), block.shape, [0])
@@ -383,7 +383,7 @@ def _attend_role(
     stages = scratch["k_s"].shape[0]
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     rows = pl.ds(row_set * ROWS, ROWS)
-    load = functools.partial(target_lib.gpu_load, layout=row_layout, optimized=False)
+    load = functools.partial(compat.gpu_load, layout=row_layout, optimized=False)
     position = load(positions_g.at[tile, rows])
     words = [load(tree_g.at[tile, w, rows]) for w in range(launch.tree_words)]
 
@@ -443,7 +443,7 @@ def _attend_role(
         total = total * alpha + p.sum(axis=1)
         p = p.astype(q_s.dtype)
         if launch.share_keys and launch.num_attending == 2:
-            if not target_lib.is_interpreting():
+            if not compat.is_interpreting():
                 acc, total, new_top, p = lax.optimization_barrier((acc, total, new_top, p))
             plgpu.barrier_arrive(scratch["turn"])
             if not clears:

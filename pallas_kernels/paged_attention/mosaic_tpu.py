@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import compat
 from pallas_kernels import target as target_lib
 from pallas_kernels import tiles as tiles_lib
 from pallas_kernels.dispatch import Impl
@@ -55,8 +56,8 @@ class MosaicTpuTiles:
 
 def _why_not(target: Target, *args: Any) -> str | None:
     q, kv, *_, spec = args
-    if target_lib.is_interpreting():
-        if reason := target_lib.why_not_interpret("tpu"):
+    if compat.is_interpreting():
+        if reason := compat.why_not_interpret("tpu"):
             return reason
     elif target.kind != "tpu":
         return f"needs a TPU, the target is {target.name}"
@@ -68,7 +69,7 @@ def _why_not(target: Target, *args: Any) -> str | None:
         return (
             f"kv pages must be {q.dtype} as q is, or float8_e4m3fn or int8, got {kv.k_pages.dtype}"
         )
-    if q.shape[2] % _LANES and not target_lib.is_interpreting():
+    if q.shape[2] % _LANES and not compat.is_interpreting():
         return (
             f"pages must be a multiple of 128 wide, else XLA copies the pool, got {q.shape[2]}; "
             f"make them {_round_up(q.shape[2], _LANES)} wide, with zeros in the rest"
@@ -289,7 +290,7 @@ def _attend_tiles(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes
         ),
-        interpret=target_lib.tpu_interpret_params(),
+        interpret=compat.tpu_interpret_params(),
         name="paged_attention",
     )(work, page_table, *inputs)
     return out, lse[0][..., 0] if lse else jnp.zeros(out.shape[:3], jnp.float32)

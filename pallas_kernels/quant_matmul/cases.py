@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hlo
+from pallas_kernels.compile_only import CompileCase
 from pallas_kernels.quant_matmul.base import FP8_DTYPES
-from pallas_kernels.target import CompileCase, Target
+from pallas_kernels.target import Target
 
 # Model, linear, K, N: fused qkv and gate_up, as an engine that counts launches has them.
 LINEARS = (

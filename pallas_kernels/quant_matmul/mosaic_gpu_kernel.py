@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import compat
 from pallas_kernels import target as target_lib
 from pallas_kernels.quant_matmul.schedule import Schedule, num_bits, sum_parts
 from pallas_kernels.tiles import QuantMatmulGpuTiles
@@ -88,7 +89,7 @@ def persistent_matmul(
     max_parts = schedule.max_parts
     part_dtype = out_dtype if max_parts == 1 else F32
     is_converting = w.dtype != x.dtype
-    is_interpreting = target_lib.is_interpreting()
+    is_interpreting = compat.is_interpreting()
 
     # What a stage of the pipeline holds: name -> (array, its buffer in shared memory).
     stages = sizes.stages
@@ -163,7 +164,7 @@ def persistent_matmul(
             ) -> jax.Array:
                 """Loads one number per output and repeats it along `columns`."""
                 layout = plgpu.Layout.WGMMA.reduce(1)
-                v = target_lib.gpu_load(smem[name].at[slot, j, mine], layout=layout)
+                v = compat.gpu_load(smem[name].at[slot, j, mine], layout=layout)
                 return lax.broadcast_in_dim(v.astype(dtype), (rows, columns), [0])
 
             def operands(slot: jax.Array) -> Iterator[tuple[int, Any, Any]]:
@@ -173,7 +174,7 @@ def persistent_matmul(
                 if is_converting:
                     upcasts = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
                     ref = smem["w"].at[slot, mine]
-                    codes = target_lib.gpu_load(ref, layout=upcasts[num_bits(w.dtype)])
+                    codes = compat.gpu_load(ref, layout=upcasts[num_bits(w.dtype)])
                     codes = plgpu.layout_cast(codes, plgpu.Layout.WGMMA).astype(x.dtype)
                 for j, piece in enumerate(pieces):
                     b = smem["x"].at[slot] if num_steps == 1 else smem["x"].at[slot, :, piece]
@@ -221,7 +222,7 @@ def persistent_matmul(
                     if x_scale is not None:
                         layout = plgpu.Layout.WGMMA.reduce(0)
                         v = smem["x_scale"].at[slot, j, pl.ds(0, block_m)]
-                        v = target_lib.gpu_load(v, layout=layout)
+                        v = compat.gpu_load(v, layout=layout)
                         p = p * lax.broadcast_in_dim(v, (rows, block_m), [1])
                     acc = acc + p
                 release(slot)
@@ -288,8 +289,8 @@ def persistent_matmul(
         num_threads=sizes.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=target_lib.gpu_compiler_params(approx_math=True),
-        interpret=target_lib.gpu_interpret_params(),
+        compiler_params=compat.gpu_compiler_params(approx_math=True),
+        interpret=compat.gpu_interpret_params(),
     )(*(array for array, _ in stage.values()))
     if max_parts == 1:
         return parts[0]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import compat
 from pallas_kernels import target as target_lib
 from pallas_kernels import tiles as tiles_lib
 from pallas_kernels.dispatch import Impl
@@ -29,9 +30,9 @@ def _why_not(
     target: target_lib.Target, x: Any, q: Any, scale: Any, zero: Any, spec: QuantSpec
 ) -> str | None:
     num_inputs, num_outputs = shape_kn(q, spec.layout)
-    if target.kind != "tpu" and not target_lib.is_interpreting():
+    if target.kind != "tpu" and not compat.is_interpreting():
         return f"needs a TPU, the target is {target.name}"
-    if target_lib.is_interpreting() and (reason := target_lib.why_not_interpret("tpu")):
+    if compat.is_interpreting() and (reason := compat.why_not_interpret("tpu")):
         return reason
     if spec.config is not None and not isinstance(spec.config, QuantMatmulTpuTiles):
         return f"takes QuantMatmulTpuTiles, got {type(spec.config).__name__}"
@@ -183,7 +184,7 @@ def block_matmul(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
-        interpret=target_lib.tpu_interpret_params(),
+        interpret=compat.tpu_interpret_params(),
     )(*(array for array, _ in arrays.values()))
     return y[:num_rows]
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import target, tiles, timing
+from pallas_kernels import compile_only, target, tiles, timing
 from pallas_kernels.fp8_matmul import tuning as fp8_tuning
 from pallas_kernels.paged_attention import AttentionSpec, mosaic_gpu, mosaic_tpu
 from pallas_kernels.quant_matmul import tuning as quant_tuning
@@ -283,11 +283,11 @@ def test_tuning_enumerates_nothing_where_no_kernel_runs():
 @pytest.mark.slow
 def test_every_program_that_it_times_compiles_for_an_h100(bench):
     """So that its first run on a card measures, and does not find out what cannot be built."""
-    if reason := target.why_not_compile("h100"):
+    if reason := compile_only.why_not_compile("h100"):
         pytest.skip(reason)
     makers = {"w4a16": bench.make_w4a16, "fp8": bench.make_fp8}
     failures = []
-    with target.compile_target("h100") as compiler:
+    with compile_only.compile_target("h100") as compiler:
         for case in bench.all_cases():
             inputs, f, reference, _ = makers.get(case["kind"], bench.make_attention)(case)
             args = jax.eval_shape(lambda inputs=inputs: inputs(0))

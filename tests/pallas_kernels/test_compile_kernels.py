@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import target
+from pallas_kernels import compile_only
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "compile_kernels.py"
 
@@ -30,8 +30,10 @@ def compiled(temp_bytes=0, **kernel):
         "has_wgmma": True,
         "has_tma": True,
     } | kernel
-    kernels = () if kernel.get("name") == "none" else (target.KernelReport(**report),)
-    return target.Compiled(executable=None, seconds=0.1, temp_bytes=temp_bytes, kernels=kernels)
+    kernels = () if kernel.get("name") == "none" else (compile_only.KernelReport(**report),)
+    return compile_only.Compiled(
+        executable=None, seconds=0.1, temp_bytes=temp_bytes, kernels=kernels
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def compiled(temp_bytes=0, **kernel):
     ],
 )
 def test_spills_temporaries_and_missing_instructions_are_failures(script, done, kind, verdict):
-    case = target.CompileCase(
+    case = compile_only.CompileCase(
         name="c",
         fn=jnp.sin,
         abstract_args=(),
@@ -124,7 +126,7 @@ def test_shards_are_all_cases_once_and_the_summary_holds_the_worst(script, monke
         row |= {"spill_bytes": 0, "wgmma": i == 0, "tma": True, "temp_mb": 1.0, "seconds": 1.5}
         return [row | {"failure": "spills" if (i, name) == (2, "h100") else ""}]
 
-    monkeypatch.setattr(target, "why_not_compile", lambda name: None)
+    monkeypatch.setattr(compile_only, "why_not_compile", lambda name: None)
     monkeypatch.setattr(script, "compile_apart", fake)
     assert script.main(["--target", "h100", "--jobs", "3"]) == 1
     assert "| op | h100 | 3 | 1 | 4 | 102 | 0 | 4 | 1.0 | 1 | 3 |" in capsys.readouterr().out
@@ -137,7 +139,7 @@ def run(*options):
     return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.skipif(target.why_not_compile("h100") is None, reason="the wheels are installed")
+@pytest.mark.skipif(compile_only.why_not_compile("h100") is None, reason="the wheels are installed")
 def test_missing_wheels_are_one_clear_line():
     done = run("--quick")
     assert done.returncode == 1
@@ -156,7 +158,7 @@ def test_missing_wheels_are_one_clear_line():
     ],
 )
 def test_each_op_compiles_for_a_target_that_is_not_there(name, op, only, num, tmp_path):
-    if reason := target.why_not_compile(name):
+    if reason := compile_only.why_not_compile(name):
         pytest.skip(reason)
     file = tmp_path / "out.json"
     done = run("--quick", "--target", name, "--op", op, "--only", only, "--json", str(file))
@@ -166,7 +168,7 @@ def test_each_op_compiles_for_a_target_that_is_not_there(name, op, only, num, tm
 
 
 def test_no_matching_case_is_an_error(script, monkeypatch, capsys):
-    monkeypatch.setattr(target, "why_not_compile", lambda name: None)
+    monkeypatch.setattr(compile_only, "why_not_compile", lambda name: None)
     monkeypatch.setattr(script, "compile_apart", lambda *shard: [])
     assert script.main(["--target", "h100", "--only", "nothing"]) == 1
     assert "no case matches" in capsys.readouterr().out

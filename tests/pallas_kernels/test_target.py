@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import target
+from pallas_kernels import compat, compile_only, target
 
 
 def test_the_default_target_is_the_default_device():
@@ -41,21 +41,21 @@ def test_an_unknown_target_lists_the_known_ones():
 
 
 def test_interpreting_is_off_outside_its_context():
-    assert not target.is_interpreting()
-    assert target.tpu_interpret_params() is False
-    with target.interpret(detect_races=True):
-        assert target.is_interpreting()
-        assert target.tpu_interpret_params().detect_races
-    assert not target.is_interpreting()
+    assert not compat.is_interpreting()
+    assert compat.tpu_interpret_params() is False
+    with compat.interpret(detect_races=True):
+        assert compat.is_interpreting()
+        assert compat.tpu_interpret_params().detect_races
+    assert not compat.is_interpreting()
 
 
 @pytest.mark.parametrize("name", ["h100", "v5e", "v6e", "tpu7x"])
 def test_a_program_compiles_for_a_chip_that_is_not_there(name):
-    if reason := target.why_not_compile(name):
+    if reason := compile_only.why_not_compile(name):
         with pytest.raises(NotImplementedError, match="not installed"):
-            target.compile_target(name).__enter__()
+            compile_only.compile_target(name).__enter__()
         pytest.skip(reason)
-    with target.compile_target(name) as compiler:
+    with compile_only.compile_target(name) as compiler:
         assert target.current() == target.TARGETS[name]
         x = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
         compiled = compiler.compile(lambda x: (x @ x.T).sum(axis=0), x)
@@ -66,7 +66,7 @@ def test_a_program_compiles_for_a_chip_that_is_not_there(name):
 
 def test_compiling_for_an_absent_chip_leaves_the_cache_on_disk_alone(tmp_path):
     """An entry for a chip that is not there could be written, but never read."""
-    if reason := target.why_not_compile("h100"):
+    if reason := compile_only.why_not_compile("h100"):
         pytest.skip(reason)
     keys = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {key: jax.config.values[key] for key in keys}
@@ -74,7 +74,7 @@ def test_compiling_for_an_absent_chip_leaves_the_cache_on_disk_alone(tmp_path):
         for key, value in zip(keys, (str(tmp_path), 0.0)):
             jax.config.update(key, value)
         for _ in range(2):
-            with target.compile_target("h100") as compiler:
+            with compile_only.compile_target("h100") as compiler:
                 compiler.compile(lambda x: x * 3, jax.ShapeDtypeStruct((8,), jnp.float32))
             jax.clear_caches()
         assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import target, timing
+from pallas_kernels import compile_only, timing
 from pallas_kernels.quant_matmul import quant_matmul
 
 
@@ -28,7 +28,7 @@ def test_a_chain_calls_as_often_as_asked_and_walks_over_the_inputs():
 
 @pytest.mark.parametrize("name", ["h100", "v5e"])
 def test_equal_calls_are_neither_merged_nor_dropped(name, monkeypatch):
-    if reason := target.why_not_compile(name):
+    if reason := compile_only.why_not_compile(name):
         pytest.skip(reason)
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     layout = "nk" if name == "h100" else "kn"
@@ -37,7 +37,7 @@ def test_equal_calls_are_neither_merged_nor_dropped(name, monkeypatch):
         jax.ShapeDtypeStruct((256, 256), jnp.int4),
         jax.ShapeDtypeStruct((2, 256), jnp.bfloat16),
     )
-    with target.compile_target(name) as compiler:
+    with compile_only.compile_target(name) as compiler:
         program = timing.chain(functools.partial(quant_matmul, layout=layout), 5)
         text = compiler.compile(program, [args]).executable.as_text()
     calls = re.findall(r'custom_call_target="(?:mosaic_gpu|tpu_custom_call)', text)

@@ -25,7 +25,7 @@ from jinfer.checkpoints.formats.interop import (
     make_qtensor,
     unsigned_parts,
 )
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.quant_format import QFormat
 from jinfer.linear.qtensor import QTensor
 

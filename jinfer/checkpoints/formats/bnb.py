@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jinfer.checkpoints.formats.interop import Dense, Sign, Tensors, Weight, check_scales
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.quant_format import CHANNEL, CODEBOOKS, QFormat
 from jinfer.linear.matmul import OUTLIER_THRESHOLD
 from jinfer.linear.qtensor import DYNAMIC_MAP, DoubleScale, QTensor, from_codes

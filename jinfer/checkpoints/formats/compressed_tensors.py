@@ -34,8 +34,9 @@ from jinfer.checkpoints.formats.interop import (
     sort_groups,
     unsigned_parts,
 )
-from jinfer.config.model import require
-from jinfer.config.quant_format import CHANNEL, TENSOR, QFormat, expand_groups
+from jinfer.config.fields import require
+from jinfer.config.quant_format import CHANNEL, TENSOR, QFormat
+from jinfer.linear.grids import expand_groups
 from jinfer.linear.qtensor import QTensor, dequantize, from_codes
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")

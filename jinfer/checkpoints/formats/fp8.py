@@ -18,7 +18,7 @@ import numpy as np
 
 from jinfer.checkpoints.formats.compressed_tensors import read_fp8
 from jinfer.checkpoints.formats.interop import Sign, Tensors, Weight, check_scales
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.quant_format import TENSOR
 from jinfer.linear.qtensor import QTensor
 

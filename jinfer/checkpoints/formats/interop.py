@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.quant_format import CHANNEL, QFormat
 from jinfer.linear.qtensor import QTensor, from_codes
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jinfer.checkpoints.formats.interop import Sign, Tensors, Weight, check_dtype
-from jinfer.config.model import require
-from jinfer.config.quant_format import CODEBOOKS, FP8_DTYPES, QFormat
+from jinfer.config.fields import require
+from jinfer.config.quant_format import CODEBOOKS, QFormat
+from jinfer.linear.grids import FP8_DTYPES
 from jinfer.linear.qtensor import DoubleScale, QTensor, from_codes, pack_bits, unpack_bits
 
 

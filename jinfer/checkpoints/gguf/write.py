@@ -22,7 +22,8 @@ from jinfer.checkpoints.files import writing
 from jinfer.checkpoints.gguf.checkpoint import gguf_config
 from jinfer.checkpoints.gguf.file import GGUFFile
 from jinfer.checkpoints.gguf.kquants import encode_rows, fitting_type, pack_q4_0, pack_q8_0
-from jinfer.config.model import ModelConfig, RopeConfig, require
+from jinfer.config.fields import require
+from jinfer.config.model import ModelConfig, RopeConfig
 from jinfer.config.quant_format import CHANNEL
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import QTensor, dequantize

@@ -21,8 +21,11 @@ from jinfer.engine.beam.hypotheses import Candidate, Finished, Search, num_pages
 from jinfer.engine.device import buckets
 from jinfer.engine.engine import Engine
 from jinfer.engine.request import Request
-from jinfer.sampling import process as sampling
+from jinfer.sampling.args import pack_args
+from jinfer.sampling.state import pack_bits
+from jinfer.steps import beam as steps_beam
 from jinfer.steps import forward as steps
+from jinfer.steps import pool
 from jinfer.steps.batch import StepBatch
 
 AllowedTokens = Callable[[list[int]], Sequence[int]]
@@ -244,7 +247,7 @@ class BeamSearcher:
                 runner.kv,
                 runner.state,
                 batch,
-                sampling.pack_args([], size),
+                pack_args([], size),
                 no_samples,
                 impl=self.engine.config.attention_impl,
             )
@@ -269,7 +272,7 @@ class BeamSearcher:
                 self._place(batch, s, job.request, [job.request.pages[n] for n in beam.pages])
                 batch.slots[s] = self._slots(batch.page_table[s], position)
                 totals[s] = beam.total
-        (which, best, own), runner.kv = steps.beam_step(
+        (which, best, own), runner.kv = steps_beam.beam_step(
             runner.model,
             runner.params,
             runner.kv,
@@ -304,7 +307,7 @@ class BeamSearcher:
             padding = size - len(src)
             sources: Any = np.asarray(src + [0] * padding, np.int32)
             targets: Any = np.asarray(dst + [runner.cache.num_pages] * padding, np.int32)
-            runner.kv = steps.copy_pages(runner.kv, sources, targets)
+            runner.kv = pool.copy_pages(runner.kv, sources, targets)
 
     def _token_mask(self, size: int) -> Any:
         """Returns the beams' masks, or None where nothing is banned."""
@@ -313,7 +316,7 @@ class BeamSearcher:
             return None
         vocab_size, width = self.engine.runner.vocab_size, self.params.beam_width
         everything = np.arange(vocab_size) if constant is None else np.asarray(constant)
-        always = sampling.pack_bits(everything, vocab_size)
+        always = pack_bits(everything, vocab_size)
         mask = np.tile(always, (size, 1))
         for group, job in enumerate(self._active):
             assert job.search is not None
@@ -321,7 +324,7 @@ class BeamSearcher:
                 continue
             for i, beam in enumerate(job.search.beams):
                 found = [] if beam.last is None else [x.token for x in beam.last.path()]
-                mask[group * width + i] &= sampling.pack_bits(job.allowed(found), vocab_size)
+                mask[group * width + i] &= pack_bits(job.allowed(found), vocab_size)
         return mask
 
     # ------------------------------------------------------------------ packing

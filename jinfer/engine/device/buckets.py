@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 
-from jinfer.config.model import EngineConfig
+from jinfer.config.engine import EngineConfig
 
 
 def ladder(first: int, last: int, factor: int) -> tuple[int, ...]:

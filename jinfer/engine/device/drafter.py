@@ -7,18 +7,20 @@ from typing import Any
 
 import jax
 
-from jinfer.config.model import CacheConfig, ModelConfig
+from jinfer.config.cache import CacheConfig
+from jinfer.config.model import ModelConfig
 from jinfer.config.typing import Params
 from jinfer.engine.drafting.fed_pages import FedPages
 from jinfer.kv import cache as kv_cache
 from jinfer.kv.cache import KVCache
 from jinfer.linear.qtensor import array_bytes
 from jinfer.models.model import Model
-from jinfer.sampling.process import SampleArgs, SamplerState
+from jinfer.sampling.args import SampleArgs
+from jinfer.sampling.state import SamplerState
 from jinfer.steps import draft as draft_steps
 from jinfer.steps import params as weights
 from jinfer.steps.batch import StepBatch
-from jinfer.steps.forward import StepOutput
+from jinfer.steps.blocks import StepOutput
 
 
 class Drafter:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from jinfer.engine.device.runner import Runner
-from jinfer.sampling import process as sampling
+from jinfer.sampling.args import pack_args
+from jinfer.steps import decode as steps_decode
 from jinfer.steps import forward as steps
 from pallas_kernels import dispatch
 
@@ -15,13 +16,13 @@ def explain(runner: Runner) -> dispatch.Decisions:
     config, buckets = runner.config, runner.buckets
     size, num_tokens, num_seqs = buckets.decode[-1], buckets.tokens[-1], buckets.seqs[-1]
     decode = dispatch.explain(
-        steps.decode_loop,
+        steps_decode.decode_loop,
         runner.model,
         runner.params,
         runner.kv,
         runner.state,
         runner.decode_padding(size),
-        sampling.pack_args([], size),
+        pack_args([], size),
         np.int32(1),
         max_steps=config.num_decode_steps,
         impl=config.attention_impl,
@@ -33,7 +34,7 @@ def explain(runner: Runner) -> dispatch.Decisions:
         runner.kv,
         runner.state,
         runner.ragged_padding(num_tokens, num_seqs),
-        sampling.pack_args([], num_seqs),
+        pack_args([], num_seqs),
         np.zeros(num_seqs, np.bool_),
         impl=config.attention_impl,
     )

@@ -24,7 +24,7 @@ from jinfer.engine.device import buckets
 from jinfer.engine.pages.costs import TransferCosts
 from jinfer.engine.pages.pool import PageError
 from jinfer.kv.cache import KVCache
-from jinfer.steps import forward as steps
+from jinfer.steps import pool
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class HostPages:
           moves: (page, slot) each.
         """
         for i, part in enumerate(_batches(moves)):
-            contents = steps.read_pages(kv, _page_ids([page for page, _ in part], kv.num_pages))
+            contents = pool.read_pages(kv, _page_ids([page for page, _ in part], kv.num_pages))
             contents = self._to_host(contents[: len(part)])
             for (_, slot), content in zip(part, contents, strict=True):
                 self._slots[slot] = content
@@ -92,7 +92,7 @@ class HostPages:
         """Compiles what `save` and `load` need; the pool, which is donated, stays as it was."""
         if self._slots:
             for size in SIZES:
-                contents = self._to_host(steps.read_pages(kv, _page_ids([], kv.num_pages, size)))
+                contents = self._to_host(pool.read_pages(kv, _page_ids([], kv.num_pages, size)))
                 kv = self._write(kv, contents, [kv.num_pages] * size)
         return kv
 
@@ -106,7 +106,7 @@ class HostPages:
         for size in (1, PAGE_BATCH) * 3:
             jax.block_until_ready(kv)
             begin = time.perf_counter()
-            contents = self._to_host(steps.read_pages(kv, _page_ids([], kv.num_pages, size)))
+            contents = self._to_host(pool.read_pages(kv, _page_ids([], kv.num_pages, size)))
             jax.block_until_ready(contents)
             seconds["save", size].append(time.perf_counter() - begin)
             begin = time.perf_counter()
@@ -135,10 +135,10 @@ class HostPages:
     def _write(self, kv: KVCache, contents: Sequence[Any], pages: Sequence[int]) -> KVCache:
         size = buckets.fit(SIZES, len(pages))
         if self._blank is None:
-            [self._blank] = steps.read_pages(kv, _page_ids([], kv.num_pages, 1))
+            [self._blank] = pool.read_pages(kv, _page_ids([], kv.num_pages, 1))
         contents = list(jax.device_put(list(contents), self._on_device))
         contents += [self._blank] * (size - len(contents))
-        return steps.write_pages(kv, contents, _page_ids(pages, kv.num_pages))
+        return pool.write_pages(kv, contents, _page_ids(pages, kv.num_pages))
 
     def _to_host(self, contents: Sequence[Any]) -> Sequence[Any]:
         if self.memory_kind == "numpy":

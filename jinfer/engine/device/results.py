@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jinfer.engine.plan import Plan
-from jinfer.steps import forward as steps
+from jinfer.steps import blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fetch(launched: Launched) -> StepResult:
         counts = np.asarray(launched.counts).tolist()
     samples = [tokens[: counts[s], s].tolist() for s in range(len(plan.seqs))]
     is_sound = [
-        bool((tokens[: max(1, counts[s]), s] != steps.NOT_FINITE).all())
+        bool((tokens[: max(1, counts[s]), s] != blocks.NOT_FINITE).all())
         for s in range(len(plan.seqs))
     ]
     return StepResult(

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jinfer.config.model import CacheConfig, EngineConfig
+from jinfer.config.cache import CacheConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
 from jinfer.config.typing import Params
 from jinfer.engine.device import buckets, results
@@ -30,8 +31,9 @@ from jinfer.kv.cache import KVCache
 from jinfer.linear import layouts as formats
 from jinfer.linear import prepared as qkernels
 from jinfer.models.model import Model
-from jinfer.sampling import process as sampling
-from jinfer.sampling.process import ArgRow, SampleArgs
+from jinfer.sampling.args import ArgRow, SampleArgs, arg_row, pack_args
+from jinfer.sampling.state import init_state, pack_row
+from jinfer.steps import blocks, decode, logprobs, pool, verify
 from jinfer.steps import forward as steps
 from jinfer.steps import params as weights
 from jinfer.steps import tree as tree_steps
@@ -95,7 +97,7 @@ class Runner:
         if self.drafter is not None:
             self.drafter.reset(self.cache)
         self.kv = kv_cache.init(self.model.config, self.cache)
-        self.state = sampling.init_state(self._num_rows, self.vocab_size)
+        self.state = init_state(self._num_rows, self.vocab_size)
         self.host = HostPages(self.config.num_host_pages, self.device)
         self.kv, self.state = weights.bind((self.kv, self.state), self.device)
 
@@ -128,11 +130,11 @@ class Runner:
         for begin in range(0, len(moves.cleared), CLEAR_BATCH):
             pages = list(moves.cleared[begin : begin + CLEAR_BATCH])
             pages += [nowhere] * (CLEAR_BATCH - len(pages))
-            self._change_pools(steps.clear_pages, _int32(pages))
+            self._change_pools(pool.clear_pages, _int32(pages))
         for begin in range(0, len(moves.copied), COPY_BATCH):
             copies = list(moves.copied[begin : begin + COPY_BATCH])
             copies += [(0, nowhere, 0)] * (COPY_BATCH - len(copies))
-            self._change_pools(steps.copy_pages, *map(_int32, zip(*copies)))
+            self._change_pools(pool.copy_pages, *map(_int32, zip(*copies)))
         if moves.loaded:
             self.kv = self.host.load(self.kv, moves.loaded)
 
@@ -142,7 +144,7 @@ class Runner:
             self.drafter.kv = change(self.drafter.kv, *pages)
 
     def _reset_row(self, request: Request) -> None:
-        setup = sampling.pack_row(
+        setup = pack_row(
             request.params,
             request.prompt_token_ids,
             request.output_token_ids,
@@ -150,17 +152,15 @@ class Runner:
             eos_token_ids=request.eos_token_ids,
             bad_words_token_ids=request.bad_words_token_ids,
         )
-        self.state = steps.reset_row(self.state, _int32(request.row), setup)
+        self.state = pool.reset_row(self.state, _int32(request.row), setup)
 
     def _args(self, plan: Plan, size: int) -> SampleArgs:
-        return sampling.pack_args([self._arg_row(seq.request) for seq in plan.seqs], size)
+        return pack_args([self._arg_row(seq.request) for seq in plan.seqs], size)
 
     def _arg_row(self, request: Request) -> ArgRow:
         row = self._arg_rows.get(request)
         if row is None:
-            row = sampling.arg_row(
-                request.params, seed=request.seed, prompt_len=request.num_prompt_tokens
-            )
+            row = arg_row(request.params, seed=request.seed, prompt_len=request.num_prompt_tokens)
             self._arg_rows[request] = row
         return row
 
@@ -247,7 +247,7 @@ class Runner:
 
     def _forward(
         self, batch: StepBatch, args: SampleArgs, sampled: Any, *, is_fed: bool = True
-    ) -> steps.StepOutput:
+    ) -> blocks.StepOutput:
         if is_fed:
             self.feed_drafter(batch)
         out, self.kv, self.state = steps.forward_step(
@@ -264,7 +264,7 @@ class Runner:
 
     def _verify(
         self, batch: StepBatch, args: SampleArgs, sampled: Any, num_drafts: Any, max_drafts: int
-    ) -> steps.StepOutput:
+    ) -> blocks.StepOutput:
         if self.drafter is not None:
             out, self.kv, self.state = self.drafter.draft_and_verify(
                 *(self.model, self.params, self.kv, self.state, batch, args, sampled, num_drafts),
@@ -272,7 +272,7 @@ class Runner:
                 impl=self.config.attention_impl,
             )
             return out
-        out, self.kv, self.state = steps.verify_step(
+        out, self.kv, self.state = verify.verify_step(
             self.model,
             self.params,
             self.kv,
@@ -288,7 +288,7 @@ class Runner:
 
     def _verify_tree(
         self, batch: StepBatch, args: SampleArgs, sampled: Any, num_drafts: Any, parents: Any
-    ) -> steps.StepOutput:
+    ) -> blocks.StepOutput:
         speculation = self.config.speculation
         assert speculation is not None
         max_drafts = parents.shape[0] - 1
@@ -311,8 +311,8 @@ class Runner:
         )
         return out
 
-    def _decode(self, batch: DecodeBatch, args: SampleArgs, num_steps: int) -> steps.StepOutput:
-        out, self.kv, self.state = steps.decode_loop(
+    def _decode(self, batch: DecodeBatch, args: SampleArgs, num_steps: int) -> blocks.StepOutput:
+        out, self.kv, self.state = decode.decode_loop(
             self.model,
             self.params,
             self.kv,
@@ -325,7 +325,7 @@ class Runner:
         )
         return out
 
-    def _launched(self, plan: Plan, out: steps.StepOutput, prompt_targets: Any) -> Launched:
+    def _launched(self, plan: Plan, out: blocks.StepOutput, prompt_targets: Any) -> Launched:
         """Dispatches what the plan's requests want beside tokens."""
         wanted = {seq.request.params.logprobs for seq in plan.seqs if seq.num_samples}
         prompt_wanted = {
@@ -334,16 +334,16 @@ class Runner:
         top = full = prompt_top = prompt_full = None
         if wanted - {None}:
             assert plan.num_steps == 1, "no logits are kept of all steps of a loop"
-            top = steps.top_logprobs(out.logits, out.tokens, k=self.top_k)
+            top = logprobs.top_logprobs(out.logits, out.tokens, k=self.top_k)
             if -1 in wanted:
-                full = steps.log_softmax(out.logits)
+                full = logprobs.log_softmax(out.logits)
         if prompt_wanted:
             assert prompt_targets is not None and out.hidden is not None
-            prompt_top = steps.prompt_logprobs(
+            prompt_top = logprobs.prompt_logprobs(
                 self.model, self.params, out.hidden, prompt_targets, k=self.top_k
             )
             if -1 in prompt_wanted:
-                prompt_full = steps.prompt_log_softmax(self.model, self.params, out.hidden)
+                prompt_full = logprobs.prompt_log_softmax(self.model, self.params, out.hidden)
         return Launched(
             plan, out.tokens, out.counts, out.guesses, top, full, prompt_top, prompt_full
         )
@@ -363,7 +363,7 @@ class Runner:
         begin = time.perf_counter()
         may_rest = self.config.speculation is not None and self.config.speculation.adaptive
         for size in self.buckets.decode:
-            args = sampling.pack_args([], size)
+            args = pack_args([], size)
             if may_rest or not self._is_tree:
                 self._warm_logprobs(self._decode(self.decode_padding(size), args, 1))
             if self._is_tree:
@@ -381,38 +381,36 @@ class Runner:
                     if self.buckets.drafts:
                         self._warm_verification(batch, self.buckets.drafts[-1])
                     sampled = np.zeros(size, np.bool_)
-                    out = self._forward(batch, sampling.pack_args([], size), sampled)
+                    out = self._forward(batch, pack_args([], size), sampled)
                     self._warm_logprobs(out)
                 targets: Any = np.zeros(num_tokens, np.int32)
                 assert out.hidden is not None
-                steps.prompt_logprobs(self.model, self.params, out.hidden, targets, k=self.top_k)
-                steps.prompt_log_softmax(self.model, self.params, out.hidden)
+                logprobs.prompt_logprobs(self.model, self.params, out.hidden, targets, k=self.top_k)
+                logprobs.prompt_log_softmax(self.model, self.params, out.hidden)
         nowhere = self.cache.num_pages
         self.move_pages(PageMoves(cleared=(nowhere,), copied=((0, nowhere, 0),)))
         self.kv = self.host.warmup(self.kv)
-        setup = sampling.pack_row(SamplingParams(), [0], [], vocab_size=self.vocab_size)
-        self.state = steps.reset_row(self.state, _int32(self._num_rows), setup)
+        setup = pack_row(SamplingParams(), [0], [], vocab_size=self.vocab_size)
+        self.state = pool.reset_row(self.state, _int32(self._num_rows), setup)
         jax.block_until_ready((self.kv, self.state))
         return time.perf_counter() - begin
 
     def _warm_verification(self, batch: StepBatch, max_drafts: int) -> None:
         size = batch.rows.shape[0]
         none, zero = np.zeros(size, np.bool_), np.zeros(size, np.int32)
-        self._warm_logprobs(
-            self._verify(batch, sampling.pack_args([], size), none, zero, max_drafts)
-        )
+        self._warm_logprobs(self._verify(batch, pack_args([], size), none, zero, max_drafts))
 
-    def _warm_tree(self, batch: StepBatch, max_drafts: int) -> steps.StepOutput:
+    def _warm_tree(self, batch: StepBatch, max_drafts: int) -> blocks.StepOutput:
         size = batch.rows.shape[0]
         none, zero = np.zeros(size, np.bool_), np.zeros(size, np.int32)
         parents = np.full((max_drafts + 1, size), -1, np.int32)
-        out = self._verify_tree(batch, sampling.pack_args([], size), none, zero, parents)
+        out = self._verify_tree(batch, pack_args([], size), none, zero, parents)
         self._warm_logprobs(out)
         return out
 
-    def _warm_logprobs(self, out: steps.StepOutput) -> None:
-        steps.top_logprobs(out.logits, out.tokens, k=self.top_k)
-        steps.log_softmax(out.logits)
+    def _warm_logprobs(self, out: blocks.StepOutput) -> None:
+        logprobs.top_logprobs(out.logits, out.tokens, k=self.top_k)
+        logprobs.log_softmax(out.logits)
 
     def update_weights(self, params: Params) -> None:
         """Serves `params` from the next step on, laid out like the present ones.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from jinfer.config.model import EngineConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.outputs import RequestMetrics
 from jinfer.engine.device.buckets import Buckets
 from jinfer.engine.drafting.proposers import make_proposer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import Protocol
 
-from jinfer.config.model import SpeculativeConfig
+from jinfer.config.speculative import SpeculativeConfig
 from jinfer.engine.request import Request
 from jinfer.speculation.ngram import NgramIndex
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 
-from jinfer.config.model import EngineConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.engine.drafting.chains import Speculation, make_room
 from jinfer.engine.pages.holdings import Holdings
 from jinfer.engine.plan import Drafts, Plan

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from jinfer.engine.plan import Plan, Progress
 from jinfer.engine.queue import WaitingQueue
-from jinfer.engine.request import Request
 
 if TYPE_CHECKING:
     from jinfer.engine.scheduler import Scheduler

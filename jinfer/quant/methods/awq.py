@@ -13,16 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.config.model import require
-from jinfer.config.quant_format import (
-    TENSOR,
-    QFormat,
-    decode,
-    encode,
-    expand_groups,
-    scales_from_range,
-    split_groups,
-)
+from jinfer.config.fields import require
+from jinfer.config.quant_format import TENSOR, QFormat
+from jinfer.linear.grids import decode, encode, expand_groups, scales_from_range, split_groups
 from jinfer.linear.qtensor import check_finite
 
 NUM_RATIOS = 20  # exponents 0, 1/20, .. 19/20

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.linear.qtensor import check_finite
 from jinfer.quant.methods.factor import dot_transposed, inverse_factor
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jinfer.config.fields import read_bool, read_float, require, shown
-from jinfer.config.quant_format import TENSOR, Grid, QFormat, decode, encode, find_scales
+from jinfer.config.quant_format import TENSOR, QFormat
+from jinfer.linear.grids import Grid, decode, encode, find_scales
 from jinfer.linear.qtensor import (
     QTensor,
     check_finite,

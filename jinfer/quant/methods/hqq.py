@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jinfer.config.model import require
-from jinfer.config.quant_format import TENSOR, QFormat, expand_groups, find_scales, reduce_groups
+from jinfer.config.fields import require
+from jinfer.config.quant_format import TENSOR, QFormat
+from jinfer.linear.grids import expand_groups, find_scales, reduce_groups
 from jinfer.linear.qtensor import QTensor, check_finite, check_scales, check_weight, read_target
 from jinfer.quant.methods.rtn import round_with
 

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jinfer.config.model import require
-from jinfer.config.quant_format import (
-    FP8_MAX,
+from jinfer.config.fields import require
+from jinfer.config.quant_format import FP8_MAX, QFormat
+from jinfer.linear.grids import (
     Grid,
-    QFormat,
     decode,
     encode,
     expand_groups,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.linear.qtensor import check_finite
 
 LEAST = 1e-5

@@ -25,7 +25,7 @@ from jinfer.checkpoints.formats.interop import Dense, Weight
 from jinfer.checkpoints.hf import HFCheckpoint
 from jinfer.checkpoints.hf_files import read_json
 from jinfer.checkpoints.load import open_checkpoint
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.quant_format import QFormat
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import DoubleScale, QTensor, dequantize

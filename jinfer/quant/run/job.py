@@ -20,7 +20,7 @@ from jinfer.checkpoints.fill import Checkpoint, places_of
 from jinfer.checkpoints.hf import HFCheckpoint
 from jinfer.checkpoints.hf_files import read_safetensors_header
 from jinfer.checkpoints.save import check_export, check_free, save_folder
-from jinfer.config.model import require
+from jinfer.config.fields import require
 from jinfer.config.quant_format import QFormat
 from jinfer.config.typing import Params
 from jinfer.linear.qlayout import lay_out

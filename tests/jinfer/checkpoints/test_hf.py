@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jinfer.checkpoints import fill
 from jinfer import load
+from jinfer.checkpoints import fill
 from jinfer.checkpoints.load import load_config
 from jinfer.models.model import Model
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer
 
+from jinfer import load
 from jinfer.checkpoints.fill import fill
 from jinfer.checkpoints.hf import HFCheckpoint
 from jinfer.checkpoints.hf_fields import FIELDS, FIELDS_OF, ROPE_FIELDS
-from jinfer import load
 from jinfer.checkpoints.load import load_config
 from jinfer.checkpoints.tokenizer import load_tokenizer
 

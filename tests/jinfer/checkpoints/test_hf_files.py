@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jinfer.checkpoints.hf_files import INDEX, read_json, read_safetensors_header
 from jinfer import load
+from jinfer.checkpoints.hf_files import INDEX, read_json, read_safetensors_header
 from jinfer.checkpoints.load import load_config
 
 GATE, UP = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up"))

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from jinfer.checkpoints import default_model, locate
 from jinfer import load
+from jinfer.checkpoints import default_model, locate
 from jinfer.checkpoints.load import load_config, open_checkpoint
 
 

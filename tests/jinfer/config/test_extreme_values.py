@@ -13,7 +13,11 @@ from tiny_models import byte_tokenizer, make_model
 
 from jinfer import LLM, BeamSearchParams, SamplingParams, functional
 from jinfer.config.sampling_params import MAX_TOP_K
-from jinfer.sampling import process as sampling
+from jinfer.sampling.args import arg_row, pack_args
+from jinfer.sampling.check import check_request
+from jinfer.sampling.draw import sample
+from jinfer.sampling.process import process_logits
+from jinfer.sampling.state import init_state, pack_row, reset_row
 
 VOCAB = 300
 MODEL = make_model(VOCAB)
@@ -62,21 +66,19 @@ def take(name, make, *args, **kwargs):
 
 def served(params):
     """Packs the fields as a step does: nothing may overflow, what is cut leaves a token."""
-    sampling.check_request(params, VOCAB)
-    row = sampling.arg_row(params, seed=params.seed or 0, prompt_len=3)
+    check_request(params, VOCAB)
+    row = arg_row(params, seed=params.seed or 0, prompt_len=3)
     assert np.isfinite(row.floats).all()
-    state = sampling.init_state(1, VOCAB)
-    setup = sampling.pack_row(params, PROMPT, [40, 40], vocab_size=VOCAB)
-    return row, sampling.reset_row(state, 0, setup)
+    state = init_state(1, VOCAB)
+    setup = pack_row(params, PROMPT, [40, 40], vocab_size=VOCAB)
+    return row, reset_row(state, 0, setup)
 
 
 @pytest.mark.parametrize("name", [*REALS, *COUNTS])
 def test_a_number_is_applied_or_refused_by_name(name):
     draw = jax.jit(
-        lambda args, state, logits: sampling.sample(
-            sampling.process_logits(
-                logits, args, state, jnp.zeros(1, jnp.int32), jnp.full(1, 5, jnp.int32)
-            ),
+        lambda args, state, logits: sample(
+            process_logits(logits, args, state, jnp.zeros(1, jnp.int32), jnp.full(1, 5, jnp.int32)),
             args,
             jnp.full(1, 5, jnp.int32),
         )
@@ -94,7 +96,7 @@ def test_a_number_is_applied_or_refused_by_name(name):
         packed = take(name, served, params)
         if packed is not None:
             num_applied += 1
-            args = sampling.pack_args([packed[0]], 1)
+            args = pack_args([packed[0]], 1)
             assert 0 <= int(draw(args, packed[1], logits)[0]) < VOCAB
     assert num_applied >= 4
 
@@ -116,7 +118,7 @@ def test_large_numbers_mean_what_they_say():
     params = SamplingParams(top_k=2**40, min_tokens=2**50, max_tokens=None, seed=2**64 - 1)
     assert params.top_k == MAX_TOP_K
     row, _ = served(params)
-    args = sampling.pack_args([row], 1)
+    args = pack_args([row], 1)
     assert int(args.top_k[0]) == MAX_TOP_K and int(args.min_position[0]) == 2**31 - 1
     assert SamplingParams(max_tokens=2**63).max_tokens == 2**63
 

@@ -28,9 +28,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jinfer.config.model import EngineConfig, SpeculativeConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
-from jinfer.engine.safety import integrity
+from jinfer.config.speculative import SpeculativeConfig
 from jinfer.engine.pages import prefix
 from jinfer.engine.pages.holdings import Holdings
 from jinfer.engine.pages.host_tier import HostTier
@@ -39,7 +39,7 @@ from jinfer.engine.pages.prefix import PrefixCache
 from jinfer.engine.pages.radix import TOKEN_BYTES, PageKey, num_common
 from jinfer.engine.plan import ScheduledSeq
 from jinfer.engine.request import Request
-from jinfer.engine.safety import recovery
+from jinfer.engine.safety import integrity, recovery
 from jinfer.engine.scheduler import Scheduler
 from jinfer.speculation.adaptive import DraftLength
 

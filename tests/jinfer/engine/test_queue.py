@@ -2,12 +2,12 @@
 
 import pytest
 
-from jinfer.config.model import EngineConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
-from jinfer.engine.safety import integrity
 from jinfer.engine import queue
 from jinfer.engine.queue import MAX_OVERTAKEN, WINDOW, WaitingQueue
 from jinfer.engine.request import Request, RequestStatus
+from jinfer.engine.safety import integrity
 from jinfer.engine.scheduler import Scheduler
 
 SHARED = list(range(100, 116))

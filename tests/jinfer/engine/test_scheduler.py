@@ -2,10 +2,10 @@
 
 import pytest
 
-from jinfer.config.model import EngineConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
-from jinfer.engine.safety import integrity
 from jinfer.engine.request import Request, RequestStatus
+from jinfer.engine.safety import integrity
 from jinfer.engine.scheduler import Scheduler
 
 EOS = 99

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from jinfer.config import memory
-from jinfer.config.model import CacheConfig, ModelConfig
+from jinfer.config.cache import CacheConfig
+from jinfer.config.model import ModelConfig
 from jinfer.kv import cache as kv_cache
-from jinfer.steps import forward as steps
+from jinfer.steps import pool as steps_pool
 from pallas_kernels import target
 from pallas_kernels.paged_attention import ragged_paged_attention
 
@@ -47,7 +48,7 @@ def int32(*values):
 def test_pages_are_copied_in_every_layer_and_padding_is_dropped(dtype):
     before = leaves(make_pool(dtype))
     # 1 -> 4 and 4 -> 0 at once: reads come before writes.
-    after = leaves(steps.copy_pages(make_pool(dtype), int32(1, 4, 2, 2), int32(4, 0, 5, -1)))
+    after = leaves(steps_pool.copy_pages(make_pool(dtype), int32(1, 4, 2, 2), int32(4, 0, 5, -1)))
     for old, new in zip(before, after):
         expected = old.copy()
         expected[:, 4], expected[:, 0] = old[:, 1], old[:, 4]
@@ -58,7 +59,7 @@ def test_pages_are_copied_in_every_layer_and_padding_is_dropped(dtype):
 def test_of_a_page_copied_in_part_the_rest_is_zero(dtype):
     before = leaves(make_pool(dtype))
     counts = int32(1, 2, 1)
-    after = leaves(steps.copy_pages(make_pool(dtype), int32(1, 2, 2), int32(4, 0, 5), counts))
+    after = leaves(steps_pool.copy_pages(make_pool(dtype), int32(1, 2, 2), int32(4, 0, 5), counts))
     for old, new in zip(before, after):
         expected = old.copy()
         expected[:, 4, :, 0], expected[:, 4, :, 1] = old[:, 1, :, 0], 0
@@ -69,9 +70,9 @@ def test_of_a_page_copied_in_part_the_rest_is_zero(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8", "int4"])
 def test_pages_are_read_and_written_elsewhere_with_all_that_belongs_to_them(dtype):
     before = leaves(make_pool(dtype))
-    contents = steps.read_pages(make_pool(dtype), int32(3, 1, 5))
+    contents = steps_pool.read_pages(make_pool(dtype), int32(3, 1, 5))
     empty = jax.tree.map(jnp.zeros_like, make_pool(dtype))
-    after = leaves(steps.write_pages(empty, contents, int32(0, 4, 5)))  # the third is dropped
+    after = leaves(steps_pool.write_pages(empty, contents, int32(0, 4, 5)))  # the third is dropped
     for old, new in zip(before, after):
         expected = np.zeros_like(old)
         expected[:, 0], expected[:, 4] = old[:, 3], old[:, 1]
@@ -81,7 +82,7 @@ def test_pages_are_read_and_written_elsewhere_with_all_that_belongs_to_them(dtyp
 def test_pages_are_cleared_in_every_layer():
     for old, new in zip(
         leaves(make_pool("float32")),
-        leaves(steps.clear_pages(make_pool("float32"), int32(3, 5))),
+        leaves(steps_pool.clear_pages(make_pool("float32"), int32(3, 5))),
     ):
         expected = old.copy()
         expected[:, 3] = 0

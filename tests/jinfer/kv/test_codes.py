@@ -8,7 +8,8 @@ from tiny_models import make_config
 
 from jinfer import LLM, SamplingParams
 from jinfer.config import memory
-from jinfer.config.model import CacheConfig, ModelConfig, kv_format
+from jinfer.config.cache import CacheConfig, kv_format
+from jinfer.config.model import ModelConfig
 from jinfer.kv import cache as kv_cache
 from jinfer.kv import codes as kv_quant
 from jinfer.models.model import Model

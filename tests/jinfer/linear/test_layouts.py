@@ -11,7 +11,7 @@ from jinfer import LLM, SamplingParams
 from jinfer.config.quant_format import QFormat
 from jinfer.linear import layouts as formats
 from jinfer.linear.qtensor import quantize
-from pallas_kernels import target
+from pallas_kernels import compile_only, target
 
 MODEL = make_model(256, num_layers=1)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -106,10 +106,10 @@ def test_an_engine_serves_them_and_takes_new_ones_into_the_same_layouts():
 
 
 def test_a_compiler_for_tpu7x_takes_and_makes_those_tiles():
-    if reason := target.why_not_compile("tpu7x"):
+    if reason := compile_only.why_not_compile("tpu7x"):
         pytest.skip(reason)
     tree = {"lm_head": {"w": jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)}}
-    with target.compile_target("tpu7x") as compiler:
+    with compile_only.compile_target("tpu7x") as compiler:
         wanted = formats.layouts(tree, compiler.target)
         goal = compiler.laid_out(tree, wanted)["lm_head"]["w"].format
         there = compiler.compile(jax.jit(jnp.copy, out_shardings=goal), tree["lm_head"]["w"])

@@ -16,11 +16,11 @@ from jinfer.linear import qtensor
 from jinfer.linear.prepared import PreparedWeight, prepare, prepare_params
 from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model
-from pallas_kernels import dispatch, target
+from pallas_kernels import compat, dispatch, target
 
 H100, V6E = target.TARGETS["h100"], target.TARGETS["v6e"]
 needs_gpu_simulator = pytest.mark.skipif(
-    target.why_not_interpret("gpu") is not None, reason=str(target.why_not_interpret("gpu"))
+    compat.why_not_interpret("gpu") is not None, reason=str(compat.why_not_interpret("gpu"))
 )
 KERNEL_FORMATS = [
     "int4-g64",
@@ -212,9 +212,9 @@ def serve(params, num_tokens=3, **options):
 def test_the_engine_gives_the_same_tokens_through_the_tpu_kernels(dense, text):
     params = quantized(dense, text, only="mlp")
     expected, _ = serve(params)
-    with target.interpret(detect_races=True):
+    with compat.interpret(detect_races=True):
         tokens, llm = serve(params, linear_impl="mosaic_tpu")
-        assert not target.races_found()
+        assert not compat.races_found()
         found = {d.op: d.chosen for d in llm.explain_kernels()}
     assert tokens == expected
     op = "fp8_matmul" if "dyn" in text else "quant_matmul"
@@ -228,7 +228,7 @@ def test_the_engine_gives_the_same_tokens_through_the_tpu_kernels(dense, text):
 def test_the_engine_gives_the_same_tokens_through_the_hopper_kernels(dense, text):
     params = quantized(dense, text, only="down")
     expected, _ = serve(params, num_tokens=2)
-    with target.interpret():
+    with compat.interpret():
         tokens, llm = serve(params, num_tokens=2, linear_impl="mosaic_gpu")
         found = {d.op: d.chosen for d in llm.explain_kernels()}
     assert tokens == expected

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinfer.config.quant_format import CODEBOOKS, QFormat, decode, encode, find_scales
+from jinfer.config.quant_format import CODEBOOKS, QFormat
 from jinfer.linear import qtensor
+from jinfer.linear.grids import decode, encode, find_scales
 from jinfer.linear.qtensor import (
     DYNAMIC_MAP,
     DoubleScale,

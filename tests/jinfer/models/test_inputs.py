@@ -11,8 +11,9 @@ from jinfer.checkpoints.fill import resolve_dtype
 from jinfer.checkpoints.formats.detect import QuantizedModules, open_reader
 from jinfer.checkpoints.hf_files import read_safetensors_header
 from jinfer.cli.terminal import one_line
-from jinfer.config.model import ModelConfig, RopeConfig, SpeculativeConfig
+from jinfer.config.model import ModelConfig, RopeConfig
 from jinfer.config.quant_format import QFormat
+from jinfer.config.speculative import SpeculativeConfig
 from jinfer.linear import qtensor
 from jinfer.quant.methods.gptq import quantize_gptq
 from jinfer.quant.methods.hqq import quantize_hqq

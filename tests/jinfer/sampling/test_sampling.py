@@ -10,19 +10,34 @@ import pytest
 import scipy.stats
 
 from jinfer.config.sampling_params import NO_TOKEN, SamplingParams, child_seed
-from jinfer.sampling import process as sampling
+from jinfer.sampling import state as sampling_state
+from jinfer.sampling.args import arg_row, pack_args, state_flags
+from jinfer.sampling.check import check_request
+from jinfer.sampling.draw import sample
+from jinfer.sampling.logprobs import top_logprobs
+from jinfer.sampling.process import process_logits
+from jinfer.sampling.state import (
+    SamplerLimits,
+    SamplerState,
+    init_state,
+    pack_bits,
+    pack_row,
+    reset_row,
+    state_bytes,
+)
+from jinfer.sampling.threshold import _largest
 
 V = 61  # not a multiple of 32: the last word of every bit row is ragged
-LIMITS = sampling.SamplerLimits(max_logit_bias=8, max_bad_words=4, max_bad_word_tokens=4)
+LIMITS = SamplerLimits(max_logit_bias=8, max_bad_words=4, max_bad_word_tokens=4)
 EOS = (2,)
 PROMPT = [1, 5, 9, 9, 60]
 OUTPUT = [7, 5, 7, 7, 30, 31]
 BAD_WORDS = [[8], [7, 30, 31, 40], [31, 41], [30, 42], [31]]
 
-process = jax.jit(sampling.process_logits)
-draw = jax.jit(sampling.sample)
-reset = jax.jit(sampling.reset_row)
-observe = jax.jit(sampling.observe)
+process = jax.jit(process_logits)
+draw = jax.jit(sample)
+reset = jax.jit(reset_row)
+observe = jax.jit(sampling_state.observe)
 
 
 # --- the reference -------------------------------------------------------------------------------
@@ -67,16 +82,16 @@ def cut(x, p):
 def make(params, *, seeds=None, prompt=PROMPT, output=OUTPUT, size=None, eos=EOS):
     """State, args, rows and positions of a batch with the same prompt and output everywhere."""
     size = size or len(params)
-    state = sampling.init_state(size, V, LIMITS)
+    state = init_state(size, V, LIMITS)
     for i, p in enumerate(params):
-        setup = sampling.pack_row(
+        setup = pack_row(
             p, prompt, output, vocab_size=V, eos_token_ids=eos,
             bad_words_token_ids=BAD_WORDS if p.bad_words else (), limits=LIMITS,
         )  # fmt: skip
         state = reset(state, i, setup)
     seeds = seeds or range(len(params))
-    arg_rows = [sampling.arg_row(p, seed=s, prompt_len=len(prompt)) for p, s in zip(params, seeds)]
-    args = sampling.pack_args(arg_rows, size)
+    arg_rows = [arg_row(p, seed=s, prompt_len=len(prompt)) for p, s in zip(params, seeds)]
+    args = pack_args(arg_rows, size)
     rows = np.where(np.arange(size) < len(params), np.arange(size), size).astype(np.int32)
     positions = np.full(size, len(prompt) + len(output), np.int32)
     return state, args, rows, positions
@@ -258,10 +273,10 @@ def test_large_vocabularies_are_cut_where_float64_cuts_them(kind):
         SamplingParams(min_p=0.02, top_p=0.9), SamplingParams(top_p=0.3), SamplingParams(top_k=50),
     ]  # fmt: skip
     logits = large_batch(kind)
-    state = sampling.init_state(1, LARGE, LIMITS)
+    state = init_state(1, LARGE, LIMITS)
     rows = positions = np.zeros(8, np.int32)
-    arg_rows = [sampling.arg_row(p, seed=0, prompt_len=1) for p in params]
-    got = np.asarray(process(logits, sampling.pack_args(arg_rows, 8), state, rows, positions))
+    arg_rows = [arg_row(p, seed=0, prompt_len=1) for p in params]
+    got = np.asarray(process(logits, pack_args(arg_rows, 8), state, rows, positions))
     for i, p in enumerate(params):
         x = np.sort(logits[i].astype(np.float64))[::-1]
         x = x[x >= x[0] + math.log(p.min_p)] if p.min_p else x
@@ -271,14 +286,14 @@ def test_large_vocabularies_are_cut_where_float64_cuts_them(kind):
         # The mass is summed in f32: the edge may move by the few tokens that 1e-6 of it holds.
         slack = 0 if p.top_p == 1.0 or kind == "coarse" else 2
         assert abs(int(np.isfinite(got[i]).sum()) - int((x >= edge).sum())) <= slack
-        alone = sampling.pack_args(arg_rows[i : i + 1], 1)
+        alone = pack_args(arg_rows[i : i + 1], 1)
         alone = process(logits[i : i + 1], alone, state, rows[:1], positions[:1])
         np.testing.assert_array_equal(alone[0], got[i])
 
 
 def test_the_few_largest_hold_every_value_above_their_floor():
     x = large_batch("mixed")
-    few, floor = jax.jit(sampling._largest)(x)
+    few, floor = jax.jit(_largest)(x)
     assert few.shape == (8, 8192)
     for row, some, edge in zip(x, np.asarray(few), np.asarray(floor)):
         peaks = np.pad(row, (0, -LARGE % 64), constant_values=-np.inf).reshape(-1, 64).max(axis=1)
@@ -332,7 +347,7 @@ def test_half_precision_logits_are_cast_once():
 
 def test_a_token_mask_bans_what_its_bits_leave_out():
     allowed = [[0, 31], [32, 60], list(range(V)), []]
-    mask = np.stack([sampling.pack_bits(ids, V) for ids in allowed])
+    mask = np.stack([pack_bits(ids, V) for ids in allowed])
     logits = random_logits(4)
     state, args, rows, positions = make([SamplingParams()] * 3 + [SamplingParams(temperature=0)])
     got = np.asarray(process(logits, args, state, rows, positions, mask))
@@ -342,9 +357,9 @@ def test_a_token_mask_bans_what_its_bits_leave_out():
 
 
 def test_bits_are_packed_as_documented():
-    assert sampling.pack_bits([0, 33], 40).tolist() == [1, 2]
-    assert sampling.pack_bits([31, 63, 64, -1], 64).tolist() == [2**31, 2**31]
-    assert sampling.pack_bits([], 33).tolist() == [0, 0]
+    assert pack_bits([0, 33], 40).tolist() == [1, 2]
+    assert pack_bits([31, 63, 64, -1], 64).tolist() == [2**31, 2**31]
+    assert pack_bits([], 33).tolist() == [0, 0]
 
 
 # --- the draw ------------------------------------------------------------------------------------
@@ -378,7 +393,7 @@ def test_draws_follow_the_distribution(kwargs, vary):
 
     def one(seed, position):
         ints = jnp.asarray(args.ints).at[:, 3].set(seed)
-        return sampling.sample(processed, dataclasses.replace(args, ints=ints), position[None])[0]
+        return sample(processed, dataclasses.replace(args, ints=ints), position[None])[0]
 
     spread = jnp.arange(num_draws, dtype=jnp.uint32)
     fixed = jnp.full_like(spread, 11)
@@ -404,8 +419,8 @@ def test_a_token_is_a_function_of_seed_and_position_alone():
     position = 21
     wanted = []
     for seed in range(20):
-        args = sampling.pack_args([sampling.arg_row(p, seed=seed, prompt_len=3)], 1)
-        state = sampling.init_state(1, V, LIMITS)
+        args = pack_args([arg_row(p, seed=seed, prompt_len=3)], 1)
+        state = init_state(1, V, LIMITS)
         rows, positions = np.zeros(1, np.int32), np.full(1, position, np.int32)
         x = process(logits[None], args, state, rows, positions)
         wanted.append(int(draw(x, args, positions)[0]))
@@ -419,11 +434,11 @@ def test_a_token_is_a_function_of_seed_and_position_alone():
                 batch = random_logits(size, seed=size + seed)
                 batch[place] = logits
                 arg_rows = [
-                    sampling.arg_row(q, seed=seed if i == place else 99 + i, prompt_len=i)
+                    arg_row(q, seed=seed if i == place else 99 + i, prompt_len=i)
                     for i, q in enumerate(params)
                 ]
-                args = sampling.pack_args(arg_rows, size)
-                state = sampling.init_state(size, V, LIMITS)
+                args = pack_args(arg_rows, size)
+                state = init_state(size, V, LIMITS)
                 positions = np.arange(size, dtype=np.int32) + 40
                 positions[place] = position
                 x = process(batch, args, state, np.arange(size, dtype=np.int32), positions)
@@ -433,7 +448,7 @@ def test_a_token_is_a_function_of_seed_and_position_alone():
 @pytest.mark.parametrize("seed", [0, 5, 2**32 + 5, 2**64 - 1])
 def test_the_key_is_the_seed_folded_with_the_position(seed):
     x = random_logits(1, seed=2, scale=1.0)
-    args = sampling.pack_args([sampling.arg_row(SamplingParams(), seed=seed, prompt_len=0)], 1)
+    args = pack_args([arg_row(SamplingParams(), seed=seed, prompt_len=0)], 1)
     words = jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
     for position in range(8):
         key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
@@ -445,10 +460,8 @@ def test_the_key_is_the_seed_folded_with_the_position(seed):
 
 def test_the_samples_of_one_request_differ():
     x = np.tile(random_logits(1, seed=2, scale=0.5), (16, 1))
-    arg_rows = [
-        sampling.arg_row(SamplingParams(), seed=child_seed(3, i), prompt_len=0) for i in range(16)
-    ]
-    tokens = draw(x, sampling.pack_args(arg_rows, 16), np.full(16, 4, np.int32))
+    arg_rows = [arg_row(SamplingParams(), seed=child_seed(3, i), prompt_len=0) for i in range(16)]
+    tokens = draw(x, pack_args(arg_rows, 16), np.full(16, 4, np.int32))
     assert len(set(tokens.tolist())) > 8
 
 
@@ -456,7 +469,7 @@ def test_greedy_takes_the_lowest_id_among_equals():
     x = np.zeros((3, V), np.float32)
     x[0, [30, 9]] = 5.0
     x[1, V - 1] = 1.0
-    args = sampling.pack_args([], 3)
+    args = pack_args([], 3)
     assert draw(x, args, np.zeros(3, np.int32)).tolist() == [9, V - 1, 0]
 
 
@@ -465,8 +478,8 @@ def test_a_greedy_batch_draws_no_random_numbers_and_no_vocabulary_is_sorted():
     logits = random_logits(2)
 
     def both(logits):
-        x = sampling.process_logits(logits, args, state, rows, positions)
-        return sampling.sample(x, args, positions)
+        x = process_logits(logits, args, state, rows, positions)
+        return sample(x, args, positions)
 
     outer = {eqn.primitive.name for eqn in jax.make_jaxpr(both)(logits).jaxpr.eqns}
     assert "cond" in outer
@@ -479,7 +492,7 @@ def test_a_greedy_batch_draws_no_random_numbers_and_no_vocabulary_is_sorted():
 
 
 def assert_same_state(got, want, rows=slice(None)):
-    for field in dataclasses.fields(sampling.SamplerState):
+    for field in dataclasses.fields(SamplerState):
         a, b = np.asarray(getattr(got, field.name)), np.asarray(getattr(want, field.name))
         np.testing.assert_array_equal(a[rows], b[rows], err_msg=field.name)
 
@@ -489,14 +502,14 @@ def test_a_row_reset_after_preemption_is_the_row_that_was_lost():
     rng = np.random.default_rng(0)
     outputs = rng.integers(0, V, size=40).tolist()
     for cut_at in (0, 1, 2, 3, 17, 40):
-        setup = sampling.pack_row(
+        setup = pack_row(
             p, PROMPT, [], vocab_size=V, eos_token_ids=EOS,
             bad_words_token_ids=BAD_WORDS, limits=LIMITS,
         )  # fmt: skip
-        state = reset(sampling.init_state(3, V, LIMITS), 1, setup)
+        state = reset(init_state(3, V, LIMITS), 1, setup)
         for token in outputs[:cut_at]:
             state = observe(state, np.array([1]), np.array([token]), np.array([True]))
-        again = sampling.pack_row(
+        again = pack_row(
             p, PROMPT, outputs[:cut_at], vocab_size=V, eos_token_ids=EOS,
             bad_words_token_ids=BAD_WORDS, limits=LIMITS,
         )  # fmt: skip
@@ -508,9 +521,9 @@ def test_a_row_reset_after_preemption_is_the_row_that_was_lost():
 def test_the_last_row_of_a_bucket_is_written_and_padding_never_is(size):
     p = SamplingParams(frequency_penalty=1.0)
     num_rows = 8
-    state = sampling.init_state(num_rows, V, LIMITS)
+    state = init_state(num_rows, V, LIMITS)
     for i in range(num_rows):
-        state = reset(state, i, sampling.pack_row(p, PROMPT, [i], vocab_size=V, limits=LIMITS))
+        state = reset(state, i, pack_row(p, PROMPT, [i], vocab_size=V, limits=LIMITS))
     before = jax.tree.map(np.array, state)
     # The last sequence owns the last row; all others are padding of one kind or another.
     padding = ([num_rows, -1, num_rows + 5, -num_rows] * 2)[: size - 1]
@@ -528,12 +541,12 @@ def test_the_last_row_of_a_bucket_is_written_and_padding_never_is(size):
 def test_a_fresh_row_has_the_prompts_last_token_and_no_history():
     """Token 0 is a real token: an empty history must not look like a run of it."""
     p = SamplingParams(bad_words=["x"])
-    setup = sampling.pack_row(
+    setup = pack_row(
         p, PROMPT, [], vocab_size=V, bad_words_token_ids=[[0, 5], [0, 0, 6]], limits=LIMITS
     )
-    state = reset(sampling.init_state(1, V, LIMITS), 0, setup)
+    state = reset(init_state(1, V, LIMITS), 0, setup)
     assert state.last_tokens[0] == PROMPT[-1]
-    args = sampling.pack_args([sampling.arg_row(p, seed=0, prompt_len=5)], 1)
+    args = pack_args([arg_row(p, seed=0, prompt_len=5)], 1)
     rows, positions = np.zeros(1, np.int32), np.full(1, 5, np.int32)
     banned = []
     for _ in range(3):
@@ -544,8 +557,8 @@ def test_a_fresh_row_has_the_prompts_last_token_and_no_history():
 
 
 def test_resetting_a_row_out_of_range_changes_nothing():
-    state = sampling.init_state(2, V, LIMITS)
-    setup = sampling.pack_row(SamplingParams(), PROMPT, OUTPUT, vocab_size=V, limits=LIMITS)
+    state = init_state(2, V, LIMITS)
+    setup = pack_row(SamplingParams(), PROMPT, OUTPUT, vocab_size=V, limits=LIMITS)
     for row in (-1, 2, 100):
         assert_same_state(reset(state, row, setup), state)
 
@@ -556,21 +569,19 @@ def test_prompts_of_any_length_share_one_compiled_reset():
     @jax.jit
     def fresh(state, row, setup):
         traces.append(row)
-        return sampling.reset_row(state, row, setup)
+        return reset_row(state, row, setup)
 
-    state = sampling.init_state(2, V, LIMITS)
+    state = init_state(2, V, LIMITS)
     for length in (1, 5, 3000):
         prompt = np.arange(length) % V
-        setup = sampling.pack_row(SamplingParams(), prompt, prompt[:2], vocab_size=V, limits=LIMITS)
+        setup = pack_row(SamplingParams(), prompt, prompt[:2], vocab_size=V, limits=LIMITS)
         state = fresh(state, np.int32(0), setup)
     assert len(traces) == 1
 
 
 def test_counts_saturate_instead_of_wrapping():
-    setup = sampling.pack_row(
-        SamplingParams(), PROMPT, np.full(70_000, 4), vocab_size=V, limits=LIMITS
-    )
-    state = reset(sampling.init_state(1, V, LIMITS), 0, setup)
+    setup = pack_row(SamplingParams(), PROMPT, np.full(70_000, 4), vocab_size=V, limits=LIMITS)
+    state = reset(init_state(1, V, LIMITS), 0, setup)
     state = observe(state, np.array([0]), np.array([4]), np.array([True]))
     assert state.output_counts[0, 4] == 65535
 
@@ -614,9 +625,9 @@ def test_a_long_run_of_mixed_requests_matches_the_reference_step_by_step():
 
 def test_a_row_that_needs_no_state_may_skip_its_reset():
     plain = SamplingParams(top_k=5, stop_token_ids=[3], seed=1)
-    assert sampling.state_flags(plain) == 0
-    assert sampling.state_flags(SamplingParams(**FIELDS["everything"])) == 31
-    dirty = jax.tree.map(lambda x: jnp.full_like(x, 3), sampling.init_state(2, V, LIMITS))
+    assert state_flags(plain) == 0
+    assert state_flags(SamplingParams(**FIELDS["everything"])) == 31
+    dirty = jax.tree.map(lambda x: jnp.full_like(x, 3), init_state(2, V, LIMITS))
     params = [plain, SamplingParams(**FIELDS["everything"])]
     clean, args, rows, positions = make(params)
     logits = random_logits(2)
@@ -638,9 +649,9 @@ def test_padding_sequences_are_neutral():
 
 
 def test_state_bytes_counts_every_array():
-    state = sampling.init_state(3, V, LIMITS)
-    assert sum(x.nbytes for x in jax.tree.leaves(state)) == sampling.state_bytes(3, V, LIMITS)
-    assert sampling.state_bytes(256, 262_144) < 160 * 2**20
+    state = init_state(3, V, LIMITS)
+    assert sum(x.nbytes for x in jax.tree.leaves(state)) == state_bytes(3, V, LIMITS)
+    assert state_bytes(256, 262_144) < 160 * 2**20
 
 
 def test_everything_runs_under_vmap():
@@ -649,8 +660,8 @@ def test_everything_runs_under_vmap():
     logits = random_logits(12).reshape(3, 4, V)
 
     def step(x):
-        y = sampling.process_logits(x, args, state, rows, positions)
-        return y, sampling.sample(y, args, positions)
+        y = process_logits(x, args, state, rows, positions)
+        return y, sample(y, args, positions)
 
     got, tokens = jax.jit(jax.vmap(step))(logits)
     for i in range(3):
@@ -679,21 +690,19 @@ def test_everything_runs_under_vmap():
 )
 def test_what_the_state_cannot_hold_is_refused_at_admission(kwargs, words, match):
     with pytest.raises(ValueError, match=match):
-        sampling.check_request(
+        check_request(
             SamplingParams(**kwargs), V, eos_token_ids=EOS, bad_words_token_ids=words,
             limits=LIMITS,
         )  # fmt: skip
 
 
 def test_what_fits_is_admitted():
-    sampling.check_request(
+    check_request(
         SamplingParams(**FIELDS["everything"]), V, eos_token_ids=EOS,
         bad_words_token_ids=BAD_WORDS, limits=LIMITS,
     )  # fmt: skip
     many = [[i] for i in range(V - 1)]
-    sampling.check_request(
-        SamplingParams(bad_words=["x"]), V, bad_words_token_ids=many, limits=LIMITS
-    )
+    check_request(SamplingParams(bad_words=["x"]), V, bad_words_token_ids=many, limits=LIMITS)
 
 
 # --- log probabilities ---------------------------------------------------------------------------
@@ -704,7 +713,7 @@ def test_log_probabilities_match_float64(k):
     logits = random_logits(6)
     logits[3] = np.round(logits[3])  # ties
     tokens = np.array([0, 5, V - 1, 7, 8, int(logits[5].argmax())], np.int32)
-    ids, top, of_token, rank = jax.jit(sampling.top_logprobs, static_argnums=2)(logits, tokens, k)
+    ids, top, of_token, rank = jax.jit(top_logprobs, static_argnums=2)(logits, tokens, k)
     x = logits.astype(np.float64)
     want = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
     assert ids.shape == top.shape == (6, k)
@@ -720,8 +729,8 @@ def test_log_probabilities_match_float64(k):
 def test_log_probabilities_of_half_precision_logits_are_taken_in_f32():
     logits = jnp.asarray(random_logits(2), jnp.bfloat16)
     tokens = np.array([1, 2], np.int32)
-    low = sampling.top_logprobs(logits, tokens, 3)
-    high = sampling.top_logprobs(logits.astype(jnp.float32), tokens, 3)
+    low = top_logprobs(logits, tokens, 3)
+    high = top_logprobs(logits.astype(jnp.float32), tokens, 3)
     for a, b in zip(low, high):
         np.testing.assert_array_equal(a, b)
     assert low[1].dtype == jnp.float32

@@ -10,7 +10,10 @@ import pytest
 from scipy import stats
 
 from jinfer import SamplingParams
-from jinfer.sampling import process as sampling
+from jinfer.sampling.args import arg_row, pack_args
+from jinfer.sampling.draw import sample
+from jinfer.sampling.process import process_logits
+from jinfer.sampling.state import SamplerState, observe, pack_bits, pack_row
 from jinfer.speculation import accept_chain as accept
 from jinfer.speculation.accept_tree import Nodes, verify_tree
 
@@ -39,10 +42,10 @@ DRAFTER = TARGET + 0.5 * bigram(1)
 
 def start(params):
     """N sequences of one prompt, that differ in their seeds."""
-    setup = sampling.pack_row(params, PROMPT, [], vocab_size=V)
+    setup = pack_row(params, PROMPT, [], vocab_size=V)
     state = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x)[None], (N, *x.shape)), setup)
-    state = sampling.SamplerState(**vars(state))
-    args = sampling.pack_args([sampling.arg_row(params, seed=0, prompt_len=len(PROMPT))] * N, N)
+    state = SamplerState(**vars(state))
+    args = pack_args([arg_row(params, seed=0, prompt_len=len(PROMPT))] * N, N)
     args.ints[:, 3] = np.arange(N) * 7919 + 11  # the seed's low word
     args = jax.tree.map(jnp.asarray, args)
     return args, state, jnp.arange(N), jnp.full(N, len(PROMPT), jnp.int32)
@@ -52,9 +55,9 @@ def draft(args, state, rows, positions):
     """K drafts of each sequence, with the distributions that they were drawn from."""
     drafts, logits = [], []
     for i in range(K):
-        x = sampling.process_logits(DRAFTER[state.last_tokens], args, state, rows, positions + i)
+        x = process_logits(DRAFTER[state.last_tokens], args, state, rows, positions + i)
         tokens = accept.draw_draft(x, args, positions + i)
-        state = sampling.observe(state, rows, tokens, jnp.ones(N, bool))
+        state = observe(state, rows, tokens, jnp.ones(N, bool))
         drafts.append(tokens)
         logits.append(x)
     return jnp.stack(drafts), jnp.stack(logits)
@@ -104,8 +107,8 @@ def speculate_along_a_tree(args, state, rows, positions, typical=None):
 
 
 def two_tokens(tokens, counts, args, state, rows, positions):
-    x = sampling.process_logits(TARGET[state.last_tokens], args, state, rows, positions + counts)
-    after = sampling.sample(x, args, positions + counts)
+    x = process_logits(TARGET[state.last_tokens], args, state, rows, positions + counts)
+    after = sample(x, args, positions + counts)
     return jnp.stack([tokens[0], jnp.where(counts > 1, tokens[1], after)])
 
 
@@ -114,19 +117,19 @@ def decode(args, state, rows, positions):
     """Two tokens of plain decoding."""
     tokens = []
     for i in range(2):
-        x = sampling.process_logits(TARGET[state.last_tokens], args, state, rows, positions + i)
-        tokens.append(sampling.sample(x, args, positions + i))
-        state = sampling.observe(state, rows, tokens[-1], jnp.ones(N, bool))
+        x = process_logits(TARGET[state.last_tokens], args, state, rows, positions + i)
+        tokens.append(sample(x, args, positions + i))
+        state = observe(state, rows, tokens[-1], jnp.ones(N, bool))
     return jnp.stack(tokens)
 
 
 def exact(params):
     """The probability of each pair of tokens under the target, from `process_logits` alone."""
     args, state, rows, positions = jax.tree.map(lambda x: x[:V], start(params))
-    x = sampling.process_logits(TARGET[state.last_tokens], args, state, rows, positions)
+    x = process_logits(TARGET[state.last_tokens], args, state, rows, positions)
     first = jax.nn.softmax(x, axis=-1)[0]
-    state = sampling.observe(state, rows, jnp.arange(V), jnp.ones(V, bool))
-    x = sampling.process_logits(TARGET[jnp.arange(V)], args, state, rows, positions + 1)
+    state = observe(state, rows, jnp.arange(V), jnp.ones(V, bool))
+    x = process_logits(TARGET[jnp.arange(V)], args, state, rows, positions + 1)
     return np.asarray(first[:, None] * jax.nn.softmax(x, axis=-1), np.float64)
 
 
@@ -224,7 +227,7 @@ def test_a_biased_rule_is_found_out(bias, monkeypatch):
         if bias == "accepts too much":
             return draw(target, args, positions, drafted, has_draft, draft_logits - 0.4 * target)
         tokens = draw(target, args, positions, drafted, has_draft, draft_logits)
-        plain = sampling.sample(target, args, positions)
+        plain = sample(target, args, positions)
         return jnp.where(has_draft & (tokens != drafted), plain, tokens)
 
     monkeypatch.setattr(accept, "draw", biased)
@@ -241,11 +244,11 @@ def test_sequences_without_drafts_and_idle_ones_are_as_in_a_plain_step():
     tokens, counts, after = accept.verify(
         logits, args, state, rows, positions, drafts, jnp.zeros(4, jnp.int32), active
     )
-    x = sampling.process_logits(logits[0], args, state, rows, positions)
-    plain = sampling.sample(x, args, positions)
+    x = process_logits(logits[0], args, state, rows, positions)
+    plain = sample(x, args, positions)
     assert np.array_equal(tokens[0], plain)
     assert counts.tolist() == [1, 1, 1, 0]
-    expected = sampling.observe(state, rows, plain, active)
+    expected = observe(state, rows, plain, active)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), after, expected))
 
 
@@ -256,9 +259,9 @@ def test_a_mask_for_each_place():
     logits = jnp.broadcast_to(jnp.arange(V, dtype=jnp.float32), (K + 1, 2, V))
     masks = np.stack(
         [
-            [sampling.pack_bits([2], V), sampling.pack_bits([2], V)],
-            [sampling.pack_bits([3], V), sampling.pack_bits([4], V)],
-            [sampling.pack_bits([5], V), sampling.pack_bits([5], V)],
+            [pack_bits([2], V), pack_bits([2], V)],
+            [pack_bits([3], V), pack_bits([4], V)],
+            [pack_bits([5], V), pack_bits([5], V)],
         ]
     )
     tokens, counts, _ = accept.verify(

@@ -9,10 +9,13 @@ import pytest
 from scipy import stats
 
 from jinfer import SamplingParams
-from jinfer.config.model import CacheConfig, ModelConfig
+from jinfer.config.cache import CacheConfig
+from jinfer.config.model import ModelConfig
 from jinfer.kv import cache as kv_cache
 from jinfer.models.model import Model
-from jinfer.sampling import process as sampling
+from jinfer.sampling.args import arg_row, pack_args
+from jinfer.sampling.process import process_logits
+from jinfer.sampling.state import SamplerLimits, SamplerState, observe, pack_row
 from jinfer.speculation import accept_chain as accept
 from jinfer.steps import draft as draft_steps
 from jinfer.steps.batch import StepBatch
@@ -20,7 +23,7 @@ from jinfer.steps.batch import StepBatch
 V, K, S, PAGE = 8, 2, 512, 8
 ROUNDS = 48  # runs of S draws of two tokens
 PROMPT = 3  # one token
-LIMITS = sampling.SamplerLimits(max_logit_bias=1, max_bad_words=1, max_bad_word_tokens=2)
+LIMITS = SamplerLimits(max_logit_bias=1, max_bad_words=1, max_bad_word_tokens=2)
 CONFIG = ModelConfig(
     family="llama",
     vocab_size=V,
@@ -86,15 +89,15 @@ def make_batch(starts):
 
 def draw_pairs(case, params, draft_params, own_kv, rounds=ROUNDS, step=draft_steps.draft_step):
     """The first two tokens of S sequences in each of `rounds` runs, and counts of first steps."""
-    setup = sampling.pack_row(case, [PROMPT], [], vocab_size=V, limits=LIMITS)
-    row = sampling.arg_row(case, seed=0, prompt_len=1)
+    setup = pack_row(case, [PROMPT], [], vocab_size=V, limits=LIMITS)
+    row = arg_row(case, seed=0, prompt_len=1)
     pairs, all_counts = [], []
     cache = CacheConfig(num_pages=S, page_size=PAGE)
     for turn in range(rounds):
-        args = sampling.pack_args([row] * S, S)
+        args = pack_args([row] * S, S)
         args.ints[:, 3] = np.arange(turn * S, (turn + 1) * S) * 7919 + 11  # the seed's low word
         state = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (S, *x.shape)), setup)
-        state = sampling.SamplerState(**vars(state))
+        state = SamplerState(**vars(state))
         kv = kv_cache.init(CONFIG, cache)
         draft_kv = kv_cache.init(CONFIG, cache) if own_kv else None
         outputs = []
@@ -115,16 +118,16 @@ def draw_pairs(case, params, draft_params, own_kv, rounds=ROUNDS, step=draft_ste
 
 def exact(case, params):
     """The probability of each pair, from the model's dense forward pass and `process_logits`."""
-    setup = sampling.pack_row(case, [PROMPT], [], vocab_size=V, limits=LIMITS)
+    setup = pack_row(case, [PROMPT], [], vocab_size=V, limits=LIMITS)
     state = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (V, *x.shape)), setup)
-    state = sampling.SamplerState(**vars(state))
-    args = sampling.pack_args([sampling.arg_row(case, seed=0, prompt_len=1)] * V, V)
+    state = SamplerState(**vars(state))
+    args = pack_args([arg_row(case, seed=0, prompt_len=1)] * V, V)
     rows, ones = jnp.arange(V), jnp.ones(V, jnp.int32)
     tokens = jnp.stack([jnp.full(V, PROMPT), rows], axis=1).astype(jnp.int32)
     logits = MODEL.logits(params, tokens)
-    first = sampling.process_logits(logits[:, 0], args, state, rows, ones)
-    state = sampling.observe(state, rows, rows.astype(jnp.int32), jnp.ones(V, bool))
-    second = sampling.process_logits(logits[:, 1], args, state, rows, ones + 1)
+    first = process_logits(logits[:, 0], args, state, rows, ones)
+    state = observe(state, rows, rows.astype(jnp.int32), jnp.ones(V, bool))
+    second = process_logits(logits[:, 1], args, state, rows, ones + 1)
     return np.asarray(jax.nn.softmax(first)[0][:, None] * jax.nn.softmax(second), np.float64)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, target, tiles
+from pallas_kernels import compat, dispatch, target, tiles
 from pallas_kernels.fp8_matmul import fp8_matmul, prepare, quantize_activation
 
 F32_SUMS = 2e-6
@@ -17,7 +17,7 @@ S = jax.ShapeDtypeStruct
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 needs_simulator = pytest.mark.skipif(
-    target.why_not_interpret("gpu") is not None, reason=str(target.why_not_interpret("gpu"))
+    compat.why_not_interpret("gpu") is not None, reason=str(compat.why_not_interpret("gpu"))
 )
 
 
@@ -44,7 +44,7 @@ def test_simulated_hopper_kernel_agrees_with_float64(case, inputs, relative_erro
     x, w, x_scale, w_scale = inputs.arrays()
     v = prepare(w, w_scale, block=inputs.block, target=H100)
     few_cores = dataclasses.replace(H100, num_cores=case.cores)
-    with target.state(few_cores), target.interpret(detect_races=True):
+    with target.state(few_cores), compat.interpret(detect_races=True):
         y = fp8_matmul(x, v.w, x_scale, v.scale, block=v.block, layout=v.layout,
                        out_dtype=jnp.float32, config=config, impl="mosaic_gpu")  # fmt: skip
     assert relative_error(y, inputs.expected()) < F32_SUMS
@@ -56,10 +56,10 @@ def test_simulated_tpu_kernel_agrees_with_float64(case, inputs, relative_error):
         pytest.skip("scales or sizes that the kernel refuses; test_kernels_refuse covers them")
     sizes = {"block_m": 32, "block_n": 128, "block_k": 128} | case.tpu
     x, w, x_scale, w_scale = inputs.arrays()
-    with target.state("v6e"), target.interpret(detect_races=True):
+    with target.state("v6e"), compat.interpret(detect_races=True):
         y = fp8_matmul(x, w, x_scale, w_scale, block=inputs.block, out_dtype=jnp.float32,
                        config=tiles.QuantMatmulTpuTiles(**sizes), impl="mosaic_tpu")  # fmt: skip
-        assert not target.races_found()
+        assert not compat.races_found()
     assert relative_error(y, inputs.expected()) < F32_SUMS
 
 

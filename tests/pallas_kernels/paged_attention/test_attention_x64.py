@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import target
+from pallas_kernels import compat
 from pallas_kernels.paged_attention import ragged_paged_attention
 
 SHAPES = {
@@ -28,9 +28,9 @@ def test_attention_is_the_same_with_x64(make_case, shape, impl):
         tree = None if inputs.tree_mask is None else jnp.asarray(inputs.tree_mask)
         if impl == "xla":
             return np.asarray(run(*inputs.args, tree_mask=tree))
-        if reason := target.why_not_interpret("tpu"):
+        if reason := compat.why_not_interpret("tpu"):
             pytest.skip(reason)
-        with target.interpret():
+        with compat.interpret():
             return np.asarray(run(*inputs.args, tree_mask=tree))
 
     expected = attend()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import target
+from pallas_kernels import compat, target
 from pallas_kernels.paged_attention import (
     AttentionSpec,
     MosaicGpuTiles,
@@ -23,23 +23,23 @@ QUICK = ("empty places and padding rows", "tree of 16", "chunk with a window", "
 
 @pytest.fixture
 def simulated():
-    if reason := target.why_not_interpret("gpu"):
+    if reason := compat.why_not_interpret("gpu"):
         pytest.skip(reason)
-    with target.interpret(detect_races=True):
+    with compat.interpret(detect_races=True):
         yield
-    target.reset_interpreter()
+    compat.reset_interpreter()
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_simulated_it_agrees_with_jnp_and_has_no_race(name, cases, attend_both, simulated):
     attend_both(cases[name].build(dtype="bfloat16"), "mosaic_gpu")
-    assert not target.races_found("gpu")
+    assert not compat.races_found("gpu")
 
 
 @pytest.mark.slow
 def test_every_case_simulated_agrees_with_jnp(case, attend_both, simulated):
     attend_both(case.build(seed=1, dtype="bfloat16"), "mosaic_gpu")
-    assert not target.races_found("gpu")
+    assert not compat.races_found("gpu")
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_heads_and_pages_of_real_models(
         name="", seqs=seqs, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, num_tokens=7
     )
     attend_both(case.build(dtype="bfloat16"), "mosaic_gpu")
-    assert not target.races_found("gpu")
+    assert not compat.races_found("gpu")
 
 
 @pytest.mark.slow

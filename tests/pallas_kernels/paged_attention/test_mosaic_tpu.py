@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import target
+from pallas_kernels import compat, target
 from pallas_kernels.paged_attention import (
     MosaicTpuTiles,
     PagedKV,
@@ -20,11 +20,11 @@ QUICK = ("empty places and padding rows", "tree of 40", "chunk with a window", "
 
 @pytest.fixture
 def simulated():
-    if reason := target.why_not_interpret("tpu"):
+    if reason := compat.why_not_interpret("tpu"):
         pytest.skip(reason)
-    with target.interpret(detect_races=True):
+    with compat.interpret(detect_races=True):
         yield
-    target.reset_interpreter()
+    compat.reset_interpreter()
 
 
 def fitted(case):
@@ -35,13 +35,13 @@ def fitted(case):
 @pytest.mark.parametrize("name", QUICK)
 def test_simulated_it_agrees_with_jnp_and_has_no_race(name, cases, attend_both, simulated):
     attend_both(fitted(cases[name]).build(), "mosaic_tpu")
-    assert not target.races_found()
+    assert not compat.races_found()
 
 
 @pytest.mark.slow
 def test_every_case_simulated_agrees_with_jnp(case, attend_both, simulated):
     attend_both(fitted(case).build(seed=1), "mosaic_tpu")
-    assert not target.races_found()
+    assert not compat.races_found()
 
 
 @pytest.mark.parametrize("tiles", [MosaicTpuTiles(kv_block=8, q_rows=16), MosaicTpuTiles()])
@@ -85,7 +85,7 @@ def test_heads_and_pages_of_real_models(
         name="", seqs=seqs, head_dim=head_dim, page_size=page_size, kv_dtype=kv_dtype, num_tokens=7
     )
     attend_both(case.build(dtype="bfloat16"), "mosaic_tpu")
-    assert not target.races_found()
+    assert not compat.races_found()
 
 
 @pytest.mark.parametrize("impl", ["xla", "mosaic_tpu"])

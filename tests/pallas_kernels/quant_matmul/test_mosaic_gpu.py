@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import target, tiles
+from pallas_kernels import compat, compile_only, target, tiles
 from pallas_kernels.quant_matmul import cases, mosaic_gpu, prepare, quant_matmul
 from pallas_kernels.quant_matmul.base import QuantSpec
 from pallas_kernels.quant_matmul.schedule import Schedule, sum_parts
@@ -18,7 +18,7 @@ BF16_WEIGHTS = 5e-3  # weights rounded to bf16 too
 H100 = target.TARGETS["h100"]
 
 needs_simulator = pytest.mark.skipif(
-    target.why_not_interpret("gpu") is not None, reason=str(target.why_not_interpret("gpu"))
+    compat.why_not_interpret("gpu") is not None, reason=str(compat.why_not_interpret("gpu"))
 )
 
 
@@ -28,7 +28,7 @@ def simulate(case, inputs, seed=0):
     config = tiles.QuantMatmulGpuTiles(**(sizes | case.gpu))
     few_cores = dataclasses.replace(H100, num_cores=case.cores)
     w = prepare(q, scale, zero, group=inputs.group, target=H100)
-    with target.state(few_cores), target.interpret(detect_races=True):
+    with target.state(few_cores), compat.interpret(detect_races=True):
         return np.asarray(
             quant_matmul(
                 x, w.q, w.scale, w.zero, group=w.group, layout=w.layout, config=config,
@@ -83,10 +83,10 @@ def test_parts_that_no_block_wrote_do_not_count():
 
 @pytest.mark.parametrize("num_rows", [1, 16])
 def test_a_call_launches_the_kernel_and_the_sum_of_its_parts_and_nothing_else(num_rows):
-    if reason := target.why_not_compile("h100"):
+    if reason := compile_only.why_not_compile("h100"):
         pytest.skip(reason)
     case = cases.Case(model="", linear="", num_rows=num_rows, num_inputs=4096, num_outputs=4096)
-    with target.compile_target("h100") as compiler:
+    with compile_only.compile_target("h100") as compiler:
         program = compiler.compile(
             functools.partial(quant_matmul, group=128, layout="nk"), *case.abstract_args("nk")
         )

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import target, tiles
+from pallas_kernels import compat, target, tiles
 from pallas_kernels.quant_matmul import cases, mosaic_tpu, quant_matmul
 from pallas_kernels.quant_matmul.base import QuantSpec
 
@@ -21,9 +21,9 @@ def test_simulated_kernel_agrees_with_float64(case, inputs, relative_error):
         **({"block_m": 16, "block_n": 128, "block_k": max(128, inputs.group)} | case.tpu)
     )
     x, q, scale, zero = inputs.arrays()
-    with target.state("v6e"), target.interpret(detect_races=True):
+    with target.state("v6e"), compat.interpret(detect_races=True):
         y = quant_matmul(x, q, scale, zero, group=inputs.group, config=config, impl="mosaic_tpu")
-        assert not target.races_found()
+        assert not compat.races_found()
     bound = BF16_WEIGHTS if config.scale_weights else BF16_OUT
     assert relative_error(np.asarray(y), inputs.expected()) < bound
 

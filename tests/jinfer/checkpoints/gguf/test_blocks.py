@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
+from jinfer import load
 from jinfer.checkpoints.gguf.blocks import FORMATS, qtensor_of, read_blocks
 from jinfer.checkpoints.gguf.kquants import encode_rows
 from jinfer.checkpoints.gguf.write import write_gguf
-from jinfer import load
 from jinfer.models.model import Model
 from jinfer.setup.options import prepare, take_model
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
+from jinfer import load
 from jinfer.checkpoints.gguf.checkpoint import gguf_config
 from jinfer.checkpoints.gguf.file import GGUFFile
-from jinfer import load
 from jinfer.models import rope
 
 ARCHITECTURES = {

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
+from jinfer import load
 from jinfer.checkpoints.families import is_linear, unflatten
 from jinfer.checkpoints.gguf.file import GGUFFile
 from jinfer.checkpoints.gguf.kquants import encode_rows, fitting_type
 from jinfer.checkpoints.gguf.write import write_gguf
-from jinfer import load
 from jinfer.config.quant_format import QFormat
 from jinfer.linear import qtensor
 from jinfer.models import rope

@@ -9,8 +9,9 @@ import pytest
 from jinfer import LLM, BeamSearchParams, SamplingParams
 from jinfer.engine.beam.searcher import BeamSearcher
 from jinfer.engine.pages.holdings import Holdings
-from jinfer.sampling.process import best_continuations, pack_bits
-from jinfer.steps import forward as steps
+from jinfer.sampling.logprobs import best_continuations
+from jinfer.sampling.state import pack_bits
+from jinfer.steps import beam
 
 VOCAB, PAGE = 97, 4
 EOS = (5, 11, 40)
@@ -323,7 +324,7 @@ def test_two_searchers_on_one_pool_do_not_wait_for_each_other_forever(oracle_pat
 
 def test_a_failed_step_leaves_an_engine_that_works(oracle_path, alone, monkeypatch):
     llm = LLM(oracle_path, dtype="float32", **LIMITS)
-    whole = steps.beam_step
+    whole = beam.beam_step
 
     def fail(model, params, kv, *args, **kwargs):
         jax.tree.map(lambda x: x.delete(), kv)
@@ -333,10 +334,10 @@ def test_a_failed_step_leaves_an_engine_that_works(oracle_path, alone, monkeypat
     [prompt] = draw_prompts(1, (9,))
     llm.add_request("beside", prompt, greedy)
     llm.step()
-    monkeypatch.setattr(steps, "beam_step", fail)
+    monkeypatch.setattr(beam, "beam_step", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         llm.beam_search(PROMPTS, PARAMS)
-    monkeypatch.setattr(steps, "beam_step", whole)
+    monkeypatch.setattr(beam, "beam_step", whole)
     while llm.has_unfinished_requests():
         outputs = llm.step()
     [again] = llm.generate([prompt], greedy, use_tqdm=False)

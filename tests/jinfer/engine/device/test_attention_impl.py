@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from jinfer import LLM, SamplingParams
-from jinfer.config.model import CacheConfig, ModelConfig
+from jinfer.config.cache import CacheConfig
+from jinfer.config.model import ModelConfig
 from jinfer.kv import cache as kv_cache
 from jinfer.models.model import Model
-from jinfer.sampling import process as sampling
-from jinfer.steps import forward as steps
+from jinfer.sampling.state import init_state
+from jinfer.steps import blocks
 from jinfer.steps.batch import StepBatch
-from pallas_kernels import dispatch, target
+from pallas_kernels import compat, dispatch, target
 
 MODEL = Model(
     ModelConfig(
@@ -54,12 +55,12 @@ def serve(params, attention_impl):
 @pytest.mark.slow
 @pytest.mark.parametrize(("impl", "kind"), [("mosaic_tpu", "tpu"), ("mosaic_gpu", "gpu")])
 def test_the_engine_gives_the_same_tokens_on_every_backend(params, impl, kind):
-    if reason := target.why_not_interpret(kind):
+    if reason := compat.why_not_interpret(kind):
         pytest.skip(reason)
     expected, _ = serve(params, "xla")
-    with target.interpret(detect_races=kind == "tpu"):
+    with compat.interpret(detect_races=kind == "tpu"):
         tokens, llm = serve(params, impl)
-        assert not (kind == "tpu" and target.races_found())
+        assert not (kind == "tpu" and compat.races_found())
         assert {d.chosen for d in llm.explain_kernels()} == {impl}
     assert tokens == expected
 
@@ -80,14 +81,14 @@ def test_on_a_tpu_the_kernel_attends_whatever_the_width_of_a_head(head_dim, dtyp
     batch = StepBatch.padding(8, 2, max_pages=2, num_slots=cache.num_slots, num_rows=2)
 
     def step(params, kv, state):
-        return steps.run_blocks(model, params, kv, state, batch, "auto")
+        return blocks.run_blocks(model, params, kv, state, batch, "auto")
 
     with target.state("v6e"):
         args = jax.eval_shape(
             lambda: (
                 model.init(jax.random.key(0), jnp.bfloat16),
                 kv_cache.init(model.config, cache),
-                sampling.init_state(2, model.config.vocab_size),
+                init_state(2, model.config.vocab_size),
             )
         )
         found = dispatch.explain(step, *args)

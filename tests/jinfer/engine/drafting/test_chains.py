@@ -5,11 +5,12 @@ import random
 
 import pytest
 
-from jinfer.config.model import EngineConfig, SpeculativeConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
-from jinfer.engine.safety import integrity
+from jinfer.config.speculative import SpeculativeConfig
 from jinfer.engine.drafting.trees import TreeSpeculation
 from jinfer.engine.request import Request
+from jinfer.engine.safety import integrity
 from jinfer.engine.scheduler import Scheduler
 from jinfer.speculation.adaptive import FIRST_TRIAL_WITHIN
 

@@ -15,15 +15,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jinfer.config.model import EngineConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
-from jinfer.engine.safety import integrity
 from jinfer.engine.pages.costs import TransferCosts
 from jinfer.engine.pages.host_tier import HostTier
 from jinfer.engine.pages.pool import PageError
 from jinfer.engine.pages.radix import PageKey
 from jinfer.engine.plan import PageMoves, Plan, ScheduledSeq
 from jinfer.engine.request import Request
+from jinfer.engine.safety import integrity
 from jinfer.engine.scheduler import Scheduler
 
 NO_MOVES = PageMoves()

@@ -17,14 +17,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jinfer.config.model import EngineConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
-from jinfer.engine.safety import integrity
 from jinfer.engine.pages import prefix, radix
 from jinfer.engine.pages.pool import OutOfPages, PageError, PagePool
 from jinfer.engine.pages.prefix import PrefixCache
 from jinfer.engine.pages.radix import Node, as_edge
 from jinfer.engine.request import Request
+from jinfer.engine.safety import integrity
 from jinfer.engine.scheduler import Scheduler
 
 
