@@ -19,7 +19,7 @@ import numpy as np
 from jinfer.checkpoints.gguf.ends import END_OF_TURN
 from jinfer.checkpoints.gguf.file import GGUFFile
 from jinfer.checkpoints.locate import expanded, locate
-from jinfer.config.fields import require
+from jinfer.config.fields import require, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -114,6 +114,12 @@ def load_tokenizer(
       ValueError: there is no tokenizer in it, or one of an unknown kind.
     """
     tokenizer = _load(path_or_name, revision)
+    longest = getattr(tokenizer, "model_max_length", 0)
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)):
+        raise ValueError(
+            f"the tokenizer of {path_or_name} must have a number as model_max_length, got "
+            f"{shown(longest)}"
+        )
     # How long a text may be is the engine's to say; transformers would warn of its own limit.
     warned = getattr(tokenizer, "deprecation_warnings", {})
     warned["sequence-length-is-longer-than-the-specified-maximum"] = True

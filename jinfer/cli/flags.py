@@ -75,7 +75,9 @@ def check_result_file(file: Path | None) -> None:
         if is_new:
             file.unlink()
     except OSError as error:
-        raise ValueError(f"--json {str(file)!r} cannot be written: {error.strerror}") from error
+        raise ValueError(
+            f"--json {str(file)!r:.200} cannot be written: {error.strerror}"
+        ) from error
 
 
 def size(text: str) -> int:

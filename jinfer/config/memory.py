@@ -83,7 +83,7 @@ def dtype_bytes(dtype: str) -> float:
       ValueError: the dtype is not one that weights or KV are stored in.
     """
     if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r:.80}")
     return DTYPE_BYTES[dtype]
 
 

@@ -32,14 +32,14 @@ def check_request(
         f"to ban many tokens use allowed_token_ids",
     )
     for word in bad_words_token_ids:
-        require(len(word) > 0, "a bad word has no tokens")
+        require(len(word) > 0, "bad_words: a word has no tokens")
         require(
             all(0 <= i < vocab_size for i in word),
             f"bad_words holds token ids outside the vocabulary of {vocab_size}: {list(word)}",
         )
         require(
             len(word) <= limits.max_bad_word_tokens,
-            f"a bad word of {len(word)} tokens exceeds the limit of "
+            f"bad_words: a word of {len(word)} tokens exceeds the limit of "
             f"{limits.max_bad_word_tokens}; ban a shorter part of it",
         )
     num_long = sum(len(word) > 1 for word in bad_words_token_ids)

@@ -141,6 +141,7 @@ class CliDoor:
             names = (*names, *cli_fields.SAMPLING_NAMES)
         values = [w for word in fields.values() for w in word if len(w) > 2 or not w.isascii()]
         values += ["'.'" for word in fields.values() for w in word if w == "" or w[-1:] == "="]
+        values += [w.partition("=")[2] for w in values if w.startswith("-") and "=" in w]
         values += [repr(w)[1:-1] for w in values]
         values += [str(Path(w).parent) for w in values if "/" in w]
         own = (*keys, *more, *names, *(w.lstrip("-") for w in given), *values, "argument")

@@ -138,6 +138,8 @@ def fault_of_refusal(error: BaseException, names: Collection[str], allowed: tupl
     if len(text) > MAX_MESSAGE:
         return "endless line"
     spelt = {form.lower() for name in names for form in (name, repr(name)[1:-1])}
+    file = getattr(error, "filename", None)
+    names = [*names, str(file)] if file is not None else names
     if names and not any(name in text.lower() for name in spelt):
         return "names no cause"
     return None

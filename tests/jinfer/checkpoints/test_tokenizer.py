@@ -534,6 +534,17 @@ def test_damaged_tokenizer_files_are_a_line_that_names_their_folder(tmp_path, na
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("longest", [{"a": 1}, "512", True, [512]])
+def test_a_model_max_length_that_is_no_number_is_named(byte_level, tmp_path, longest):
+    tokens, merges = byte_level
+    path = write_vocabulary(tmp_path / "v.gguf", "gpt2", tokens, merges=merges)
+    load_tokenizer(path).save_pretrained(tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": longest}))
+    with pytest.raises(ValueError, match="must have a number as model_max_length"):
+        load_tokenizer(tmp_path / "t")
+
+
 def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises((ValueError, FileNotFoundError)) as error:
