@@ -58,6 +58,65 @@ WITHOUT_JAX = (
 # its own step.
 MAY_JIT = ("jinfer/steps/", "jinfer/quant/", "jinfer/training/")
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "ml_dtypes", "jaxtyping", "pallas_kernels"}
+MAX_LINES, MAX_PARAMETERS = 60, 8
+# Functions past these limits: {name: reason}. An entry that no longer needs to be here fails, too.
+KERNEL = "a kernel, or what prepares its operands: one unit of work with the device"
+SIGNATURE = "a public signature, called by keyword; a dataclass would only hide the arguments"
+STILL = "still to be mended"
+TOO_LONG = {
+    "pallas_kernels.paged_attention.mosaic_gpu_kernel._copy_role": KERNEL,
+    "pallas_kernels.paged_attention.mosaic_gpu_kernel._attend_role": KERNEL,
+    "pallas_kernels.paged_attention.mosaic_tpu._attend_tiles": KERNEL,
+    "pallas_kernels.paged_attention.mosaic_tpu._kernel": KERNEL,
+    "pallas_kernels.quant_matmul.mosaic_gpu_kernel.persistent_matmul": KERNEL,
+    "pallas_kernels.quant_matmul.mosaic_gpu_kernel.persistent_matmul.kernel": KERNEL,
+    "pallas_kernels.quant_matmul.mosaic_gpu_kernel.persistent_matmul.kernel.compute": KERNEL,
+    "pallas_kernels.quant_matmul.mosaic_tpu.block_matmul": KERNEL,
+    "pallas_kernels.paged_attention.cases._case": STILL,
+    "pallas_kernels.paged_attention.xla._attend": STILL,
+    "pallas_kernels.paged_attention.xla._attend_pages": STILL,
+    "jinfer.checkpoints.hf_config._config": STILL,
+    "jinfer.checkpoints.hf_config._rope": STILL,
+    "jinfer.cli.generate._generate_jsonl": STILL,
+    "jinfer.cli.quantize.add_arguments": STILL,
+    "jinfer.cli.quantize.run": STILL,
+    "jinfer.functional.generate": STILL,
+    "jinfer.llm.LLM.__init__": STILL,
+    "jinfer.quant.methods.gptq._round": STILL,
+    "jinfer.quant.run.job.run_job": STILL,
+    "jinfer.quant.solve.solve_group": STILL,
+    "jinfer.setup.options.resolve": STILL,
+}
+TOO_WIDE = {
+    "pallas_kernels.paged_attention.mosaic_gpu._run_tiles": KERNEL,
+    "pallas_kernels.paged_attention.mosaic_gpu_kernel._kernel": KERNEL,
+    "pallas_kernels.paged_attention.mosaic_tpu._run_tiles": KERNEL,
+    "pallas_kernels.quant_matmul.mosaic_gpu_kernel.persistent_matmul": KERNEL,
+    "pallas_kernels.fp8_matmul.fp8_matmul": SIGNATURE,
+    "pallas_kernels.paged_attention.ragged_paged_attention": SIGNATURE,
+    "pallas_kernels.quant_matmul.quant_matmul": SIGNATURE,
+    "pallas_kernels.paged_attention.cases._case": STILL,
+    "pallas_kernels.paged_attention.xla._rectangle": STILL,
+    "pallas_kernels.paged_attention.xla._query_tiles": STILL,
+    "jinfer.checkpoints.save.save_folder": STILL,
+    "jinfer.engine.device.drafter.Drafter.draft_and_verify": STILL,
+    "jinfer.functional.generate": SIGNATURE,
+    "jinfer.llm.LLM.__init__": SIGNATURE,
+    "jinfer.llm.LLM.chat": SIGNATURE,
+    "jinfer.quant.methods.gptq.quantize_gptq": SIGNATURE,
+    "jinfer.quant.methods.gptq.solve": STILL,
+    "jinfer.setup.options.resolve": STILL,
+    "jinfer.setup.options._num_pages": STILL,
+    "jinfer.speculation.accept_chain.verify": STILL,
+    "jinfer.speculation.accept_tree.verify_tree": STILL,
+    "jinfer.steps.beam.beam_step": STILL,
+    "jinfer.steps.decode.decode_loop": STILL,
+    "jinfer.steps.draft.draft_step": STILL,
+    "jinfer.steps.draft._draft": STILL,
+    "jinfer.steps.forward.forward_step": STILL,
+    "jinfer.steps.tree.tree_step": STILL,
+    "jinfer.steps.verify.verify_step": STILL,
+}
 TOP_LEVEL = {
     *(".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"),
     *("benchmarks", "docs", "jinfer", "pallas_kernels", "scripts", "tests"),
@@ -173,6 +232,58 @@ def jit_violations(root: Path) -> list[str]:
     return sentences
 
 
+def function_sizes(root: Path) -> dict[str, tuple[int, int]]:
+    """Returns {dotted name: (lines, parameters)} of each function, nested ones included.
+
+    Lines run from `def` to the last statement, without the docstring. `*args` and `**options` count
+    as one parameter each, `self` and `cls` do not count.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def visit(node: ast.AST, name: str):
+        for child in ast.iter_child_nodes(node):
+            is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            is_named = is_function or isinstance(child, ast.ClassDef)
+            child_name = f"{name}.{child.name}" if is_named else name
+            if is_function:
+                lines = child.end_lineno - child.lineno + 1
+                if ast.get_docstring(child):
+                    lines -= child.body[0].end_lineno - child.body[0].lineno + 1
+                every = child.args
+                listed = [*every.posonlyargs, *every.args, every.vararg, *every.kwonlyargs]
+                names = [argument.arg for argument in [*listed, every.kwarg] if argument]
+                sizes[child_name] = (lines, len(names) - (names[:1] in (["self"], ["cls"])))
+            visit(child, child_name)
+
+    for module, path in module_files(root).items():
+        visit(ast.parse(path.read_text()), module)
+    return sizes
+
+
+def limit_violations(
+    root: Path, too_long: dict[str, str], too_wide: dict[str, str]
+) -> tuple[list[str], list[str]]:
+    """Returns the functions over a limit with their reasons, and one sentence for each fault.
+
+    A fault is a function over a limit without an exception, or an exception without need.
+    """
+    sizes = function_sizes(root)
+    listing, faults = [], []
+    for i, limit, noun, table, remedy in (
+        (0, MAX_LINES, "lines", too_long, "give its phases names"),
+        (1, MAX_PARAMETERS, "parameters", too_wide, "group them in a dataclass"),
+    ):
+        over = {name: size[i] for name, size in sizes.items() if size[i] > limit}
+        listing.append(f"functions past {limit} {noun}: {len(over)}")
+        for name, size in over.items():
+            listing.append(f"  {name}: {size}: {table.get(name, 'not named')}")
+            if name not in table:
+                faults.append(f"{name} has {size} {noun}, at most {limit} are allowed; {remedy}")
+        for name in table.keys() - over.keys():
+            faults.append(f"{name} has at most {limit} {noun}; remove it from tests/test_house.py")
+    return listing, faults
+
+
 def test_imports_go_down_only():
     sentences = floor_violations(ROOT)
     print("\nfloors: " + " < ".join(", ".join(names) for names in FLOORS))
@@ -194,6 +305,12 @@ def test_the_root_of_jinfer_holds_few_modules():
 
 def test_only_steps_says_jit():
     assert not jit_violations(ROOT)
+
+
+def test_functions_are_short_and_take_few_parameters():
+    listing, faults = limit_violations(ROOT, TOO_LONG, TOO_WIDE)
+    print("\n" + "\n".join(listing))
+    assert not faults
 
 
 @pytest.fixture
@@ -248,6 +365,34 @@ def test_other_faults_of_imports_are_sentences_too(house):
     assert find_circle(root) == [pool, plan, pool]
     assert jit_violations(root) == [
         "jinfer/cli/main.py:2 says jit; jinfer/steps is the place for it"
+    ]
+
+
+def test_a_long_or_wide_function_is_a_sentence(house):
+    body = '    """Does it."""\n' + "    x = 1\n" * (MAX_LINES - 1)
+    many = ", ".join(f"p{i}" for i in range(MAX_PARAMETERS))
+    wide = f"def wide(p, {many}):\n    pass\n"
+    method = f"class Box:\n    def put(self, {many}):\n        pass\n"
+    root = house(
+        jinfer__kv__cache=f"def fits():\n{body}def long():\n{body}    x = 2\n",
+        jinfer__linear__ops=wide + method,
+        pallas_kernels__tiles=f"def outer():\n    def inner({many}, **q):\n        pass\n",
+    )
+    named = {"jinfer.linear.ops.wide": "a reason", "jinfer.linear.ops.Box.put": "no reason"}
+    listing, faults = limit_violations(root, {"jinfer.kv.cache.fits": "no reason"}, named)
+    assert faults == [
+        "jinfer.kv.cache.long has 61 lines, at most 60 are allowed; give its phases names",
+        "jinfer.kv.cache.fits has at most 60 lines; remove it from tests/test_house.py",
+        "pallas_kernels.tiles.outer.inner has 9 parameters, at most 8 are allowed; "
+        "group them in a dataclass",
+        "jinfer.linear.ops.Box.put has at most 8 parameters; remove it from tests/test_house.py",
+    ]
+    assert listing == [
+        "functions past 60 lines: 1",
+        "  jinfer.kv.cache.long: 61: not named",
+        "functions past 8 parameters: 2",
+        "  pallas_kernels.tiles.outer.inner: 9: not named",
+        "  jinfer.linear.ops.wide: 9: a reason",
     ]
 
 
