@@ -21,7 +21,7 @@ from pallas_kernels.quant_matmul.base import FP8_DTYPES, QuantSpec, shape_kn
 F32 = jnp.float32
 
 # Up to where int8 digits of x beat a dequantized weight on a CPU: rows with scales per channel, and
-# per group; and groups that are unrolled. Measured, see docs/lab-log.md.
+# per group; and groups that are unrolled. Measured, see docs/lab/log.md.
 _MAX_CHANNEL_ROWS = 128
 _MAX_GROUP_ROWS = 48
 _MAX_UNROLLED_GROUPS = 64

@@ -45,6 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one bench; prints its rows, and writes them with --json for `docs/benchmarks.md`."""
+    """Runs one bench; prints its rows, and writes them with --json for `docs/lab/benchmarks.md`."""
     check_result_file(args.json)
     return args.run_bench(args)

@@ -1,7 +1,8 @@
 """What we write loads in transformers, compressed-tensors, bitsandbytes and GPTQModel, with our
 logits.
 
-Those libraries are no part of the [test] extra; docs/formats.md says how to get them.
+Those libraries are no part of the [test] extra; docs/explanation/file-formats.md says how to get
+them.
 """
 
 import jax
@@ -47,7 +48,9 @@ def test_transformers_gives_our_logits(
 ):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip(library, reason=f"{library} is not installed: see docs/formats.md")
+    pytest.importorskip(
+        library, reason=f"{library} is not installed: see docs/explanation/file-formats.md"
+    )
     made = tiny(family, hidden_size=128, intermediate_size=192)
     model = Model(made.config)
     params = jax.tree.map(jnp.asarray, made.params)
@@ -96,7 +99,9 @@ def test_transformers_gives_our_logits(
 @pytest.mark.filterwarnings("ignore")  # theirs, at import
 def test_gptqmodel_gives_our_logits(export, quantization, family, tiny, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
-    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed: see docs/formats.md")
+    pytest.importorskip(
+        "gptqmodel", reason="gptqmodel is not installed: see docs/explanation/file-formats.md"
+    )
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
     made = tiny(family, hidden_size=128, intermediate_size=192)
     model = Model(made.config)
