@@ -156,6 +156,7 @@ def _from_hf(name: str | os.PathLike[str], revision: str | None) -> PreTrainedTo
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         if not isinstance(error, (OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
+        reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
         raise ValueError(f"cannot load a tokenizer from {os.fspath(name)!r}: {reason}") from error
 
 

@@ -154,7 +154,10 @@ def check_same_run(args: argparse.Namespace, *own: str) -> None:
     _config(args, num_steps=args.steps or 1)
     SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     if args.data is not None and not (args.output / "data.npz").is_file():
-        args.data.open("rb").close()
+        try:
+            args.data.open("rb").close()
+        except NotADirectoryError as error:
+            raise ValueError(f"--data {str(args.data)!r}: {error.strerror}") from error
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "run.json"
     names = ("model", "dtype", "data", *own, "steps", "epochs", "batch_size")

@@ -47,6 +47,8 @@ def read_texts(path: str | pathlib.Path) -> list[str]:
         raise ValueError(
             f"{path} is not a text file in UTF-8, or is cut short ({error})"
         ) from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise ValueError(f"{path} is not a text file: {error.strerror}") from error
     is_jsonl = ".jsonl" in path.suffixes
     documents = [text] if not is_jsonl else _rows(path, text)
     documents = [d for d in documents if d.strip()]

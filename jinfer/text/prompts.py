@@ -224,6 +224,9 @@ def chat_prompts(
     variables = {} if variables is None else variables
     if not isinstance(variables, Mapping):
         raise TypeError(f"chat_template_kwargs must be a dict, got {type(variables).__name__}")
+    unnamed = [name for name in variables if not isinstance(name, str)]
+    if unnamed:
+        raise TypeError(f"chat_template_kwargs must have strings as keys, got {shown(unnamed[0])}")
     twice = [name for name in variables if name in (*options, "tokenize", "conversation")]
     if twice:
         raise ValueError(f"{twice[0]} is an argument of chat: it cannot be in chat_template_kwargs")

@@ -534,6 +534,17 @@ def test_damaged_tokenizer_files_are_a_line_that_names_their_folder(tmp_path, na
     assert str(tmp_path) in str(error.value)
 
 
+def test_the_reason_of_a_damaged_tokenizer_stays_short(byte_level, tmp_path):
+    tokens, merges = byte_level
+    path = write_vocabulary(tmp_path / "v.gguf", "gpt2", tokens, merges=merges)
+    load_tokenizer(path).save_pretrained(tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding": "x" * 5000}))
+    with pytest.raises(ValueError, match="cannot load a tokenizer") as error:
+        load_tokenizer(tmp_path / "t")
+    assert len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("longest", [{"a": 1}, "512", True, [512]])
 def test_a_model_max_length_that_is_no_number_is_named(byte_level, tmp_path, longest):
     tokens, merges = byte_level

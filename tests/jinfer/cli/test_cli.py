@@ -260,6 +260,10 @@ def test_every_flag_reads_any_word_or_refuses_it_in_one_line(capsys, words):
         (("bench", "kv", "--text", "/"), "argument --text: expected a file, '/' is a folder"),
         (("train-draft", "--output", "t", "--data", "/"), "argument --data: expected a file"),
         (
+            ("train-draft", "--output", "t", "--data", f"{FAKE}/x"),
+            "fake_llm.py/x': Not a directory",
+        ),
+        (
             ("train-draft", "--output", "t", "--steps", "2", "--epochs", "2"),
             "not allowed with argument --steps",
         ),

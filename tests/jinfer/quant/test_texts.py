@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -47,6 +48,15 @@ def test_a_file_without_text_is_refused_with_the_place(tmp_path, name, content, 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_texts(tmp_path / name)
+
+
+def test_folders_and_paths_through_files_are_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file" / "below"):
+        with pytest.raises(
+            ValueError, match=f"^{re.escape(str(path))} is not a text file: [^\\n]*$"
+        ):
+            read_texts(path)
 
 
 def test_packed_sequences_are_the_shuffled_documents_end_to_end():

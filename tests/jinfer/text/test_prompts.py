@@ -329,6 +329,7 @@ def test_tools_and_variables_reach_a_template_that_reads_them(tokenizer):
         ({"variables": {"tokenize": True}}, "tokenize is an argument of chat"),
         ({"tools": [TOOL], "variables": {"tools": []}}, "tools is an argument of chat"),
         ({"variables": ["loud"]}, "chat_template_kwargs must be a dict, got list"),
+        ({"variables": {True: 1}}, "chat_template_kwargs must have strings as keys, got True"),
     ],
 )  # fmt: skip
 def test_tools_and_variables_that_would_change_nothing_are_refused(tokenizer, options, named):
