@@ -377,7 +377,8 @@ def test_killed_again_and_again_it_finishes_with_every_line_once(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_prompts(source, 60)
     command = [sys.executable, "-c", KILLED, __file__, str(source), str(target)]
-    env = {**os.environ, "FAKE_LLM_STEP_S": "0.02"}
+    path = os.pathsep.join([str(Path(fake_llm.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "FAKE_LLM_STEP_S": "0.02", "PYTHONPATH": path}
     num_killed, sizes = 0, [0]
     for _ in range(30):
         process = subprocess.Popen(command, env=env)
