@@ -17,7 +17,7 @@ import numpy as np
 from jinfer.config import memory
 from jinfer.config.cache import CacheConfig
 from jinfer.kv import cache as kv_cache
-from jinfer.linear import qtensor
+from jinfer.linear import weight
 from pallas_kernels import hlo
 from pallas_kernels.compile_only import CompileCase
 from pallas_kernels.target import Target
@@ -47,8 +47,8 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
                     name=f"kv_write {MODEL} T={num_tokens} page={page_size} {dtype}",
                     fn=jax.jit(_write, donate_argnums=0),
                     abstract_args=(kv, new, new, slots),
-                    max_temp_bytes=(1 << 20) + 16 * qtensor.array_bytes(new),
-                    min_alias_bytes=sum(qtensor.array_bytes(x) for x in jax.tree.leaves(kv)),
+                    max_temp_bytes=(1 << 20) + 16 * weight.array_bytes(new),
+                    min_alias_bytes=weight.num_bytes(kv),
                     never_copied=hlo_types(kv),
                     never_written=dense_copies(kv),
                 )

@@ -23,7 +23,7 @@ from jinfer.config.quant_format import QFormat
 from jinfer.kv import cache as kv_cache
 from jinfer.linear import layouts as formats
 from jinfer.linear import prepared as qkernels
-from jinfer.linear import qtensor
+from jinfer.linear import qtensor, weight
 from jinfer.models.model import Model
 from jinfer.sampling.args import pack_args
 from jinfer.sampling.state import init_state
@@ -62,7 +62,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
         params = abstract_params(model, linears)
         cache = CacheConfig(num_pages=POOL_TOKENS // page_size, page_size=page_size, dtype=kv_dtype)
         kv = jax.eval_shape(functools.partial(kv_cache.init, model.config, cache))
-        resident = sum(qtensor.array_bytes(x) for x in jax.tree.leaves((params, kv)))
+        resident = weight.num_bytes((params, kv))
         if resident + MAX_TEMP_BYTES > HBM_BYTES[target.name]:
             continue
         make = functools.partial(_case, model, params, formats.layouts(params, target), kv, name)
@@ -132,16 +132,14 @@ def _case(
     call: Callable[..., Any],
     rest: tuple,
 ) -> CompileCase:
-    is_leaf = lambda x: isinstance(x, qkernels.PreparedWeight)  # noqa: E731
-    leaves = jax.tree.leaves(params, is_leaf=is_leaf)
-    weights = {w.shape for w in leaves if is_leaf(w)}
+    weights = {w.shape for w in weight.weights(params) if weight.is_weight(w)}
     return CompileCase(
         name=f"{MODEL} x{model.config.num_layers} {variant}, {kind} {shape}",
         fn=jax.jit(call, donate_argnums=(1, 2)),
         abstract_args=(params, kv, *rest),
         max_temp_bytes=MAX_TEMP_BYTES,
         never_written=hlo.dense_types(*weights) + kv_write_cases.dense_copies(kv),
-        min_alias_bytes=sum(qtensor.array_bytes(x) for x in jax.tree.leaves(kv)),
+        min_alias_bytes=weight.num_bytes(kv),
         never_copied=kv_write_cases.hlo_types(kv),
         layouts=layouts,
     )

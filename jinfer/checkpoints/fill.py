@@ -30,6 +30,7 @@ from jinfer.config.fields import shown
 from jinfer.config.model import ModelConfig
 from jinfer.config.quant_format import QFormat
 from jinfer.linear.qtensor import QTensor, dequantize, split_outputs
+from jinfer.linear.weight import format_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 _log = logging.getLogger(__name__)
@@ -115,9 +116,9 @@ def fill(
         is_rounded = quantize is not None and is_linear(path)
         wanted = np.dtype(np.float32) if is_rounded else dtype
         leaf, forms = _load(checkpoint, pieces, shapes[path], wanted)
-        if len(forms) > 1 and not isinstance(leaf, QTensor) and any(forms.values()):
+        if len(forms) > 1 and format_of(leaf) is None and any(forms.values()):
             mixed.append(f"{name} ({describe_forms(forms)})")
-        if is_rounded and forms and not isinstance(leaf, QTensor):
+        if is_rounded and forms and format_of(leaf) is None:
             raise ValueError(
                 f"checkpoint {checkpoint.path}: {name} is stored quantized, and quantization "
                 f"while loading needs float weights: leave quantization out"
@@ -141,7 +142,7 @@ Pieces: TypeAlias = list[tuple[str, Placement]]
 def forms_of(pieces: Pieces, weights: Sequence[Weight | None]) -> dict[int, QFormat | None]:
     """Returns the format of each expert; None: float, or to be held so."""
     return {
-        place.expert or 0: weight.fmt if isinstance(weight, QTensor) else None
+        place.expert or 0: format_of(weight)
         for (_, place), weight in zip(pieces, weights, strict=True)
     }
 

@@ -31,6 +31,7 @@ from jinfer.checkpoints.hf_files import INDEX
 from jinfer.config.fields import require
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import QTensor, concat_outputs
+from jinfer.linear.weight import format_of, is_weight, map_weights
 from jinfer.models.model import Model
 
 EXPORTS: Mapping[
@@ -141,11 +142,11 @@ def _in_dtype(params: Params, dtype: str) -> Params:
     """The float matrices outside QTensors rounded to `dtype`."""
 
     def keep(x: Any) -> Any:
-        if isinstance(x, QTensor) or x.ndim < 2:
+        if is_weight(x) or x.ndim < 2:
             return x
         return x.astype(dtype).astype("float32")
 
-    return jax.tree.map(keep, params, is_leaf=lambda x: isinstance(x, QTensor))
+    return map_weights(keep, params)
 
 
 def _check_name(export: str) -> None:
@@ -239,10 +240,10 @@ def _quantized_modules(model: Model, params: Params) -> dict[str, _Module]:
     for name in tensor_names(model.config):
         places = placements(model.config, name)
         leaves = [get(place.path) for place in places]
-        if not any(isinstance(leaf, QTensor) for leaf in leaves):
+        weights = tuple(leaf for leaf in leaves if format_of(leaf) is not None)
+        if not weights:
             continue
         module = name.removesuffix(".weight")
-        weights = tuple(leaf for leaf in leaves if isinstance(leaf, QTensor))
         require(
             len(weights) == len(leaves),
             f"{module} is one tensor in checkpoints, but only some of its parts are quantized",

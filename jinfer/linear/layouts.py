@@ -14,8 +14,7 @@ import jax
 from jax.experimental.layout import Format, Layout
 
 from jinfer.config.typing import Params
-from jinfer.linear.prepared import PreparedWeight
-from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import is_weight
 from pallas_kernels.target import Target
 
 _TILE_ROWS = {"tpu7x": 16}  # what loops read 16-bit matrices in, where it isn't what JAX has
@@ -30,15 +29,11 @@ def layouts(params: Params, target: Target) -> Any:
     tiles = None if rows is None else Layout((0, 1), tiling=((rows, 128), (2, 1)))
 
     def choose(path: Any, x: Any) -> Layout | None:
-        is_matrix = not _is_quantized(x) and x.ndim == 2 and x.dtype.name == "bfloat16"
+        is_matrix = not is_weight(x) and x.ndim == 2 and x.dtype.name == "bfloat16"
         is_table = path[0] == jax.tree_util.DictKey("embed")
         return tiles if is_matrix and not is_table else None
 
-    return jax.tree_util.tree_map_with_path(choose, params, is_leaf=_is_quantized)
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, (QTensor, PreparedWeight))
+    return jax.tree_util.tree_map_with_path(choose, params, is_leaf=is_weight)
 
 
 def place(params: Params, layouts: Any, *, is_owner: bool = False) -> Any:

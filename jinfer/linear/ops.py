@@ -9,57 +9,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jinfer.linear.matmul import qmatmul
-from jinfer.linear.prepared import PreparedWeight
-from jinfer.linear.qtensor import QTensor
+from jinfer.linear.matmul import matmul
+from jinfer.linear.weight import Weight
 
 
 def linear(
     x: Float[Array, "*B I"],
-    w: Float[Array, "I O"] | QTensor | PreparedWeight,
+    w: Float[Array, "I O"] | Weight,
     b: Float[Array, "O"] | None = None,
 ) -> Float[Array, "*B O"]:
     """Returns x @ w + b in x.dtype, accumulated in float32."""
     with jax.named_scope("linear"):
-        return _matmul(x, w, b).astype(x.dtype)
+        y = matmul(x, w)
+        y = y if b is None else y + _align(b, y.ndim).astype(jnp.float32)
+        return y.astype(x.dtype)
 
 
 def head(
     x: Float[Array, "*B D"],
-    w: Float[Array, "..."] | QTensor | PreparedWeight,
+    w: Float[Array, "..."] | Weight,
     *,
     is_tied: bool,
 ) -> Float[Array, "*B V"]:
     """Returns float32 logits x @ w, or x @ w^T for the [V, D] table of a tied embedding."""
     with jax.named_scope("head"):
-        if isinstance(w, (QTensor, PreparedWeight)) or not is_tied:
-            return _matmul(x, w, None)
-        return _product("...d,vd->...v", x, w)
-
-
-def _matmul(x: Array, w: Array | QTensor | PreparedWeight, b: Array | None) -> Array:
-    """float32 x @ w + b: the one place where the type of a weight picks the maths."""
-    if isinstance(w, (QTensor, PreparedWeight)):
-        y = qmatmul(x, w, out_dtype=jnp.float32)
-    else:
-        y = _product("...i,io->...o", x, w)
-    return y if b is None else y + _align(b, y.ndim).astype(jnp.float32)
-
-
-def _product(equation: str, x: Array, w: Array) -> Array:
-    """x times a dense w, accumulated in float32.
-
-    They are multiplied in their own dtype, so that nothing is cast, or in float32 if theirs differ.
-    A single 16-bit row gets a second one: XLA on CPUs multiplies two rows or more in a library, and
-    one row ten times slower in a loop of its own. Accelerators pad the rows in any case.
-    """
-    dtype = x.dtype if x.dtype == w.dtype else jnp.dtype(jnp.float32)
-    is_padded = dtype.itemsize == 2 and x.size == x.shape[-1]
-    shape = x.shape[:-1]
-    if is_padded:
-        x = jnp.concatenate([x.reshape(1, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
-    y = jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
-    return y[:1].reshape(*shape, -1) if is_padded else y
+        return matmul(x, w, is_table=is_tied)
 
 
 def embed(tokens: Int[Array, "*B"], w: Float[Array, "V D"]) -> Float[Array, "*B D"]:

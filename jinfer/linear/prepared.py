@@ -1,13 +1,14 @@
 """Quantized weights as the kernels of a target read them; knows no model, and no maths of its own.
 
-`prepare` lays weights out once, when an engine takes them; the products here hand them to the ops
-of `pallas_kernels`, which choose a backend. What no kernel reads stays a QTensor, with the reason.
+`prepare` lays a weight out once, when an engine takes it; its products call the ops of
+`pallas_kernels`, which choose a backend. What no kernel reads stays a QTensor, with the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ from jax import Array
 
 from jinfer.config.engine import BACKENDS
 from jinfer.config.fields import require
-from jinfer.config.quant_format import CODEBOOKS, TENSOR, QFormat
+from jinfer.config.quant_format import TENSOR, QFormat
 from jinfer.config.typing import Params
-from jinfer.linear.qtensor import DoubleScale, QTensor, array_bytes
+from jinfer.linear.qtensor import DoubleScale, QTensor
+from jinfer.linear.quantized import QuantizedWeight
+from jinfer.linear.weight import array_bytes, is_weight, weights
 from pallas_kernels import dispatch
 from pallas_kernels import target as target_lib
 from pallas_kernels.fp8_matmul import fp8_matmul
@@ -31,7 +34,7 @@ F32 = jnp.float32
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PreparedWeight:
+class PreparedWeight(QuantizedWeight):
     """A QTensor [I, O] in the layout of a target's kernels; a pytree of plain arrays.
 
     Attributes:
@@ -59,31 +62,43 @@ class PreparedWeight:
         return self.q.shape if self.layout == "kn" else self.q.shape[::-1]
 
     @property
-    def ndim(self) -> int:
-        """Logical rank."""
-        return self.q.ndim
+    def dtype(self) -> Any:
+        """Dtype of the scales: what the weight is worth in float."""
+        return self.scale.dtype
 
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes on an accelerator, where int4 takes half a byte; scales and all."""
-        return sum(array_bytes(leaf) for leaf in jax.tree.leaves(self))
+    def multiply_floats(self, x: Array) -> Array:
+        """See `QuantizedWeight`."""
+        return quant_matmul(
+            x,
+            self.q,
+            self.scale,
+            self.zero,
+            group=self.fmt.group_size(self.shape[0]),
+            layout=self.layout,
+            out_dtype=F32,
+            impl=self.impl,
+        )
 
+    def multiply_int8(self, q: Array, token_scale: Array) -> Array:
+        """See `QuantizedWeight`."""
+        scale = self.scale.astype(F32)
+        return int8_matmul(q, self.q, token_scale, scale, layout=self.layout, impl=self.impl)
 
-def why_not(w: QTensor) -> str | None:
-    """Returns why no kernel reads `w`, so that it stays a QTensor for XLA, or None."""
-    fmt = w.fmt
-    if w.ndim != 2:
-        return f"weights of experts {list(w.shape)} are multiplied by XLA, block by block"
-    if fmt.is_packed:
-        return f"{fmt}: codes of {fmt.bits} bits are a bit stream, which no kernel reads"
-    if fmt.kind in CODEBOOKS:
-        return f"{fmt}: the codes of {fmt.kind} stand in a table, which no kernel reads"
-    if fmt.act is not None and fmt.kind == "int":
-        if fmt.bits != 8:
-            return f"{fmt}: int8 inputs are multiplied by int8 weights only"
-        if fmt.num_groups(w.shape[0]) > 1:
-            return f"{fmt}: int8 inputs take scales per channel, groups are left to XLA"
-    return None
+    def multiply_fp8(self, q: Array, token_scale: Array, shape: Sequence[int]) -> Array:
+        """See `QuantizedWeight`; one scale a token, or one a group too."""
+        if self.is_blockwise:
+            q = q.reshape(q.shape[0], -1)[:, : shape[-1]].reshape(shape)
+            token_scale = token_scale.reshape(*shape[:-1], -1)
+        return fp8_matmul(
+            q,
+            self.q,
+            token_scale,
+            self.scale.astype(F32),
+            block=self.fmt.group if self.is_blockwise else None,
+            layout=self.layout,
+            out_dtype=F32,
+            impl=self.impl,
+        )
 
 
 def prepare(
@@ -107,7 +122,7 @@ def prepare(
     is_named = impl not in (dispatch.AUTO, "xla")
     if target.kind == "cpu" and not is_named:
         return w
-    if reason := why_not(w):
+    if reason := w.why_no_kernel():
         if is_named:
             raise NotImplementedError(f"linear_impl={impl!r}: {reason}; 'auto' leaves it to XLA")
         return w
@@ -175,9 +190,7 @@ def prepare_params(
                 w.q.delete()
         return done[id(w)]
 
-    return jax.tree_util.tree_map_with_path(
-        visit, params, is_leaf=lambda x: isinstance(x, (QTensor, PreparedWeight))
-    )
+    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_weight)
 
 
 def added_bytes(
@@ -188,8 +201,9 @@ def added_bytes(
     A weight in two places counts once. What is passed on as it is (codes that need no transposing,
     scales in the kernels' form already, weights that no kernel reads) adds nothing.
     """
-    weights = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))
-    distinct = {id(w): w for w in weights if isinstance(w, QTensor) and why_not(w) is None}
+    distinct = {
+        id(w): w for w in weights(params) if isinstance(w, QTensor) and w.why_no_kernel() is None
+    }
     total = 0
     for w in distinct.values():
         new = jax.eval_shape(functools.partial(prepare, impl=impl, target=target), w)
@@ -203,73 +217,3 @@ def added_bytes(
 
 def _kind(x: Any) -> tuple[Any, Any]:
     return x.shape, x.dtype
-
-
-def weight_only(x: Array, w: PreparedWeight) -> Array:
-    """x [..., I] float @ w -> f32 [..., O]."""
-    return quant_matmul(
-        x,
-        w.q,
-        w.scale,
-        w.zero,
-        group=w.fmt.group_size(w.shape[0]),
-        layout=w.layout,
-        out_dtype=F32,
-        impl=w.impl,
-    )
-
-
-def integer(q: Array, token_scale: Array, w: PreparedWeight) -> Array:
-    """(q int8 [..., I] * token_scale [..., 1]) @ w -> f32 [..., O]."""
-    return int8_matmul(q, w.q, token_scale, w.scale.astype(F32), layout=w.layout, impl=w.impl)
-
-
-def float8(q: Array, token_scale: Array, w: PreparedWeight) -> Array:
-    """(q fp8 [..., I] * token_scale) @ w -> f32 [..., O]; a scale a token, or one a group too."""
-    is_grouped = w.fmt.num_groups(w.shape[0]) > 1 or w.fmt.block > 1
-    return fp8_matmul(
-        q,
-        w.q,
-        token_scale,
-        w.scale.astype(F32),
-        block=w.fmt.group if is_grouped else None,
-        layout=w.layout,
-        out_dtype=F32,
-        impl=w.impl,
-    )
-
-
-# What a QTensor that was not prepared goes through: XLA, by the maths of `qlinear`. Its decisions
-# are recorded like those of the ops, so that `dispatch.explain` tells of every linear.
-
-
-def _why_own(target: target_lib.Target, x: Array, w: QTensor) -> str | None:
-    if reason := why_not(w):
-        return reason
-    if target.kind == "cpu":
-        return f"needs a GPU or TPU, the target is {target.name}"
-    return (
-        "the weight is not laid out for kernels: experts never are, "
-        "qkernels.prepare_params() does it for others"
-    )
-
-
-def _multiply(x: Array, w: QTensor) -> Array:
-    raise AssertionError("qlinear multiplies")
-
-
-_XLA = dispatch.Impl("xla", lambda target, x, w: None, _multiply)
-_OWN = (
-    dispatch.Impl("mosaic_gpu", _why_own, _multiply),
-    dispatch.Impl("mosaic_tpu", _why_own, _multiply),
-    _XLA,
-)
-
-
-def note_own_maths(x: Array, w: QTensor, *, op: str) -> None:
-    """Notes for `dispatch.explain` that XLA multiplies `w`, and refuses a kernel that is named.
-
-    Raises:
-      NotImplementedError: `use_impl` names a kernel for `op`.
-    """
-    dispatch.pick(op, (_XLA,) if op == "int8_matmul" else _OWN, dispatch.AUTO, x, w)

@@ -6,13 +6,13 @@ import dataclasses
 import logging
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jinfer.config import memory
 from jinfer.config.typing import Params
 from jinfer.linear.grids import FP8_DTYPES
 from jinfer.linear.qtensor import QTensor, dequantize
+from jinfer.linear.weight import map_weights, weights
 from pallas_kernels import target as target_lib
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,7 @@ def lay_out(params: Params, *, dense_bytes: int | None = None) -> Any:
     """
     if target_lib.current().kind != "cpu":
         return params
-    leaves = jax.tree.leaves(params, is_leaf=_is_quantized)
-    wanted = sum(4 * x.size for x in leaves if isinstance(x, QTensor) and _is_converted(x))
+    wanted = sum(4 * x.size for x in weights(params) if isinstance(x, QTensor) and _is_converted(x))
     limit = memory.host_memory_bytes() // 4 if dense_bytes is None else dense_bytes
     if wanted > limit:
         logger.warning(
@@ -43,11 +42,7 @@ def lay_out(params: Params, *, dense_bytes: int | None = None) -> Any:
             memory.format_size(limit),
         )
         return params
-    return jax.tree.map(_on_cpu, params, is_leaf=_is_quantized)
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QTensor)
+    return map_weights(_on_cpu, params)
 
 
 def _is_converted(x: QTensor) -> bool:

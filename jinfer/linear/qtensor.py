@@ -1,12 +1,11 @@
 """Quantized weights as a pytree, knowing nothing of models or files.
 
-`w[i, o] = (q[i, o] - zero[i // g, o]) * scale[i // g, o]`; the grids are in `qformat`.
+`w[i, o] = (q[i, o] - zero[i // g, o]) * scale[i // g, o]`; the grids are in `grids`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.core import Tracer
 from jinfer.config.fields import require, shown
 from jinfer.config.quant_format import CODEBOOKS, TENSOR, QFormat
 from jinfer.linear.grids import FP8_DTYPES, Grid, decode, divide, encode, expand_groups, find_scales
+from jinfer.linear.xla import XlaWeight
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +59,7 @@ class DoubleScale:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QTensor:
+class QTensor(XlaWeight):
     """A quantized weight [..., I, O]: codes, scales and their format; a pytree of plain arrays.
 
     Attributes:
@@ -90,24 +90,9 @@ class QTensor:
         return (*lead, num_inputs, num_outputs)
 
     @property
-    def ndim(self) -> int:
-        """Logical rank."""
-        return self.q.ndim
-
-    @property
-    def size(self) -> int:
-        """Logical number of weights."""
-        return math.prod(self.shape)
-
-    @property
     def dtype(self) -> Any:
         """Dtype of the scales: what the weight is worth in float."""
         return jnp.dtype(jnp.float32) if isinstance(self.scale, DoubleScale) else self.scale.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes on an accelerator, where int4 takes half a byte; scales and all."""
-        return sum(array_bytes(leaf) for leaf in jax.tree.leaves(self))
 
     def scales(self) -> Array:
         """f32 scales [..., G, O]."""
@@ -125,11 +110,18 @@ class QTensor:
         unsigned = unpack_bits(self.q, self.fmt.bits, self.shape[-2])
         return unsigned.astype(jnp.int8) + jnp.int8(self.fmt.code_range[0])
 
-
-def array_bytes(x: Any) -> int:
-    """Bytes of an array (or its ShapeDtypeStruct) with sub-byte dtypes packed."""
-    bits = jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else 0
-    return -(-math.prod(x.shape) * (bits or x.dtype.itemsize * 8) // 8)
+    def dequantize(self, dtype: Any = jnp.float32) -> Array:
+        """The dense weight [..., I, O], inputs in their original order; computed in f32."""
+        *_, num_inputs, num_outputs = self.shape
+        rows = expand_groups(self.scales(), self.fmt, num_inputs, num_outputs)
+        zeros = self.zero
+        if zeros is not None:
+            zeros = expand_groups(zeros, self.fmt, num_inputs, num_outputs)
+        w = decode(self.codes(), rows, zeros, self.fmt)
+        if self.perm is not None:
+            places = jnp.argsort(self.perm, axis=-1).astype(jnp.int32)
+            w = jnp.take_along_axis(w, places[..., None], axis=-2)
+        return w.astype(dtype)
 
 
 def pack_bits(codes: Array, bits: int) -> Array:
@@ -353,15 +345,7 @@ def quantize(
 
 def dequantize(x: QTensor, dtype: Any = jnp.float32) -> Array:
     """The dense weight [..., I, O], inputs in their original order; computed in f32."""
-    *_, num_inputs, num_outputs = x.shape
-    rows = expand_groups(x.scales(), x.fmt, num_inputs, num_outputs)
-    zeros = None if x.zero is None else expand_groups(x.zero, x.fmt, num_inputs, num_outputs)
-    w = decode(x.codes(), rows, zeros, x.fmt)
-    if x.perm is not None:
-        w = jnp.take_along_axis(
-            w, jnp.argsort(x.perm, axis=-1).astype(jnp.int32)[..., None], axis=-2
-        )
-    return w.astype(dtype)
+    return x.dequantize(dtype)
 
 
 def _dynamic_map() -> np.ndarray:

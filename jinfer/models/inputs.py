@@ -16,8 +16,7 @@ from jax.core import Tracer
 
 from jinfer.config.fields import require, shown
 from jinfer.config.model import ModelConfig
-from jinfer.linear.prepared import PreparedWeight
-from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import is_weight
 
 
 def _as_array(name: str, value: Any, what: str) -> Any:
@@ -189,12 +188,12 @@ def _stacked(layers: Sequence[Any]) -> Any:
 
 
 def _check_leaf(shape: tuple[int, ...], got: Any, path: str) -> None:
-    is_quantized = isinstance(got, (QTensor, PreparedWeight))
-    if not is_quantized and not isinstance(got, (jax.Array, np.ndarray)):
+    is_object = is_weight(got)
+    if not is_object and not isinstance(got, (jax.Array, np.ndarray)):
         raise TypeError(f"{path} must be an array of JAX or numpy, got {type(got).__name__}")
     if got.shape != shape:
         raise ValueError(f"{path} must be of shape {list(shape)}, got {list(got.shape)}")
-    if not is_quantized and not jnp.issubdtype(got.dtype, jnp.floating):
+    if not is_object and not jnp.issubdtype(got.dtype, jnp.floating):
         raise ValueError(f"{path} must hold floats, got {got.dtype}")
     for part in jax.tree.leaves(got):
         if isinstance(part, jax.Array) and is_concrete(part) and part.is_deleted():

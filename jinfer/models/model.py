@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jinfer.config.model import ModelConfig
 from jinfer.config.typing import Params
 from jinfer.linear import ops
-from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import flatten_weights, format_of
 from jinfer.models import block, inputs, rope
 from jinfer.models.block import Attend, Rope, Taps
 
@@ -273,11 +273,10 @@ def stack_layers(config: ModelConfig, params: Params) -> dict[str, Any]:
 
 def _forms(layer: Params) -> dict[str, str]:
     """What each weight of a layer is kept in, by name: "int4-g32", "int4-g32 permuted", "float"."""
-    leaves, _ = jax.tree.flatten_with_path(layer, is_leaf=lambda x: isinstance(x, QTensor))
     forms = {}
-    for path, leaf in leaves:
-        form = "float"
-        if isinstance(leaf, QTensor):
-            form = str(leaf.fmt) + ("" if leaf.perm is None else " permuted")
+    for path, leaf in flatten_weights(layer):
+        form = str(format_of(leaf) or "float")
+        if getattr(leaf, "perm", None) is not None:
+            form += " permuted"
         forms[".".join(str(key.key) for key in path)] = form
     return forms

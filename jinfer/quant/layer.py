@@ -13,6 +13,7 @@ from jax import Array
 from jinfer.config.fields import require
 from jinfer.linear.qlayout import lay_out
 from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import is_weight
 from jinfer.models.model import Model
 from jinfer.quant import calibrate
 from jinfer.quant.calibrate import InputStats
@@ -58,7 +59,7 @@ def to_dtype_of(layer: Mapping[str, Any], like: Mapping[str, Any]) -> Layer:
     def cast(new: Any, old: Any) -> Any:
         if isinstance(new, Mapping):
             return to_dtype_of(new, old)
-        return new if isinstance(new, QTensor) else new.astype(old.dtype)
+        return new if is_weight(new) else new.astype(old.dtype)
 
     return {k: cast(v, like[k]) for k, v in layer.items()}
 

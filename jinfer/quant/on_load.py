@@ -15,6 +15,7 @@ from jinfer.checkpoints.families import is_linear
 from jinfer.config.fields import check_kinds
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import QTensor, check_weight
+from jinfer.linear.weight import format_of, is_weight
 from jinfer.models.model import Model
 from jinfer.quant.recipe import parse_quantization
 from jinfer.quant.solve import solve_group
@@ -67,11 +68,11 @@ def quantizer(quantization: str) -> Callable[[str, Array | QTensor], QTensor]:
     """
     method = parse_quantization(quantization)
 
-    def quantize(name: str, w: Array | QTensor) -> QTensor:
-        if isinstance(w, QTensor):
+    def quantize(name: str, w: Any) -> QTensor:
+        if format_of(w) is not None:
             raise ValueError(
                 f"quantization {quantization!r} needs float weights, {name} is quantized already "
-                f"({w.fmt}): leave quantization out"
+                f"({format_of(w)}): leave quantization out"
             )
         check_weight(w, name)
         return solve_group({name: w}, None, method)[0][name]
@@ -95,4 +96,4 @@ def quantize_params(params: Params, quantization: str) -> dict[str, Any]:
         raise TypeError(f"params must be a dict with layers, got {type(params).__name__}")
     if not isinstance(params["layers"], tuple):
         raise ValueError("quantization takes layers as a tuple, not stacked")
-    return jax.tree.map_with_path(convert, params, is_leaf=lambda x: isinstance(x, QTensor))
+    return jax.tree.map_with_path(convert, params, is_leaf=is_weight)

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from jax import Array
 
 from jinfer.config.fields import require
 from jinfer.config.typing import Params
-from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import format_of, weights
 from jinfer.models import inputs
 from jinfer.models.model import Model
 from jinfer.quant import calibrate
@@ -66,8 +65,8 @@ def quantize_model(
         require(tokens.ndim == 2, f"tokens must be [n, T], got {list(tokens.shape)}")
     layers = params["layers"]
     require(isinstance(layers, tuple), "quantization takes layers as a tuple, not stacked")
-    for leaf in jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, QTensor)):
-        require(not isinstance(leaf, QTensor), "these params are quantized already")
+    is_quantized = any(format_of(w) is not None for w in weights(layers))
+    require(not is_quantized, "these params are quantized already")
     require(
         tokens is not None or not recipe.needs_calibration,
         "this recipe needs calibration tokens: pass [n, T] of them",

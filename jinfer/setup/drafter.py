@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from jinfer.config.speculative import SpeculativeConfig
 from jinfer.config.typing import Params
 from jinfer.engine.device.drafter import Drafter
 from jinfer.linear import prepared as qkernels
-from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import is_weight, weights
 from jinfer.models.model import Model
 from jinfer.setup import options
 
@@ -48,8 +46,7 @@ def take_drafter(
 def _self_drafter(
     config: SpeculativeConfig, model: Model, params: Params, linear_impl: str
 ) -> Drafter:
-    leaves = jax.tree.leaves(params, is_leaf=_is_quantized)
-    if any(map(_is_quantized, leaves)):
+    if any(map(is_weight, weights(params))):
         raise ValueError(
             f'speculative_config: method "self" rounds float weights to {config.format}, and these '
             "are quantized already: load the model without quantization, or draft otherwise"
@@ -65,10 +62,6 @@ def _self_drafter(
         return qkernels.prepare_params(rounded, impl=linear_impl)
 
     return Drafter(model, follow(params), follow)
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, (QTensor, qkernels.PreparedWeight))
 
 
 def _draft_model(

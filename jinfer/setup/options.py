@@ -25,7 +25,7 @@ from jinfer.kv.codes import resolve_format
 from jinfer.linear import layouts as formats
 from jinfer.linear import prepared as qkernels
 from jinfer.linear.qlayout import lay_out
-from jinfer.linear.qtensor import array_bytes
+from jinfer.linear.weight import num_bytes
 from jinfer.models.model import Model
 from jinfer.speculation import medusa_tree
 from jinfer.steps import params as weights
@@ -365,7 +365,7 @@ def _num_pages(
         )
         return num_gpu_blocks_override
     if kv_cache_memory_bytes is None:
-        used_bytes = sum(array_bytes(leaf) for leaf in jax.tree.leaves(params))
+        used_bytes = num_bytes(params)
         if drafter is not None:
             used_bytes += drafter.num_weight_bytes(params)
         # Others may live there, too: a trainer with its optimizer, another engine.

@@ -23,7 +23,7 @@ from jinfer.config.fields import one_line, require
 from jinfer.config.model import ModelConfig
 from jinfer.config.typing import Params
 from jinfer.linear import ops
-from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import is_weight
 from jinfer.models.model import Model
 from jinfer.speculation.medusa_tree import Tree, check_tree
 
@@ -114,7 +114,7 @@ def init(
     if config.shared_unembedding and draft_tokens is None:
         return heads
     w = params["embed"]["w"] if model.config.tie_word_embeddings else params["lm_head"]["w"]
-    if isinstance(w, QTensor):
+    if is_weight(w):
         raise ValueError(
             "the model's head is quantized: train heads with shared_unembedding and without a "
             "draft vocabulary"

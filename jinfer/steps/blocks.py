@@ -19,6 +19,7 @@ from jinfer.kv import cache as kv_cache
 from jinfer.kv import codes as kv_quant
 from jinfer.kv.cache import KVCache
 from jinfer.kv.rotation import kv_rotation, rotate
+from jinfer.linear.weight import bind
 from jinfer.models.model import Model
 from jinfer.sampling.args import SampleArgs
 from jinfer.sampling.draw import sample
@@ -55,7 +56,10 @@ class StepOutput:
 def run_blocks(
     model: Model, params: Params, kv: KVCache, state: SamplerState, batch: StepBatch, impl: str
 ) -> tuple[Array, KVCache]:
-    """Runs the blocks over a ragged batch through the paged pool; returns hidden [T, D]."""
+    """Runs the blocks over a ragged batch through the paged pool; returns hidden [T, D].
+
+    Weights that depend on the tokens of a step, such as adapters, are bound to `batch` first.
+    """
     config = model.config
     # In 4 bits a few large channels of K would take all levels; q . k and the sum over v stay as
     # they are when q, k and v are rotated and the result is rotated back.
@@ -89,7 +93,13 @@ def run_blocks(
     tokens = jnp.where(batch.tokens < 0, last_tokens[batch.seq_ids], batch.tokens)
     context_lens = jnp.maximum(batch.prompt_lens[batch.seq_ids], batch.positions + 1)
     return model.apply(
-        params, tokens, batch.positions, attend, kv, context_lens=context_lens, trace_once=jax.jit
+        bind(params, batch),
+        tokens,
+        batch.positions,
+        attend,
+        kv,
+        context_lens=context_lens,
+        trace_once=jax.jit,
     )
 
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jinfer.config.typing import Params
-from jinfer.linear.prepared import PreparedWeight
-from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import flatten_weights, format_of, is_weight, weights
 from jinfer.models.inputs import examine
 from jinfer.models.model import Model
 from jinfer.steps.tracing import refuse_tracing
@@ -39,8 +38,8 @@ def take(model: Model, params: Any, device: Any = None) -> dict[str, Any]:
     if params is None:
         raise ValueError("a Model needs its weights: pass params=")
     params = examine(model, params)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)[0]:
-        if not _is_quantized(leaf) and leaf.dtype.name not in SERVED_DTYPES:
+    for path, leaf in flatten_weights(params):
+        if not is_weight(leaf) and leaf.dtype.name not in SERVED_DTYPES:
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} must be of {', '.join(SERVED_DTYPES)}, got "
                 f"{leaf.dtype}: cast it"
@@ -120,9 +119,5 @@ def check_alike(old: Params, new: Params) -> None:
 
 
 def _formats(params: Params) -> str:
-    leaves = jax.tree.leaves(params, is_leaf=_is_quantized)
-    return ", ".join(sorted({str(x.fmt) for x in leaves if _is_quantized(x)})) or "floats"
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, (QTensor, PreparedWeight))
+    found = {str(format_of(w)) for w in weights(params) if format_of(w) is not None}
+    return ", ".join(sorted(found)) or "floats"

@@ -22,8 +22,8 @@ import numpy as np
 from jinfer.checkpoints.formats.interop import Dense, Sign, Tensors, Weight, check_scales
 from jinfer.config.fields import require
 from jinfer.config.quant_format import CHANNEL, CODEBOOKS, QFormat
-from jinfer.linear.matmul import OUTLIER_THRESHOLD
 from jinfer.linear.qtensor import DYNAMIC_MAP, DoubleScale, QTensor, from_codes
+from jinfer.linear.quantized import OUTLIER_THRESHOLD
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _MAP_ERROR = 1e-6

@@ -26,7 +26,8 @@ from jinfer.config.fields import require
 from jinfer.config.model import ModelConfig, RopeConfig
 from jinfer.config.quant_format import CHANNEL
 from jinfer.config.typing import Params
-from jinfer.linear.qtensor import QTensor, dequantize
+from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import format_of, to_dense
 from jinfer.models.model import Model
 from jinfer.models.rope import attention_factor
 
@@ -285,7 +286,7 @@ def _tensors(
         if path[0] != "layers":
             top = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
             name = f"{top[str(path[0])]}.weight"
-            rows = leaf.T if path[0] == "lm_head" and not isinstance(leaf, QTensor) else leaf
+            rows = leaf.T if path[0] == "lm_head" and format_of(leaf) is None else leaf
             yield (
                 _matrix(config, name, rows, matrix, None)
                 if leaf.ndim > 1
@@ -306,7 +307,7 @@ def _tensors(
             name += "_exps"
         name = f"blk.{path[1]}.{name}.{'bias' if leaf_name == 'b' else 'weight'}"
         if not is_linear(path):
-            floats = [dequantize(x) if isinstance(x, QTensor) else x for _, x in pieces]
+            floats = [to_dense(x) for _, x in pieces]
             joined = np.concatenate([np.asarray(x, np.float32) for x in floats])
             yield _vector(config, name, joined if leaf_name != "w" else joined.T)
             continue
@@ -340,8 +341,8 @@ def _matrix(
     config: ModelConfig, name: str, w: Any, kind: str | None, importance: np.ndarray | None
 ) -> Tensor:
     """A weight: linears [I, O] or [E, I, O], quantized or not; embedding and head [O, I]."""
-    is_stored_transposed = name.startswith("blk.") or isinstance(w, QTensor)
-    if isinstance(w, QTensor):
+    is_stored_transposed = name.startswith("blk.") or format_of(w) is not None
+    if format_of(w) is not None:
         fits = _why_not_as_it_is(w)
         type_name = "Q4_0" if w.fmt.bits <= 4 else "Q8_0"
         require(kind is not None or not fits, f"GGUF cannot hold {w.fmt} as it is: {fits}")
@@ -351,7 +352,7 @@ def _matrix(
             packed = [_as_it_is(part) for part in parts]
             data = np.stack(packed) if w.ndim == 3 else packed[0]
             return name, _interleaved(config, name, data), type_name
-        w = dequantize(w)
+        w = to_dense(w)
     values = np.asarray(w, np.float32)
     if is_stored_transposed:
         values = values.swapaxes(-1, -2)

@@ -13,7 +13,7 @@ from jinfer.config.typing import Params
 from jinfer.engine.drafting.fed_pages import FedPages
 from jinfer.kv import cache as kv_cache
 from jinfer.kv.cache import KVCache
-from jinfer.linear.qtensor import array_bytes
+from jinfer.linear.weight import array_bytes
 from jinfer.models.model import Model
 from jinfer.sampling.args import SampleArgs
 from jinfer.sampling.state import SamplerState

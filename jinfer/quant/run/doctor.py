@@ -29,6 +29,7 @@ from jinfer.config.fields import require
 from jinfer.config.quant_format import QFormat
 from jinfer.config.typing import Params
 from jinfer.linear.qtensor import DoubleScale, QTensor, dequantize
+from jinfer.linear.weight import to_dense
 from jinfer.models.model import Model
 
 REPORT = "quantization.json"
@@ -266,7 +267,7 @@ def distances(
         _, layer, block, part, _ = path
         here, before = new["layers"][layer], old["layers"][layer]
         weight = here[block][part]["w"]
-        w = dequantize(weight) if isinstance(weight, QTensor) else weight
+        w = to_dense(weight)
         reference = before[block][part]["w"]
         if part not in ("o", "down"):
             norms = [p[f"{block}_norm"]["scale"] + plus_one for p in (before, here)]

@@ -24,7 +24,8 @@ from jinfer.config.fields import require
 from jinfer.config.quant_format import QFormat
 from jinfer.config.typing import Params
 from jinfer.linear.qlayout import lay_out
-from jinfer.linear.qtensor import QTensor, array_bytes
+from jinfer.linear.qtensor import QTensor
+from jinfer.linear.weight import array_bytes, format_of, weights
 from jinfer.models.model import Model
 from jinfer.quant.evaluate import Evaluation, evaluate_both
 from jinfer.quant.pipeline import linear_names, quantize_model
@@ -142,8 +143,8 @@ def run_job(
         seconds["evaluate"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    linears = [x for x in _leaves(quantized) if isinstance(x, QTensor)]
-    others = [x for x in _leaves(quantized) if not isinstance(x, QTensor)]
+    linears = [x for x in weights(quantized) if format_of(x) is not None]
+    others = [x for x in weights(quantized) if format_of(x) is None]
     report = Report(
         model=str(checkpoint.path),
         recipe=job.label,
@@ -253,10 +254,6 @@ def _stand_ins(model: Model, recipe: Recipe) -> dict[str, Any]:
         return made[key]
 
     return jax.tree.map_with_path(make, model.abstract_params())
-
-
-def _leaves(params: Params) -> list[Any]:
-    return jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))
 
 
 def _quantized_disk_bytes(folder: pathlib.Path, model: Model, rows: list[Row]) -> int:

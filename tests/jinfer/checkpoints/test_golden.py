@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jinfer import load
-from jinfer.linear.matmul import qmatmul
+from jinfer.linear.matmul import matmul
 
 GOLDEN = pathlib.Path(__file__).parents[4] / "shared" / "data" / "quantized"
 NAMES = sorted(p.parent.name for p in GOLDEN.glob("*/golden.npz") if p.parent.name[:4] != "peft")
@@ -89,5 +89,5 @@ def test_quantized_inputs_follow_the_official_forward(name):
         "mlp_down_proj": layer["mlp"]["down"],
     }.items():
         x, y = (golden[f"probe_{a}/model_layers_0_{module}"] for a in "xy")
-        got = np.asarray(qmatmul(jnp.asarray(x), w["w"]))
+        got = np.asarray(matmul(jnp.asarray(x), w["w"]))
         assert np.abs(got - y).max() <= 1e-5 * np.abs(y).max()

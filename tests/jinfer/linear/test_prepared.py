@@ -10,9 +10,9 @@ import pytest
 from jinfer import LLM, SamplingParams
 from jinfer.config.model import ModelConfig
 from jinfer.config.quant_format import QFormat
-from jinfer.linear import matmul as qlinear
 from jinfer.linear import prepared as qkernels
-from jinfer.linear import qtensor
+from jinfer.linear import qtensor, weight
+from jinfer.linear.matmul import matmul
 from jinfer.linear.prepared import PreparedWeight, prepare, prepare_params
 from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model
@@ -45,7 +45,7 @@ OTHER_FORMATS = {
     "int8-g64:dyn": "groups are left to XLA",
     "int4-channel:dyn": "int8 weights only",
 }
-qmatmul = jax.jit(qlinear.qmatmul)
+multiply = jax.jit(matmul)
 quantize = jax.jit(qtensor.quantize, static_argnames=("fmt", "scale_dtype"))
 
 
@@ -65,12 +65,12 @@ def test_a_prepared_weight_is_worth_what_it_was(text):
     perm = jnp.asarray(np.random.default_rng(1).permutation(200), jnp.int32)
     w = dataclasses.replace(w, perm=perm)
     x = normal(2, 3, 200, seed=1) * 7
-    expected = qmatmul(x, w)
+    expected = multiply(x, w)
     for where in (H100, V6E):
         p = prepare(w, target=where)
         assert isinstance(p, PreparedWeight) and p.shape == (200, 96)
         assert p.q.shape == ((96, 200) if where is H100 else (200, 96))
-        out = qmatmul(x, p)
+        out = multiply(x, p)
         assert out.shape == expected.shape and out.dtype == expected.dtype
         assert relative(out, expected) < 1e-5
 
@@ -80,7 +80,7 @@ def test_what_no_kernel_reads_stays_with_xla_and_says_why(text):
     w = quantize(normal(128, 64), QFormat.parse(text))
     with target.state("h100"):
         assert prepare(w) is w
-        [decision] = dispatch.explain(qlinear.qmatmul, normal(2, 128), w)
+        [decision] = dispatch.explain(matmul, normal(2, 128), w)
     assert decision.chosen == "xla"
     if decision.op != "int8_matmul":
         assert OTHER_FORMATS[text] in dict(decision.reasons)["mosaic_gpu"]
@@ -101,7 +101,7 @@ def test_weights_of_experts_stay_too_and_a_tree_names_the_one_that_is_refused():
 def test_on_a_cpu_nothing_changes():
     w = quantize(normal(128, 64), QFormat.parse("int4-g64"))
     assert prepare(w) is w and prepare(w, impl="xla") is w
-    [decision] = dispatch.explain(qlinear.qmatmul, normal(2, 128), w)
+    [decision] = dispatch.explain(matmul, normal(2, 128), w)
     assert decision.chosen == "xla"
     assert dict(decision.reasons)["mosaic_gpu"] == "needs a GPU or TPU, the target is cpu"
 
@@ -113,7 +113,7 @@ def test_a_kernel_that_is_named_is_never_left_out_in_silence():
         target.state("h100"),
         pytest.raises(NotImplementedError, match="prepare_params"),
     ):
-        qlinear.qmatmul(normal(2, 128), w)
+        matmul(normal(2, 128), w)
 
 
 def test_weights_are_laid_out_once_freed_if_owned_and_prepared_again_to_the_same():
@@ -134,7 +134,7 @@ def test_what_laying_out_adds_is_known_before(text, where):
     tree = {"a": w, "b": w, "c": jnp.ones(3)}
     old = {id(x) for x in jax.tree.leaves(tree)}
     after = {id(x): x for x in jax.tree.leaves(prepare_params(tree, target=where))}
-    new = sum(qtensor.array_bytes(x) for key, x in after.items() if key not in old)
+    new = sum(weight.array_bytes(x) for key, x in after.items() if key not in old)
     assert qkernels.added_bytes(tree, target=where) == new
     # A GPU's codes are transposed; scales of blocks are spread over the outputs.
     is_changed = {H100: text != "int3-g64", V6E: text == "fp8-e4m3-block128"}
@@ -156,7 +156,7 @@ def test_what_laying_out_adds_is_known_before(text, where):
 def test_each_target_takes_its_kernel(name, text, chosen):
     w = quantize(normal(256, 128), QFormat.parse(text))
     with target.state(name):
-        [d] = dispatch.explain(qlinear.qmatmul, normal(4, 256).astype(jnp.bfloat16), prepare(w))
+        [d] = dispatch.explain(matmul, normal(4, 256).astype(jnp.bfloat16), prepare(w))
     assert (d.op, d.chosen) == chosen
 
 
@@ -259,4 +259,4 @@ def test_new_weights_are_laid_out_like_the_old_ones(dense):
     assert sum(isinstance(x, PreparedWeight) for x in leaves) == 8
     assert not any(isinstance(x, QTensor) for x in leaves)
     assert isinstance(old["lm_head"]["w"], QTensor) and not old["lm_head"]["w"].q.is_deleted()
-    assert qkernels.why_not(new["lm_head"]["w"]) is None
+    assert new["lm_head"]["w"].why_no_kernel() is None

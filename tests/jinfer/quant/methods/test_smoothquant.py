@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jinfer.config.quant_format import QFormat
-from jinfer.linear.matmul import qmatmul
+from jinfer.linear.matmul import matmul
 from jinfer.linear.qtensor import quantize
 from jinfer.quant.methods.folding import (
     divide_norm,
@@ -56,8 +56,8 @@ def test_smoothing_helps_w8a8_and_changes_no_float_output():
     smooth_w = scale_inputs(w, s)
     assert relative((x / s[None]) @ smooth_w, x @ w) < 1e-5
     fmt = QFormat.parse("int8-channel:dyn")
-    plain = relative(qmatmul(x, quantize(w, fmt, grid="restricted")), x @ w)
-    smoothed = relative(qmatmul(x / s[None], quantize(smooth_w, fmt, grid="restricted")), x @ w)
+    plain = relative(matmul(x, quantize(w, fmt, grid="restricted")), x @ w)
+    smoothed = relative(matmul(x / s[None], quantize(smooth_w, fmt, grid="restricted")), x @ w)
     assert smoothed < 0.5 * plain
 
 
