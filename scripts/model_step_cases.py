@@ -15,21 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import kv_write_cases
-import numpy as np
 
 from jinfer.config import memory
 from jinfer.config.cache import CacheConfig
+from jinfer.config.engine import EngineConfig
 from jinfer.config.quant_format import QFormat
+from jinfer.engine.device.packing import Packer
 from jinfer.kv import cache as kv_cache
 from jinfer.linear import layouts as formats
 from jinfer.linear import prepared as qkernels
 from jinfer.linear import qtensor, weight
 from jinfer.models.model import Model
-from jinfer.sampling.args import pack_args
 from jinfer.sampling.state import init_state
-from jinfer.steps import decode
-from jinfer.steps import forward as steps
-from jinfer.steps.batch import DecodeBatch, StepBatch
+from jinfer.steps import decode, forward
+from jinfer.steps.inputs import Pool
 from pallas_kernels import hlo
 from pallas_kernels.compile_only import CompileCase
 from pallas_kernels.target import Target
@@ -65,7 +64,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
         resident = weight.num_bytes((params, kv))
         if resident + MAX_TEMP_BYTES > HBM_BYTES[target.name]:
             continue
-        make = functools.partial(_case, model, params, formats.layouts(params, target), kv, name)
+        make = functools.partial(_case, model, params, formats.layouts(params, target), name)
         for num_seqs in DECODE_SEQS[-1:] if quick else DECODE_SEQS:
             cases.append(make("decode", *decode_call(model, kv, num_seqs)))
         for num_tokens in PREFILL_TOKENS[-1:] if quick else PREFILL_TOKENS:
@@ -89,54 +88,51 @@ def abstract_params(model: Model, linears: str | None) -> Any:
 
 
 def decode_call(model: Model, kv: Any, num_seqs: int) -> tuple[str, Callable[..., Any], tuple]:
-    def call(params: Any, kv: Any, state: Any, batch: Any, args: Any, num_steps: Any) -> Any:
-        return decode.decode_loop(
-            *(model, params, kv, state, batch, args, num_steps), max_steps=DECODE_STEPS
-        )
+    def call(params: Any, pool: Any, inputs: Any) -> Any:
+        return decode.decode_loop(model, params, pool, inputs, max_steps=DECODE_STEPS)
 
-    batch = DecodeBatch.padding(num_seqs, max_pages=MAX_TOKENS // kv.page_size, num_rows=num_seqs)
-    state = _state(model, num_seqs)
-    args = (state, batch, pack_args([], num_seqs), np.int32(1))
-    return f"S={num_seqs} steps={DECODE_STEPS}", call, args
+    inputs = _packer(kv, num_seqs).decode(num_seqs)
+    return f"S={num_seqs} steps={DECODE_STEPS}", call, (_pool(model, kv, num_seqs), inputs)
 
 
 def prefill_call(model: Model, kv: Any, num_tokens: int) -> tuple[str, Callable[..., Any], tuple]:
-    def call(params: Any, kv: Any, state: Any, batch: Any, args: Any, sampled: Any) -> Any:
-        return steps.forward_step(model, params, kv, state, batch, args, sampled)
+    def call(params: Any, pool: Any, inputs: Any) -> Any:
+        return forward.forward_step(model, params, pool, inputs)
 
-    batch = StepBatch.padding(
-        num_tokens,
-        PREFILL_SEQS,
-        max_pages=MAX_TOKENS // kv.page_size,
-        num_slots=kv.num_slots,
-        num_rows=PREFILL_SEQS,
+    inputs = _packer(kv, PREFILL_SEQS).ragged(num_tokens, PREFILL_SEQS)
+    return f"T={num_tokens} S={PREFILL_SEQS}", call, (_pool(model, kv, PREFILL_SEQS), inputs)
+
+
+def _packer(kv: Any, num_seqs: int) -> Packer:
+    config = EngineConfig(
+        max_model_len=MAX_TOKENS,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=max(PREFILL_TOKENS),
     )
-    state = _state(model, PREFILL_SEQS)
-    args = (state, batch, pack_args([], PREFILL_SEQS), np.zeros(PREFILL_SEQS, np.bool_))
-    return f"T={num_tokens} S={PREFILL_SEQS}", call, args
+    return Packer(config, CacheConfig(num_pages=kv.num_pages, page_size=kv.page_size))
 
 
-def _state(model: Model, num_rows: int) -> Any:
+def _pool(model: Model, kv: Any, num_rows: int) -> Pool:
     make = functools.partial(init_state, num_rows, model.config.vocab_size)
-    return jax.eval_shape(make)
+    return Pool(kv, jax.eval_shape(make))
 
 
 def _case(
     model: Model,
     params: Any,
     layouts: Any,
-    kv: Any,
     variant: str,
     kind: str,
     shape: str,
     call: Callable[..., Any],
     rest: tuple,
 ) -> CompileCase:
+    kv = rest[0].kv
     weights = {w.shape for w in weight.weights(params) if weight.is_weight(w)}
     return CompileCase(
         name=f"{MODEL} x{model.config.num_layers} {variant}, {kind} {shape}",
-        fn=jax.jit(call, donate_argnums=(1, 2)),
-        abstract_args=(params, kv, *rest),
+        fn=jax.jit(call, donate_argnums=1),
+        abstract_args=(params, *rest),
         max_temp_bytes=MAX_TEMP_BYTES,
         never_written=hlo.dense_types(*weights) + kv_write_cases.dense_copies(kv),
         min_alias_bytes=weight.num_bytes(kv),

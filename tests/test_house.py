@@ -99,7 +99,6 @@ TOO_WIDE = {
     "pallas_kernels.paged_attention.xla._rectangle": STILL,
     "pallas_kernels.paged_attention.xla._query_tiles": STILL,
     "jinfer.checkpoints.save.save_folder": STILL,
-    "jinfer.engine.device.drafter.Drafter.draft_and_verify": STILL,
     "jinfer.functional.generate": SIGNATURE,
     "jinfer.llm.LLM.__init__": SIGNATURE,
     "jinfer.llm.LLM.chat": SIGNATURE,
@@ -109,13 +108,6 @@ TOO_WIDE = {
     "jinfer.setup.options._num_pages": STILL,
     "jinfer.speculation.accept_chain.verify": STILL,
     "jinfer.speculation.accept_tree.verify_tree": STILL,
-    "jinfer.steps.beam.beam_step": STILL,
-    "jinfer.steps.decode.decode_loop": STILL,
-    "jinfer.steps.draft.draft_step": STILL,
-    "jinfer.steps.draft._draft": STILL,
-    "jinfer.steps.forward.forward_step": STILL,
-    "jinfer.steps.tree.tree_step": STILL,
-    "jinfer.steps.verify.verify_step": STILL,
 }
 TOP_LEVEL = {
     *(".ci", ".gitignore", ".pre-commit-config.yaml", "mkdocs.yml", "pyproject.toml"),

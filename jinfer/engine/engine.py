@@ -67,7 +67,7 @@ class Engine:
         )
         self.tier = self.scheduler.prefix.tier
         if self.tier is not None:
-            self.tier.costs, runner.kv = runner.host.measure(runner.kv, runner.cache.page_size)
+            self.tier.costs = runner.measure_host()
         self.watchdog = Watchdog(self.scheduler)
         self.num_failed_steps = 0
         self._num_idle_steps = 0

@@ -1,4 +1,4 @@
-"""What one step works on, as a pytree of arrays; knows nothing of requests."""
+"""The sequences of one step and their tokens, as pytrees of arrays; knows nothing of requests."""
 
 from __future__ import annotations
 

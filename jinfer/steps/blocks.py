@@ -1,8 +1,7 @@
 """What the steps share: the blocks over the paged pool, sampling, checks for NaN.
 
-Weights, pool and sampler state cross the jit boundary as plain pytrees; pool and state are donated
-and come back updated. Nothing here waits for the device. One program serves every context length
-and every mix of sampling fields; only the padded sizes named by `buckets` make new ones.
+Nothing here waits for the device. One program serves every context length and every mix of sampling
+fields; only the padded sizes named by `buckets` make new ones.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from jinfer.kv.cache import KVCache
 from jinfer.kv.rotation import kv_rotation, rotate
 from jinfer.linear.weight import bind
 from jinfer.models.model import Model
-from jinfer.sampling.args import SampleArgs
 from jinfer.sampling.draw import sample
 from jinfer.sampling.process import process_logits
 from jinfer.sampling.state import SamplerState, observe
 from jinfer.steps.batch import DecodeBatch, StepBatch
+from jinfer.steps.inputs import StepInputs
 from pallas_kernels.paged_attention import ragged_paged_attention
 
 NOT_FINITE = -1  # stands for a token whose logits, or the hidden states behind them, are not finite
@@ -118,17 +117,15 @@ def is_sound(hidden: Array, batch: StepBatch) -> Array:
 
 
 def sample_rows(
-    logits: Array,
-    args: SampleArgs,
-    state: SamplerState,
-    batch: StepBatch,
-    active: Array,
-    token_mask: Array | None,
+    logits: Array, inputs: StepInputs, state: SamplerState, batch: StepBatch, active: Array | None
 ) -> tuple[Array, SamplerState]:
-    """Draws one token a sequence, at position kv_len, and notes it in the state."""
+    """Draws one token a sequence, at position kv_len, and notes it in the state where active."""
+    args = inputs.args
+    assert args is not None and active is not None
     with jax.named_scope("sampler"):
         positions = batch.kv_lens
-        processed = process_logits(logits, args, state, batch.rows, positions, token_mask)
+        mask = inputs.token_mask
+        processed = process_logits(logits, args, state, batch.rows, positions, mask)
         tokens = sample(processed, args, positions)
         return tokens, observe(state, batch.rows, tokens, active)
 

@@ -1,11 +1,11 @@
 """The jitted step in which a drafting model writes several tokens and the target verifies them.
 
-The drafter is another model with a pool of its own, whose pages are numbered like the target's; or
-the target's own weights in fewer bits, which read the target's pool and go on in it: the
-verification writes the target's K and V over all that they leave there. A pool of its own must be
-fed what the target computes: where every step does, whatever page the target has computed the
-drafter has as well, and cached prefixes and preempted requests need no care. `engine.fed_pages`
-knows of steps that did not.
+The drafter is either another model with a KV cache of its own, whose pages are numbered like the
+target's; or the target's own weights in fewer bits, which read the target's cache and write to it:
+the verification then overwrites their K and V with the target's. A cache of its own must be fed
+what the target computes. Where every step is fed, a page that the target has computed is complete
+for the drafter, too, so that cached prefixes and preempted requests need no care.
+`engine.drafting.fed_pages` knows of steps that were not fed.
 """
 
 from __future__ import annotations
@@ -15,96 +15,67 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array
 
 from jinfer.config.typing import Params
 from jinfer.kv.cache import KVCache
 from jinfer.models.model import Model
-from jinfer.sampling.args import SampleArgs
 from jinfer.sampling.process import process_logits
 from jinfer.sampling.state import SamplerState, observe
 from jinfer.speculation import accept_chain as accept
 from jinfer.steps import blocks, verify
 from jinfer.steps.batch import StepBatch
 from jinfer.steps.blocks import StepOutput
+from jinfer.steps.inputs import Pool, StepInputs, Weights
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("model", "drafter", "max_drafts", "impl"),
-    donate_argnames=("kv", "draft_kv", "state"),
+    jax.jit, static_argnames=("model", "drafter", "max_drafts", "impl"), donate_argnames=("pool",)
 )
 def draft_step(
     model: Model,
-    params: Params,
-    kv: KVCache,
-    drafter: Model,
-    draft_params: Params,
-    draft_kv: KVCache | None,
-    state: SamplerState,
-    batch: StepBatch,
-    args: SampleArgs,
-    sampled: Bool[Array, "S"],
-    num_drafts: Int[Array, "S"],
-    token_mask: UInt32[Array, "K1 S W"] | None = None,
+    params: Weights,
+    pool: Pool,
+    inputs: StepInputs,
     *,
+    drafter: Model,
     max_drafts: int,
     impl: str = "auto",
-) -> tuple[StepOutput, KVCache, KVCache | None, SamplerState]:
+) -> tuple[StepOutput, Pool]:
     """Drafts num_drafts[s] tokens of each sequence, one after the other, and verifies them all.
 
     Each draft is drawn from the distribution that the drafter has after the same processing as the
     target's: penalties count the drafts before it.
 
     Args:
-      model, params, kv, state, args, sampled, token_mask, impl: as in `steps.verify_step`.
-      drafter, draft_params: the model that drafts, of the same vocabulary; static and its weights.
-      draft_kv: its pool, donated; None: it goes on in `kv`.
-      batch: the last num_drafts[s] tokens of each sequence are places for drafts, whatever ids are
-        there.
-      num_drafts: [S].
+      model, impl: as in `verify.verify_step`.
+      params: weights of the target and of the drafter.
+      pool: donated; with `draft_kv` None the drafter works in `kv`.
+      inputs: as in `verify.verify_step`. The last num_drafts[s] tokens of each sequence are places
+        for drafts, whatever ids are there.
+      drafter: static, the model that drafts, of the same vocabulary.
       max_drafts: static K, most drafts.
-
-    Returns:
-      As `steps.verify_step`, and the drafter's pool.
     """
-    pool = kv if draft_kv is None else draft_kv
+    batch, num_drafts = inputs.batch, inputs.num_drafts
+    assert isinstance(batch, StepBatch) and num_drafts is not None
+    own_kv = pool.kv if pool.draft_kv is None else pool.draft_kv
     with jax.named_scope("drafts"):
-        drafts, draft_logits, pool = _draft(
-            drafter,
-            draft_params,
-            pool,
-            state,
-            batch,
-            args,
-            num_drafts,
-            token_mask,
-            max_drafts=max_drafts,
-            impl=impl,
+        drafts, draft_logits, own_kv = _draft(
+            *(drafter, params.drafter, own_kv, pool.state, inputs), max_drafts=max_drafts, impl=impl
         )
     ends = batch.q_starts[None, 1:]
     places = ends - num_drafts[None] + jnp.arange(max_drafts, dtype=jnp.int32)[:, None]  # [K, S]
     places = jnp.where(places < ends, places, batch.tokens.shape[0])
     batch = dataclasses.replace(batch, tokens=batch.tokens.at[places].set(drafts, mode="drop"))
-    if draft_kv is None:
-        kv = pool
+    if pool.draft_kv is None:
+        pool = dataclasses.replace(pool, kv=own_kv)
     else:  # prompts, and the last draft
-        _, draft_kv = blocks.run_blocks(drafter, draft_params, pool, state, batch, impl)
-    out, kv, state = verify.verify_step(
-        model,
-        params,
-        kv,
-        state,
-        batch,
-        args,
-        sampled,
-        num_drafts,
-        token_mask,
-        draft_logits,
-        max_drafts=max_drafts,
-        impl=impl,
+        _, own_kv = blocks.run_blocks(drafter, params.drafter, own_kv, pool.state, batch, impl)
+        pool = dataclasses.replace(pool, draft_kv=own_kv)
+    inputs = dataclasses.replace(inputs, batch=batch)
+    return verify.verify(
+        model, params.target, pool, inputs, draft_logits, max_drafts=max_drafts, impl=impl
     )
-    return out, kv, draft_kv, state
 
 
 def _draft(
@@ -112,20 +83,19 @@ def _draft(
     params: Params,
     kv: KVCache,
     state: SamplerState,
-    batch: StepBatch,
-    args: SampleArgs,
-    num_drafts: Array,
-    token_mask: Array | None,
+    inputs: StepInputs,
     *,
     max_drafts: int,
     impl: str,
 ) -> tuple[Array, Array, KVCache]:
-    """Returns drafts [K, S], the processed logits that they were drawn from [K, S, V], the pool."""
+    """Returns drafts [K, S], the processed logits [K, S, V] that they are drawn from, the cache."""
+    batch, num_drafts, args = inputs.batch, inputs.num_drafts, inputs.args
+    assert isinstance(batch, StepBatch) and num_drafts is not None and args is not None
     begin = batch.kv_lens - num_drafts - 1  # [S] place of the newest token
 
-    def step(carry, inputs):
+    def step(carry, numbered):
         tokens, kv, state = carry
-        i, mask = inputs
+        i, mask = numbered
         active = i < num_drafts
         here = blocks.one_token_each(batch, tokens, begin + i, active, kv)
         hidden, kv = blocks.run_blocks(drafter, params, kv, state, here, impl)
@@ -138,23 +108,24 @@ def _draft(
 
     newest = batch.tokens[jnp.maximum(batch.q_starts[1:] - 1 - num_drafts, 0)]
     numbers = jnp.arange(max_drafts, dtype=jnp.int32)
-    masks = None if token_mask is None else token_mask[:max_drafts]
+    masks = None if inputs.token_mask is None else inputs.token_mask[:max_drafts]
     (_, kv, _), (drafts, processed) = jax.lax.scan(step, (newest, kv, state), (numbers, masks))
     return drafts, processed, kv
 
 
-@functools.partial(jax.jit, static_argnames=("drafter", "impl"), donate_argnames=("draft_kv",))
+@functools.partial(jax.jit, static_argnames=("model", "impl"), donate_argnames=("pool",))
 def feed_step(
-    drafter: Model,
-    draft_params: Params,
-    draft_kv: KVCache,
-    state: SamplerState,
-    batch: StepBatch,
-    *,
-    impl: str = "auto",
-) -> KVCache:
-    """Computes K and V of a step's tokens in the drafter's own pool, which is donated.
+    model: Model, params: Params, pool: Pool, inputs: StepInputs, *, impl: str = "auto"
+) -> tuple[None, Pool]:
+    """Computes K and V of a step's tokens in the KV cache of a drafting model.
 
-    `state`, of before that step, says what tokens with negative ids are.
+    Args:
+      model: static, the drafting model.
+      params: its weights.
+      pool: donated; the sampler's state of before that step says what tokens with negative ids are.
+      inputs: a `StepBatch`.
+      impl: attention backend.
     """
-    return blocks.run_blocks(drafter, draft_params, draft_kv, state, batch, impl)[1]
+    assert isinstance(inputs.batch, StepBatch) and pool.draft_kv is not None
+    _, kv = blocks.run_blocks(model, params, pool.draft_kv, pool.state, inputs.batch, impl)
+    return None, dataclasses.replace(pool, draft_kv=kv)

@@ -496,7 +496,7 @@ def test_a_revision_is_of_the_model_not_of_a_tokenizer_from_elsewhere(monkeypatc
 def test_bfloat16_weights_and_kv_serve(params):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     llm = LLM(MODEL, params=half, skip_tokenizer_init=True, **LIMITS)
-    assert llm._runner.kv.dtype == "bfloat16"
-    assert llm._runner.kv.k.dtype.itemsize == 2
+    assert llm._runner.pool.kv.dtype == "bfloat16"
+    assert llm._runner.pool.kv.k.dtype.itemsize == 2
     out = llm.generate(make_prompts(13, [9, 30]), SamplingParams(temperature=0, max_tokens=8))
     assert all(1 <= len(tokens) <= 8 for tokens in tokens_of(out))

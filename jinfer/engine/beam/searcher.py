@@ -19,14 +19,10 @@ from jinfer.config.fields import read_int
 from jinfer.config.sampling_params import SamplingParams
 from jinfer.engine.beam.hypotheses import Candidate, Finished, Search, num_pages
 from jinfer.engine.device import buckets
+from jinfer.engine.device.packing import BeamRow, Chunk
 from jinfer.engine.engine import Engine
 from jinfer.engine.request import Request
-from jinfer.sampling.args import pack_args
 from jinfer.sampling.state import pack_bits
-from jinfer.steps import beam as steps_beam
-from jinfer.steps import forward as steps
-from jinfer.steps import pool
-from jinfer.steps.batch import StepBatch
 
 AllowedTokens = Callable[[list[int]], Sequence[int]]
 """From the tokens that a beam has found to the ids that may come next."""
@@ -225,72 +221,35 @@ class BeamSearcher:
 
     def _prefill(self, request: Request) -> None:
         """Computes what is missing of the prompt's KV but for its last token, in chunks."""
-        runner, tokens = self.engine.runner, request.prompt_token_ids
-        most, size = self.engine.config.max_num_batched_tokens, runner.buckets.seqs[0]
-        end = request.num_prompt_tokens - 1
+        most, end = self.engine.config.max_num_batched_tokens, request.num_prompt_tokens - 1
         for begin in range(request.num_computed_tokens, end, most):
             count = min(end - begin, most)
-            batch = self._padding(buckets.fit(runner.buckets.tokens, count), size)
-            positions = np.arange(begin, begin + count, dtype=np.int32)
-            batch.tokens[:count] = tokens[begin : begin + count]
-            batch.positions[:count] = positions
-            batch.q_starts[1:] = count
-            batch.kv_lens[0] = begin + count
-            num_prompt_pages = self.engine.scheduler.holdings.num_pages(end + 1)
-            self._place(batch, 0, request, request.pages[:num_prompt_pages])
-            batch.slots[:count] = self._slots(batch.page_table[0], positions)
-            no_samples: Any = np.zeros(size, np.bool_)
-            runner.feed_drafter(batch)
-            _, runner.kv, runner.state = steps.forward_step(
-                runner.model,
-                runner.params,
-                runner.kv,
-                runner.state,
-                batch,
-                pack_args([], size),
-                no_samples,
-                impl=self.engine.config.attention_impl,
-            )
+            self.engine.runner.prefill(Chunk(request, begin, count))
             request.num_computed_tokens += count
 
     def _advance(self) -> None:
         """Runs one step of all searches under way."""
         runner, width = self.engine.runner, self.params.beam_width
         size = buckets.fit(self._sizes, len(self._active)) * width
-        batch = dataclasses.replace(self._padding(size, size), max_q_len=1)
-        batch.seq_ids[:] = np.arange(size)
-        batch.q_starts[:] = np.arange(size + 1)
-        totals: Any = np.full(size, -np.inf, np.float32)
-        temperature: Any = np.full(size, self.params.temperature or 1.0, np.float32)
+        rows = []
         for group, job in enumerate(self._active):
             assert job.search is not None
             position = job.search.num_computed
             for i, beam in enumerate(job.search.beams):
-                s = group * width + i
                 last = job.request.prompt_token_ids[-1] if beam.last is None else beam.last.token
-                batch.tokens[s], batch.positions[s], batch.kv_lens[s] = last, position, position + 1
-                self._place(batch, s, job.request, [job.request.pages[n] for n in beam.pages])
-                batch.slots[s] = self._slots(batch.page_table[s], position)
-                totals[s] = beam.total
-        (which, best, own), runner.kv = steps_beam.beam_step(
-            runner.model,
-            runner.params,
-            runner.kv,
-            runner.state,
-            batch,
-            totals,
-            temperature,
-            self._token_mask(size),
-            num_beams=width,
-            k=self._num_candidates,
-            impl=self.engine.config.attention_impl,
-        )
-        self._take_in(np.asarray(which), np.asarray(best), np.asarray(own), size)
+                pages = [job.request.pages[n] for n in beam.pages]
+                row = BeamRow(job.request, last, position, pages, beam.total)
+                rows.append((group * width + i, row))
+        temperature = self.params.temperature or 1.0
+        inputs = runner.packer.pack_beams(rows, size, temperature, self._token_mask(size))
+        out = runner.continue_beams(inputs, num_beams=width, k=self._num_candidates)
+        which, best, own = map(np.asarray, out)
+        self._take_in(which, best, own, size)
 
     def _take_in(self, which: Any, best: Any, own: Any, size: int) -> None:
         """Gives each search its continuations, and copies the pages that are shared no longer."""
         runner = self.engine.runner
-        src, dst = [], []
+        pages = []
         for group, job in enumerate(self._active):
             assert job.search is not None
             if np.isnan(best[group]).any():
@@ -301,13 +260,9 @@ class BeamSearcher:
             beams, tokens = np.divmod(which[group], runner.vocab_size)
             rows = zip(beams.tolist(), tokens.tolist(), own[group].tolist(), best[group].tolist())
             copies = job.search.advance([Candidate(*row) for row in rows if row[-1] > -np.inf])
-            src += [job.request.pages[a] for a, _ in copies]
-            dst += [job.request.pages[b] for _, b in copies]
-        if src:
-            padding = size - len(src)
-            sources: Any = np.asarray(src + [0] * padding, np.int32)
-            targets: Any = np.asarray(dst + [runner.cache.num_pages] * padding, np.int32)
-            runner.kv = pool.copy_pages(runner.kv, sources, targets)
+            pages += [(job.request.pages[a], job.request.pages[b]) for a, b in copies]
+        if pages:
+            runner.copy_beam_pages(pages, size)
 
     def _token_mask(self, size: int) -> Any:
         """Returns the beams' masks, or None where nothing is banned."""
@@ -326,23 +281,3 @@ class BeamSearcher:
                 found = [] if beam.last is None else [x.token for x in beam.last.path()]
                 mask[group * width + i] &= pack_bits(job.allowed(found), vocab_size)
         return mask
-
-    # ------------------------------------------------------------------ packing
-
-    def _padding(self, num_tokens: int, num_seqs: int) -> StepBatch:
-        runner = self.engine.runner
-        return StepBatch.padding(
-            num_tokens,
-            num_seqs,
-            max_pages=runner.max_pages,
-            num_slots=runner.cache.num_slots,
-            num_rows=self.engine.config.max_num_seqs,
-        )
-
-    def _place(self, batch: Any, s: int, request: Request, pages: Sequence[int]) -> None:
-        batch.page_table[s, : len(pages)] = pages
-        batch.prompt_lens[s] = request.num_prompt_tokens
-
-    def _slots(self, page_row: Any, positions: Any) -> Any:
-        page_size = self.engine.runner.cache.page_size
-        return page_row[positions // page_size] * page_size + positions % page_size

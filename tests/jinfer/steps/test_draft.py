@@ -19,6 +19,7 @@ from jinfer.sampling.state import SamplerLimits, SamplerState, observe, pack_row
 from jinfer.speculation import accept_chain as accept
 from jinfer.steps import draft as draft_steps
 from jinfer.steps.batch import StepBatch
+from jinfer.steps.inputs import Pool, StepInputs, Weights
 
 V, K, S, PAGE = 8, 2, 512, 8
 ROUNDS = 48  # runs of S draws of two tokens
@@ -99,15 +100,14 @@ def draw_pairs(case, params, draft_params, own_kv, rounds=ROUNDS, step=draft_ste
         state = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (S, *x.shape)), setup)
         state = SamplerState(**vars(state))
         kv = kv_cache.init(CONFIG, cache)
-        draft_kv = kv_cache.init(CONFIG, cache) if own_kv else None
+        pool = Pool(kv, state, kv_cache.init(CONFIG, cache) if own_kv else None)
+        weights = Weights(params, draft_params)
         outputs = []
         starts = np.zeros(S, np.int64)
         for _ in range(2):
-            out, kv, draft_kv, state = step(
-                *(MODEL, params, kv, MODEL, draft_params, draft_kv, state, make_batch(starts)),
-                *(args, np.ones(S, bool), np.full(S, K, np.int32)),
-                max_drafts=K,
-            )
+            drafts = np.ones(S, bool), np.full(S, K, np.int32)
+            inputs = StepInputs(make_batch(starts), args, *drafts)
+            out, pool = step(MODEL, weights, pool, inputs, drafter=MODEL, max_drafts=K)
             outputs.append((np.asarray(out.tokens), np.asarray(out.counts)))
             starts = starts + outputs[-1][1]
         (first, counts), (second, _) = outputs

@@ -277,7 +277,8 @@ first, second = jax.devices()
 split = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
 for where, home in ((split, first), (second, second)):
     llm = make_llm(jax.device_put(init(0), where), cpu_offload_gb=1e-4)
-    assert all(x.devices() == {home} for x in jax.tree.leaves((llm._runner.params, llm._runner.kv)))
+    arrays = jax.tree.leaves((llm._runner.params, llm._runner.pool))
+    assert all(x.devices() == {home} for x in arrays)
     assert answer(llm) == expected(0)
     for other in (split, first, second):
         new = jax.device_put(init(1), other)

@@ -326,8 +326,8 @@ def test_a_failed_step_leaves_an_engine_that_works(oracle_path, alone, monkeypat
     llm = LLM(oracle_path, dtype="float32", **LIMITS)
     whole = beam.beam_step
 
-    def fail(model, params, kv, *args, **kwargs):
-        jax.tree.map(lambda x: x.delete(), kv)
+    def fail(model, params, pool, *args, **kwargs):
+        jax.tree.map(lambda x: x.delete(), pool)
         raise RuntimeError("out of memory")
 
     greedy = SamplingParams(temperature=0, max_tokens=8)

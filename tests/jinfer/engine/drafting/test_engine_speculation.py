@@ -252,7 +252,7 @@ def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method)
     for _ in range(3):
         assert_same(llm.generate(prompts, greedy, use_tqdm=False), expected)
     # Trees are as wide as they may be, or not there at all.
-    widths = [(len(parents) - 1, plan.max_drafts) for plan, (*_, parents) in trees]
+    widths = [(len(args[0].parents) - 1, plan.max_drafts) for plan, args in trees]
     assert all((width > 0) == (most > 0) for width, most in widths)
     assert (method in ("medusa", "lookahead")) == bool(widths)
     metrics = llm.get_metrics()
@@ -287,7 +287,7 @@ def test_a_draft_model_is_fed_later_what_steps_without_drafts_computed(make_llm,
                 pages = seq.request.pages[: -(-seq.start // LIMITS["block_size"])]
                 ours, theirs = (
                     np.concatenate([kv.k[page] for page in pages], axis=1)[:, : seq.start]
-                    for kv in (runner.kv, runner.drafter.kv)
+                    for kv in (runner.pool.kv, runner.pool.draft_kv)
                 )
                 gaps.append(np.max(np.abs(theirs - ours)))
         return verify(*args)

@@ -77,7 +77,7 @@ def check_whole(llm):
 
 def check_no_nan_is_left(llm):
     run(llm, [make_prompt(99, 2)])  # its first step clears what was spoilt
-    for pool in jax.tree.leaves(llm._runner.kv):
+    for pool in jax.tree.leaves(llm._runner.pool.kv):
         assert np.isfinite(np.asarray(pool)).all()
 
 
@@ -196,7 +196,7 @@ class Fault:
             plan = arg if name == "launch" else arg.plan
             if self.num_calls == nth or (applies is not None and applies(plan)):
                 self.num_faults += 1
-                for leaf in jax.tree.leaves((runner.kv, runner.state)):
+                for leaf in jax.tree.leaves(runner.pool):
                     leaf.delete()  # as a failed call leaves what was donated to it
                 raise error("RESOURCE_EXHAUSTED: out of memory\nand more lines")
             return method(runner, arg)
