@@ -49,3 +49,21 @@ def forget_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    """Fetches the default model into the cache if need be; skips the test where that fails."""
+    from jinfer.checkpoints.default_model import default_model_path
+
+    try:
+        return default_model_path()
+    except (OSError, ValueError) as error:
+        pytest.skip(f"the default model cannot be had: {error}")
+
+
+@pytest.fixture
+def users_jax():
+    """JAX as users have it: values of different dtypes and ranks are promoted."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
