@@ -106,8 +106,6 @@ TOO_WIDE = {
     "jinfer.quant.methods.gptq.solve": STILL,
     "jinfer.setup.options.resolve": STILL,
     "jinfer.setup.options._num_pages": STILL,
-    "jinfer.speculation.accept_chain.verify": STILL,
-    "jinfer.speculation.accept_tree.verify_tree": STILL,
 }
 TOP_LEVEL = {
     *(".ci", ".gitignore", ".pre-commit-config.yaml", "mkdocs.yml", "pyproject.toml"),

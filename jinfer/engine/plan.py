@@ -1,4 +1,4 @@
-"""What the scheduler tells others: plans, progress and counts. Plain data, no decisions."""
+"""Data that the scheduler hands out: plans, progress and counts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jinfer.speculation import trees as draft_tree
 
 @dataclasses.dataclass(frozen=True)
 class Drafts:
-    """What may follow a sequence's newest token: a chain, or a tree.
+    """Drafted tokens after a sequence's newest token: a chain or a tree.
 
     Attributes:
-      token_ids: drafts; of a tree, each after its parent.
-      parents: the shape of a tree, see `spec.draft_tree`; None: a chain.
+      token_ids: drafts; in a tree, each comes after its parent.
+      parents: the shape of a tree, see `speculation.trees`; None: a chain.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -25,7 +25,7 @@ class Drafts:
 
     @property
     def depth(self) -> int:
-        """Most of them that can stand."""
+        """Most drafts that can be accepted."""
         if self.parents is None:
             return len(self.token_ids)
         return max(draft_tree.depths(self.parents), default=0)
@@ -36,20 +36,19 @@ class ScheduledSeq:
     """What one step does for one request.
 
     Attributes:
-      request: the request; its `pages` and `row` are right when the plan is made, not later.
+      request: the request; its `pages` and `row` are valid when the plan is made, not later.
       start: first position whose KV the step computes.
-      num_tokens: positions given to the step at once: 1, 1 + num_drafts, or the length of a
-        prefill chunk.
+      num_tokens: input positions of the step: 1, 1 + num_drafts, or the length of a prefill chunk.
       num_samples: tokens that it samples: 0 when a chunk does not reach the end of the known
         tokens, else 1, or up to `Plan.num_steps` in a decode plan of several steps. With drafts:
-        1 + drafts.depth at most, of which at least one comes.
-      is_new_row: the sampler row must be initialised before the step, from the request's prompt
+        between 1 and 1 + drafts.depth.
+      is_new_row: the sampler row must be initialized before the step, from the request's prompt
         and output tokens, all of which are known.
-      is_prefill: the input tokens are all known to the host. Otherwise the input is the newest
-        sampled token, which the device has in any case and the host perhaps not yet.
-      pages: those that the step writes to, which may be someone else's by the time of its commit.
-      is_on_found: part of the KV that it builds on was found in the prefix cache.
-      drafts: what follows the newest token, for the step to verify.
+      is_prefill: the host knows all input tokens. Otherwise the input is the newest sampled token,
+        which the device has and the host may not know yet.
+      pages: pages that the step writes to; at its commit they may belong to another request.
+      uses_cached_kv: part of the KV that it reads was found in the prefix cache.
+      drafts: drafts after the newest token, for the step to verify.
     """
 
     request: Request
@@ -59,7 +58,7 @@ class ScheduledSeq:
     is_new_row: bool
     is_prefill: bool
     pages: tuple[int, ...] = ()
-    is_on_found: bool = False
+    uses_cached_kv: bool = False
     drafts: Drafts = Drafts()
 
     @property
@@ -79,14 +78,14 @@ class ScheduledSeq:
 
 @dataclasses.dataclass(frozen=True)
 class PageMoves:
-    """What is done with whole pages before a step, in this order.
+    """Operations on whole pages before a step, in this order.
 
     Attributes:
-      saved: (page, slot) to copy to host memory, before anyone writes the page anew.
-      cleared: pages to zero: they may hold NaN of a request that failed.
-      copied: (from, to, tokens) of pages to copy as far as they are shared. Earlier plans have
-        written what is copied.
-      loaded: (slot, page) to copy from host memory.
+      saved: (page, slot) pairs to copy to host memory, before the page is overwritten.
+      cleared: pages to fill with zeros: they may hold NaN of a request that failed.
+      copied: (from, to, tokens): the first `tokens` places of a page to copy. Earlier plans have
+        written them.
+      loaded: (slot, page) pairs to copy from host memory.
     """
 
     saved: tuple[tuple[int, int], ...] = ()
@@ -96,7 +95,7 @@ class PageMoves:
 
     @property
     def is_transfer(self) -> bool:
-        """Whether pages go to the host or come from it."""
+        """Whether pages are copied to the host or from it."""
         return bool(self.saved or self.loaded)
 
 
@@ -108,11 +107,11 @@ class Plan:
       seqs: decodes first, then prefill chunks.
       num_steps: decode steps to run on the device: 1, or more when all of `seqs` are decodes; the
         pages for each sequence's `num_samples` tokens are then in its `pages`.
-      is_decode: every sequence is one token wide.
-      step_id: counts the plans.
-      moves: of whole pages, before the step.
-      is_resting: nothing that only later drafts need is to be computed.
-      planned_at: when its making began, in seconds.
+      is_decode: every sequence has one input token.
+      step_id: number of the plan, counted from 0.
+      moves: operations on whole pages before the step.
+      is_speculation_paused: the step has no drafts and computes nothing for later ones.
+      planned_at: time at which planning began, in seconds.
     """
 
     seqs: tuple[ScheduledSeq, ...]
@@ -120,7 +119,7 @@ class Plan:
     is_decode: bool
     step_id: int
     moves: PageMoves = PageMoves()
-    is_resting: bool = False
+    is_speculation_paused: bool = False
     planned_at: float = 0.0
 
     @property
@@ -136,7 +135,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a commit brought to one request: new tokens, new text, and whether it has ended."""
+    """Result of a commit for one request: new tokens, new text, and whether it has ended."""
 
     request: Request
     new_token_ids: list[int]
@@ -151,11 +150,11 @@ class SchedulerStats:
     num_plans: int = 0
     num_admissions: int = 0
     num_preemptions: int = 0
-    num_scheduled_tokens: int = 0  # computed by all plans, again and again included
+    num_scheduled_tokens: int = 0  # computed by all plans; recomputed tokens count again
     num_output_tokens: int = 0  # accepted by commit
     num_discarded_tokens: int = 0  # sampled beyond the end of a request
-    num_finished: int = 0  # however they ended
+    num_finished: int = 0  # for any reason
     num_errors: int = 0  # of those, with an error
-    num_looked_up_tokens: int = 0  # of prompts, when first admitted, if they may read the cache
+    num_looked_up_tokens: int = 0  # prompt tokens, at first admission, that may be cached
     num_cached_tokens: int = 0  # of those, found in the prefix cache
-    num_copied_pages: int = 0  # of which the beginning was found, again and again included
+    num_copied_pages: int = 0  # pages copied in part from the prefix cache

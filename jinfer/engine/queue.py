@@ -1,10 +1,11 @@
-"""The waiting line: who is admitted next. Knows requests and how much of them is cached; no pages.
+"""The queue of waiting requests, and the order in which they are admitted.
 
-Among equals of priority the request whose prefix is cached longest goes first (served so, requests
-with one beginning follow each other while it is there: depth-first in the tree of their texts, the
-order with most hits), and among equals of that the one that came first. Two kinds go before all
-other equals, in order of arrival, so that nobody starves: requests that were preempted, and those
-that equals have overtaken `MAX_OVERTAKEN` times.
+Order: by priority; then by cached prefix, longest first; then by arrival. Taking the longest cached
+prefix first serves requests with a common beginning one after another while it is cached, which is
+a depth-first walk through the tree of their texts: the order with most cache hits.
+
+Two kinds of requests go before all others of their priority, in order of arrival, so that none
+starves: preempted ones, and those that were overtaken `MAX_OVERTAKEN` times.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Callable, Iterator
 from jinfer.engine.request import Request, RequestStatus
 
 MAX_OVERTAKEN = 32
-WINDOW = 64  # requests at the head of the line that are compared; the rest wait behind them
+WINDOW = 64  # requests at the head of the queue that are compared; the rest stay behind them
 
 
 class WaitingQueue:
-    """Requests that wait, by priority and arrival; `ranked` says in which order to admit them."""
+    """Waiting requests by priority and arrival; `ranked` gives the order of admission."""
 
     def __init__(self) -> None:
         self._requests: list[Request] = []
@@ -33,17 +34,17 @@ class WaitingQueue:
         return iter(self._requests)
 
     def add(self, request: Request) -> None:
-        """Puts a request in its place."""
+        """Inserts a request by priority and arrival."""
         bisect.insort(self._requests, request, key=arrival_key)
         self._version = None
 
     def remove(self, request: Request) -> None:
-        """Takes a request out that has ended."""
+        """Removes a request that has ended."""
         self._requests.remove(request)
         self._version = None
 
     def admit(self, request: Request) -> None:
-        """Takes a request out that runs now; equals that came before it have been overtaken."""
+        """Removes a request that runs now; earlier ones of its priority have been overtaken."""
         idx = self._requests.index(request)
         for other in self._requests[:idx]:
             other.num_overtaken += other.priority == request.priority
@@ -51,11 +52,11 @@ class WaitingQueue:
         self._version = None
 
     def ranked(self, num_cached_pages: Callable[[Request], int], version: int) -> list[Request]:
-        """Returns the head of the line in the order in which to admit.
+        """Returns the head of the queue in the order of admission.
 
         Args:
-          num_cached_pages: pages of a request's beginning that are in the cache now.
-          version: changes when these numbers may.
+          num_cached_pages: returns how many pages of a request's beginning are cached now.
+          version: version of the cache; the order is computed again when it changes.
         """
         if self._version != version:
             head = self._requests[:WINDOW]
@@ -67,13 +68,13 @@ class WaitingQueue:
 
 
 def arrival_key(request: Request) -> tuple[int, int]:
-    """The order of urgency among running requests, and where nothing is cached: smallest first."""
+    """Sort key of running requests, and of waiting ones without cached pages: smallest first."""
     return request.priority, request.arrival
 
 
 def may_join(request: Request, running: list[Request]) -> bool:
-    """Whether a request may run beside those that do: of suspects only one."""
-    return not request.is_suspect or not any(other.is_suspect for other in running)
+    """Whether a request may run beside the running ones: at most one suspect runs at a time."""
+    return not request.trust.is_suspect or not any(other.trust.is_suspect for other in running)
 
 
 def _rank(request: Request, num_cached_pages: Callable[[Request], int]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""One request on its way through the engine: its tokens, pages, state and end; knows no scheduler.
+"""One request on its way through the engine: its tokens, pages, state and end.
 
 Token positions: 0 .. P - 1 are the prompt's, P + i is that of output token i. The KV of a token is
 written by the step that takes it as input, so the newest sampled token has none yet:
@@ -18,11 +18,15 @@ from typing import Any
 
 from jinfer.config.outputs import FinishReason, RequestMetrics
 from jinfer.config.sampling_params import NO_TOKEN, SamplingParams
+from jinfer.engine.safety.trust import Trust
 from jinfer.text.detokenizer import Detokenizer
 
 
 class RequestStatus(enum.Enum):
-    """Where a request is; PREEMPTED ones wait like WAITING ones, with tokens to recompute."""
+    """Where a request is. PREEMPTED ones wait like WAITING ones, with tokens to recompute.
+
+    FINISHED covers every end, errors and aborts included: `Request.finish_reason` says which.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -38,41 +42,42 @@ class Request:
       request_id: unique among the live requests of a scheduler.
       prompt_token_ids: at least one token.
       params: sampling parameters of this one sequence (`n` is resolved by the caller).
-      seed: key of the request's randomness; with the position it decides every draw.
+      seed: key of the request's random draws; seed and position decide each draw.
       max_model_len: longest sequence, prompt included.
       eos_token_ids: tokens that end the sequence unless `params.ignore_eos`.
-      arrival: place in the order of arrival.
-      priority: smaller is served first; equal ones by arrival.
-      cache_salt: KV is shared only with requests of the same salt; None is one, too.
-      kv_format: of the pool that it will be computed into.
+      arrival: number in the order of arrival.
+      priority: smaller is served first; equal ones in order of arrival.
+      cache_salt: KV is shared only with requests of the same salt; None counts as a salt.
+      kv_format: format of the KV pool.
       bad_words_token_ids: the token sequences of `params.bad_words`, for the sampler.
       tokenizer: (argument only) makes the detokenizer, if `params.detokenize`.
-      detokenizer: makes text of the output; None for token ids only.
-      max_output_tokens: most tokens it may generate: `params.max_tokens`, what `max_model_len`
-        leaves, and from `Scheduler.add` on what the whole page pool can hold.
+      detokenizer: turns the output into text; None for token ids only.
+      max_output_tokens: limit of generated tokens: the least of `params.max_tokens`, what
+        `max_model_len` leaves, and (set by `Scheduler.add`) what the whole page pool can hold.
       output_token_ids: sampled tokens that the host knows.
-      num_accepted: those of them that `accept` is done with: all, unless it was interrupted.
-      num_in_flight: sampled tokens that the host does not know yet; drafts that are being
-        verified count as if all of them stood.
-      num_unverified: those drafts; while there are any, nothing more of it is planned.
+      num_accepted: number of output tokens that `accept` has processed: all of them, unless it was
+        interrupted.
+      num_in_flight: sampled tokens that the host does not know yet; drafts under verification
+        count as if all of them were accepted.
+      num_unverified: drafts under verification; while there are any, no further step is planned.
       num_computed_tokens: tokens whose KV is written, or will be by steps in flight.
-      num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
-      num_overtaken: equals of priority that came later and were admitted before it.
-      cache_epoch: that of the prefix cache at the last admission; -1: its pages are not to be kept.
-      num_prefill_tokens: tokens to compute before this stay on the device can sample: the known
-        ones at admission.
+      num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
+      num_overtaken: requests of equal priority that came later and were admitted earlier.
+      cache_epoch: epoch of the prefix cache at the last admission; -1: its pages are not kept.
+      num_prefill_tokens: tokens to compute after the last admission before sampling: those that
+        were known at admission.
       pages: page numbers in order of position; page i holds positions i * B .. i * B + B - 1.
       row: sampler-state row while running.
-      has_used_row: whether a step of this stay has been planned, which initialises the row.
+      has_used_row: whether a step was planned since the last admission; it initializes the row.
       logprobs: what `commit` was given for each output token; None unless asked for.
-      prompt_logprobs: one entry a prompt token, None for the first; None unless asked for.
+      prompt_logprobs: one entry per prompt token, None for the first; None unless asked for.
       num_found_tokens: tokens whose KV was found in the prefix cache at the last admission.
-      is_on_its_own: it must not read that cache again, since it computed NaN from what was there.
-      void_before: what steps with smaller ids sample for it is not used.
+      trust: whether errors of its steps restrict how it runs.
+      first_valid_step: samples of steps with smaller ids are dropped, since they may come from
+        cached KV with NaN.
       num_failed_steps: failed steps that it is blamed for; see `recovery`.
-      is_suspect: whether it may be the reason of the last one.
       finish_reason, stop_reason, error: as in `CompletionOutput`.
-      metrics: times, of the scheduler's clock.
+      metrics: times on the scheduler's clock.
     """
 
     request_id: str
@@ -97,8 +102,8 @@ class Request:
     num_cached_tokens: int = dataclasses.field(default=0, init=False)
     num_overtaken: int = dataclasses.field(default=0, init=False)
     num_found_tokens: int = dataclasses.field(default=0, init=False)
-    is_on_its_own: bool = dataclasses.field(default=False, init=False)
-    void_before: int = dataclasses.field(default=0, init=False)
+    trust: Trust = dataclasses.field(default=Trust.TRUSTED, init=False)
+    first_valid_step: int = dataclasses.field(default=0, init=False)
     cache_epoch: int = dataclasses.field(default=0, init=False)
     pages: list[int] = dataclasses.field(default_factory=list, init=False)
     row: int | None = dataclasses.field(default=None, init=False)
@@ -109,7 +114,7 @@ class Request:
     stop_reason: str | int | None = dataclasses.field(default=None, init=False)
     error: str | None = dataclasses.field(default=None, init=False)
     num_failed_steps: int = dataclasses.field(default=0, init=False)
-    is_suspect: bool = dataclasses.field(default=False, init=False)
+
     logprobs: list[Any] | None = dataclasses.field(default=None, init=False)
     prompt_logprobs: list[Any] | None = dataclasses.field(default=None, init=False)
     metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics, init=False)
@@ -132,8 +137,8 @@ class Request:
             self.detokenizer = Detokenizer(tokenizer, self.params)
         elif self.params.stop:
             raise ValueError(
-                f"request {self.request_id}: stop strings are found in the text, and the engine "
-                "has no tokenizer to make it; use stop_token_ids"
+                f"request {self.request_id}: stop strings are searched in the text, and the engine "
+                "has no tokenizer to make text; use stop_token_ids"
             )
         if self.params.logprobs is not None:
             self.logprobs = []
@@ -153,34 +158,37 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the sequence, with those in flight."""
+        """Tokens of the sequence, including those in flight."""
         return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_in_flight
 
     @property
     def known_token_ids(self) -> list[int]:
-        """The sequence as far as the host knows it."""
+        """Prompt and output tokens that the host knows."""
         return self.prompt_token_ids + self.output_token_ids
 
     @property
     def cache_namespace(self) -> tuple[str | None, ...]:
-        """What the KV depends on beside tokens and weights, or must not be shared beyond.
+        """What two requests must have in common, besides tokens, to share KV.
 
-        The format of K and V, and the caller's salt. An adapter's name belongs here, too.
+        The format of K and V, and the caller's salt.
         """
         return (self.kv_format, self.cache_salt)
 
     @property
     def reads_prefix_cache(self) -> bool:
-        """Whether tokens may be skipped whose KV is cached: not where their logprobs are wanted."""
+        """Whether cached KV may be used instead of computing tokens.
+
+        Not while prompt logprobs are missing: they come from computing the tokens.
+        """
         is_complete = (
             self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens
         )
-        wants = not (self.params.skip_reading_prefix_cache or self.is_on_its_own)
-        return is_complete and wants
+        is_allowed = not (self.params.skip_reading_prefix_cache or self.trust.is_isolated)
+        return is_complete and is_allowed
 
     @property
     def num_unplanned_outputs(self) -> int:
-        """Output tokens that may still be asked of the device."""
+        """Output tokens that may still be planned."""
         return self.max_output_tokens - len(self.output_token_ids) - self.num_in_flight
 
     @property
@@ -190,7 +198,7 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the request has ended, for whatever reason."""
+        """Whether the request has ended, for any reason."""
         return self.status is RequestStatus.FINISHED
 
     @property
@@ -199,18 +207,19 @@ class Request:
         return self.detokenizer.text if self.detokenizer is not None else ""
 
     def take_text(self) -> str:
-        """Returns the text that became showable since the last call."""
+        """Returns the text that became available since the last call."""
         return self.detokenizer.take() if self.detokenizer is not None else ""
 
     def accept(self, token_id: int, logprob: Any = None) -> bool:
-        """Appends one sampled token and finds out whether the sequence ends with it.
+        """Appends one sampled token and decides whether the sequence ends with it.
 
-        NO_TOKEN is not appended: the sequence ends with an error that names what left no token.
+        NO_TOKEN is not appended: the sequence ends with an error that names the constraints which
+        left no token.
 
-        The order of the tests is vLLM's: end of sequence, stop tokens, stop strings, length. The
+        The tests run in vLLM's order: end of sequence, stop tokens, stop strings, length. The
         token that ends a sequence stays in `output_token_ids`; its text is left out unless
-        `include_stop_str_in_output`. Before `min_tokens` nothing but the length ends a sequence:
-        the sampler bans the tokens that would, this guards the stop strings, too.
+        `include_stop_str_in_output`. Before `min_tokens` only the length ends a sequence: the
+        sampler bans end and stop tokens, and this method ignores stop strings.
 
         Returns:
           True when the sequence has ended; `finish_reason` and `stop_reason` are then set.
@@ -253,9 +262,10 @@ class Request:
         self.end("error")
 
     def start_over(self) -> None:
-        """Waits with its tokens to be computed anew, whatever an exception has left of its state.
+        """Resets the request so that it can be queued and computed again from its tokens.
 
-        A token that was being accepted is taken back, to be sampled again.
+        It works from any state that an exception may leave. A token whose `accept` was interrupted
+        is removed, to be sampled again.
         """
         self.pages, self.row = [], None
         self.num_computed_tokens = self.num_prefill_tokens = 0
@@ -275,15 +285,15 @@ class Request:
             self.finish_reason = self.stop_reason = None
 
     def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """Ends the sequence and shows the text that was held back."""
+        """Ends the sequence and releases the text that was held back."""
         self.finish_reason, self.stop_reason = reason, stop_reason
         if self.detokenizer is not None:
             self.detokenizer.finish()
 
     def set_prompt_logprob(self, position: int, entry: Any) -> None:
-        """Notes the logprobs of the prompt token at `position`; positions come in order.
+        """Records the logprobs of the prompt token at `position`; positions come in order.
 
-        Those known from before a preemption stay.
+        Entries from before a preemption are kept.
         """
         if self.prompt_logprobs is not None and position == len(self.prompt_logprobs):
             self.prompt_logprobs.append(entry)

@@ -1,4 +1,4 @@
-"""The sampling fields of a step, one row a sequence."""
+"""The sampling fields of a step, one row per sequence."""
 
 from __future__ import annotations
 
@@ -15,41 +15,25 @@ from jinfer.config.sampling_params import SamplingParams
 
 # Bits of SampleArgs.flags: the parts of SamplerState that a sequence needs.
 PENALTIES = 1
-
-
 BIAS = 2
-
-
 ALLOWED = 4
-
-
 BAD_WORDS = 8
-
-
 MIN_TOKENS = 16
-
-
 STATE = PENALTIES | BIAS | ALLOWED | BAD_WORDS | MIN_TOKENS
+SEEDED = 32  # the request has a seed of its own, which decides every token; no part of the state
 
-
-SEEDED = 32  # no part of the state: the request brings a seed, which decides every token
-
-
+# Columns of SampleArgs.floats and .ints.
 _FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
-
-
 _NEUTRAL_FLOATS = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32)
-
-
 _INTS = ("top_k", "min_position", "seed_high", "seed_low", "flags")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampleArgs:
-    """The sampling fields of a step's S sequences, as two arrays so that a step moves only two.
+    """The sampling fields of a step's S sequences, as only two arrays to copy to the device.
 
-    A padding sequence has the neutral row that `pack_args` writes: greedy, nothing needed.
+    A padding sequence has the neutral row that `pack_args` writes: greedy, no state needed.
 
     Attributes:
       floats: [S, 6] f32, columns temperature (0 = greedy), top_p, min_p, presence, frequency,
@@ -103,12 +87,12 @@ class SampleArgs:
         return self.floats[:, 0] == 0.0
 
     def has(self, bit: int) -> Bool[Array, "S"]:
-        """Whether each sequence has a flag; of STATE: whether it needs that part of the state."""
+        """Whether each sequence has one of the flags `bit`."""
         return (self.ints[:, 4] & jnp.uint32(bit)) != jnp.uint32(0)
 
 
 class ArgRow(NamedTuple):
-    """One sequence's row of `SampleArgs`; made once a request, stacked every step."""
+    """One sequence's row of `SampleArgs`; made once per request, stacked in every step."""
 
     floats: np.ndarray  # [6] f32
     ints: np.ndarray  # [5] u32
@@ -119,8 +103,7 @@ def arg_row(params: SamplingParams, *, seed: int, prompt_len: int) -> ArgRow:
 
     Args:
       params: the request's parameters.
-      seed: in [0, 2**64); `child_seed(params.seed, index)`, or a fresh one where params.seed is
-        None.
+      seed: in [0, 2**64); `child_seed(params.seed, index)`, or a random one if params.seed is None.
       prompt_len: tokens of the prompt; the first output token takes this position.
     """
     floats = (

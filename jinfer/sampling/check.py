@@ -1,4 +1,4 @@
-"""Refusal of sampling parameters that a model or the sampler cannot serve."""
+"""Refuses sampling parameters that a model or the sampler cannot serve."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def check_request(
     bad_words_token_ids: Sequence[Sequence[int]] = (),
     limits: SamplerLimits | None = None,
 ) -> None:
-    """Checks what can only be known with the model at hand; call it when a request arrives.
+    """Checks the parameters of a request against the model's vocabulary and the sampler's limits.
 
     Raises:
-      ValueError: an id outside the vocabulary, more than `limits` have room for, or constraints
+      ValueError: an id outside the vocabulary, more entries than `limits` allow, or constraints
         that leave no token to sample.
     """
     limits = limits or SamplerLimits()
@@ -28,7 +28,7 @@ def check_request(
     num_bias = len(params.logit_bias or ())
     require(
         num_bias <= limits.max_logit_bias,
-        f"logit_bias has {num_bias} entries, room is for {limits.max_logit_bias}; "
+        f"logit_bias has {num_bias} entries, at most {limits.max_logit_bias} are allowed; "
         f"to ban many tokens use allowed_token_ids",
     )
     for word in bad_words_token_ids:
@@ -45,8 +45,8 @@ def check_request(
     num_long = sum(len(word) > 1 for word in bad_words_token_ids)
     require(
         num_long <= limits.max_bad_words,
-        f"bad_words make {num_long} sequences of several tokens, room is for "
-        f"{limits.max_bad_words}; give fewer words",
+        f"bad_words make {num_long} sequences of several tokens, at most "
+        f"{limits.max_bad_words} are allowed; give fewer words",
     )
     singles = {word[0] for word in bad_words_token_ids if len(word) == 1}
     if params.allowed_token_ids is None:

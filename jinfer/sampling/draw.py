@@ -8,34 +8,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jinfer.config.sampling_params import NO_TOKEN
-from jinfer.sampling.args import ArgRow as ArgRow
 from jinfer.sampling.args import SampleArgs
-from jinfer.sampling.args import arg_row as arg_row
-from jinfer.sampling.args import pack_args as pack_args
-from jinfer.sampling.args import state_flags as state_flags
-from jinfer.sampling.check import check_request as check_request
-from jinfer.sampling.state import RowSetup as RowSetup
-from jinfer.sampling.state import SamplerLimits as SamplerLimits
-from jinfer.sampling.state import init_state as init_state
-from jinfer.sampling.state import observe as observe
-from jinfer.sampling.state import pack_bits as pack_bits
-from jinfer.sampling.state import pack_row as pack_row
-from jinfer.sampling.state import reset_row as reset_row
-from jinfer.sampling.state import state_bytes as state_bytes
 from jinfer.sampling.threshold import NEG_INF
 
 
 def sample(
     processed: Float[Array, "S V"], args: SampleArgs, positions: Int[Array, "S"]
 ) -> Int[Array, "S"]:
-    """Draws one token a sequence from `process_logits`' result.
+    """Draws one token per sequence from `process_logits`' result.
 
-    Greedy rows take the most likely token, the lowest id among equals. Others take the argmax of
-    the logits plus Gumbel noise, whose key is fold_in(key(seed), position): a token is a function
-    of the distribution, the seed and the position alone.
+    Greedy rows take the most likely token, the lowest id in a tie. Others take the argmax of the
+    logits plus Gumbel noise, whose key is fold_in(key(seed), position), so that a token is a
+    function of the distribution, the seed and the position alone.
 
     Returns:
-      [S] i32. A row without any token left (all -inf) gives NO_TOKEN.
+      [S] i32. A row without tokens (all -inf) gives NO_TOKEN.
     """
 
     def draw(x: Array) -> Array:
@@ -52,8 +39,8 @@ def sample(
 def _argmax(x: Array) -> Array:
     """Returns the first index of each row's maximum, [S] i32; NO_TOKEN where that is -inf.
 
-    Two reductions instead of `jnp.argmax`, whose pair reduction XLA does not vectorise on CPUs
-    (ten times slower there). f32 holds indices up to 2^24 exactly.
+    Two reductions instead of `jnp.argmax`, whose pair reduction XLA does not vectorize on CPUs
+    (ten times slower there). f32 represents indices up to 2^24 exactly.
     """
     top = jnp.max(x, axis=-1, keepdims=True)
     index = lax.broadcasted_iota(jnp.float32, x.shape, 1)

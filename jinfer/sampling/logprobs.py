@@ -1,4 +1,4 @@
-"""Log probabilities of the best tokens, and the best continuations of beams."""
+"""Log probabilities of the likeliest tokens, and the best continuations of beams."""
 
 from __future__ import annotations
 
@@ -7,20 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
-from jinfer.sampling.args import ArgRow as ArgRow
-from jinfer.sampling.args import arg_row as arg_row
-from jinfer.sampling.args import pack_args as pack_args
-from jinfer.sampling.args import state_flags as state_flags
-from jinfer.sampling.check import check_request as check_request
 from jinfer.sampling.process import unpack_bits
-from jinfer.sampling.state import RowSetup as RowSetup
-from jinfer.sampling.state import SamplerLimits as SamplerLimits
-from jinfer.sampling.state import init_state as init_state
-from jinfer.sampling.state import observe as observe
-from jinfer.sampling.state import pack_bits as pack_bits
-from jinfer.sampling.state import pack_row as pack_row
-from jinfer.sampling.state import reset_row as reset_row
-from jinfer.sampling.state import state_bytes as state_bytes
 from jinfer.sampling.threshold import _BLOCK, NEG_INF
 
 
@@ -36,7 +23,8 @@ def top_logprobs(
 
     Returns:
       ids [S, k] i32 and log probabilities [S, k] f32, likeliest first; log probability [S] f32 of
-      each of `tokens`; its rank [S] i32: how many tokens are at least as likely, so 1 is the top.
+      each of `tokens`; its rank [S] i32: number of tokens that are at least as likely, 1 for the
+      likeliest.
     """
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     of_token = jnp.take_along_axis(logprobs, tokens[:, None].astype(jnp.int32), axis=-1)  # [S, 1]
@@ -60,22 +48,23 @@ def best_continuations(
       logits: [S, V] of S = G * num_beams beams.
       totals: [S] each beam's sum of log probabilities; -inf: no beam.
       temperature: [S] positive; divides the logits.
-      token_mask: as for `process_logits`; masked tokens count as -inf, the others are not
-        renormalised.
+      token_mask: as for `process_logits`; masked tokens get -inf, the others are not
+        renormalized.
       num_beams: beams in a group.
       k: at most num_beams * V.
 
     Returns:
-      beam * V + token [G, k] i32 with beam in 0 .. num_beams - 1, the sum with the token [G, k]
-      f32, -inf for none, and the token's own log probability [G, k] f32. NaN among the logits of a
-      beam comes out as NaN sums.
+      beam * V + token [G, k] i32 with beam in 0 .. num_beams - 1, the sum including the token
+      [G, k] f32, -inf for none, and the token's own log probability [G, k] f32. NaN among a beam's
+      logits gives NaN sums.
     """
     vocab_size = logits.shape[1]
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature[:, None], axis=-1)
     if token_mask is not None:
         logprobs = jnp.where(unpack_bits(token_mask, vocab_size), logprobs, NEG_INF)
     totals = totals[:, None]
-    sums = jnp.where(totals == NEG_INF, NEG_INF, logprobs + totals)  # whatever padding holds
+    # Padding beams may have any logits, NaN included.
+    sums = jnp.where(totals == NEG_INF, NEG_INF, logprobs + totals)
     sums = sums.reshape(-1, num_beams * vocab_size)  # [G, beams * V]
     best, which = _top_k(sums, k)
     own = jnp.take_along_axis(logprobs.reshape(sums.shape), which, axis=1)
@@ -83,9 +72,10 @@ def best_continuations(
 
 
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
-    """`lax.top_k` of long rows: of the k blocks of neighbours with the greatest maxima only.
+    """Like `lax.top_k`, faster for long rows: it sorts only the k blocks with the largest maxima.
 
-    The k largest values lie in them, for each other block has k values above all of its own.
+    The k largest values lie in them: for any other block, k maxima are at least as large as all of
+    its values.
     """
     num_rows, size = x.shape
     if size <= k * _BLOCK:
@@ -94,7 +84,7 @@ def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     blocks = jnp.pad(x, ((0, 0), (0, -size % _BLOCK)), constant_values=NEG_INF)
     blocks = blocks.reshape(num_rows, -1, _BLOCK)
     _, picked = lax.top_k(jnp.max(blocks, axis=-1), k)
-    picked = jnp.sort(picked, axis=-1)  # so that the first of equals comes first
+    picked = jnp.sort(picked, axis=-1)  # so that of equal values the first one is returned first
     few = jnp.take_along_axis(blocks, picked[:, :, None], axis=1).reshape(num_rows, -1)
     best, place = lax.top_k(few, k)
     block = jnp.take_along_axis(picked, place // _BLOCK, axis=1)

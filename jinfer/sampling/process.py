@@ -1,4 +1,4 @@
-"""Shapes the distribution: penalties, biases, masks, temperature, in the order of the code.
+"""Applies masks, biases, penalties, temperature, top-k, top-p and min-p to logits.
 
 Pure functions over pytrees, in f32; a sequence's result depends on its own row alone.
 """
@@ -10,20 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
 from jinfer.sampling.args import ALLOWED, BAD_WORDS, BIAS, MIN_TOKENS, PENALTIES, STATE, SampleArgs
-from jinfer.sampling.args import ArgRow as ArgRow
-from jinfer.sampling.args import arg_row as arg_row
-from jinfer.sampling.args import pack_args as pack_args
-from jinfer.sampling.args import state_flags as state_flags
-from jinfer.sampling.check import check_request as check_request
-from jinfer.sampling.state import RowSetup as RowSetup
-from jinfer.sampling.state import SamplerLimits as SamplerLimits
 from jinfer.sampling.state import SamplerState
-from jinfer.sampling.state import init_state as init_state
-from jinfer.sampling.state import observe as observe
-from jinfer.sampling.state import pack_bits as pack_bits
-from jinfer.sampling.state import pack_row as pack_row
-from jinfer.sampling.state import reset_row as reset_row
-from jinfer.sampling.state import state_bytes as state_bytes
 from jinfer.sampling.threshold import NEG_INF, filter_logits
 
 
@@ -37,39 +24,39 @@ def process_logits(
 ) -> Float[Array, "S V"]:
     """Returns the final distribution of each sequence's next token, as logits.
 
-    In this order, which is vLLM's (the first five also change greedy results):
+    The steps are in vLLM's order (the first five also change greedy results):
 
-      1. token_mask and allowed_token_ids (with bad words of one token): others become -inf;
-      2. bad words of several tokens whose beginning is the end of the output: -inf;
-      3. end and stop tokens below min_position: -inf;
+      1. token_mask and allowed_token_ids (without bad words of one token): other tokens get -inf;
+      2. tokens that would complete a bad word of several tokens get -inf;
+      3. end and stop tokens at positions below min_position get -inf;
       4. logit_bias is added;
       5. penalties: x / r if x > 0 else x * r for tokens seen in prompt or output, then
          x - frequency * count - presence * (count > 0), counting output tokens;
       6. x / temperature;
       7. min_p: keep p >= min_p * max p;
-      8. top_k: keep what is not below the k-th largest (so ties at the edge all stay);
-      9. top_p, over the mass that 7 and 8 leave: keep the tokens above which less than top_p of
-         that mass lies (ties at the edge all stay, the most likely always does).
+      8. top_k: keep what is not below the k-th largest (all ties at the threshold are kept);
+      9. top_p of the mass that 7 and 8 leave: keep a token if less than top_p of that mass lies
+         above it (all ties are kept, and always the most likely token).
 
-    6 to 9 leave greedy rows as they are. 7 to 9 amount to one threshold a row, found without
-    sorting: by bisection over the bit patterns of f32, exact but for the rounding of the mass.
-    Each part runs only if a sequence of the batch needs it.
+    6 to 9 do not change greedy rows. 7 to 9 are one threshold per row, found without sorting, by
+    bisection over the bit patterns of f32; it is exact up to the rounding of the mass. Each step
+    runs only if a sequence of the batch needs it.
 
     Args:
       logits: [S, V], any float dtype, cast to f32 once; NaN counts as -inf, +inf as the largest
         finite number.
       args: the sequences' parameters.
-      state: the rows' memory.
-      rows: [S] row of each sequence; rows out of range are padding, whose result means nothing.
-      positions: [S] place that the token to be sampled takes in its sequence: the context length.
-      token_mask: [S, ceil(V / 32)] u32, bit v % 32 of word v // 32 is 1 where token v may come.
+      state: the sampler's state.
+      rows: [S] row of each sequence; rows out of range are padding, whose result is undefined.
+      positions: [S] position of the token to be sampled, equal to the context length.
+      token_mask: [S, ceil(V / 32)] u32, bit v % 32 of word v // 32 is 1 where token v is allowed.
 
     Returns:
-      [S, V] f32, unnormalised log probabilities, -inf where cut; never NaN. All -inf if the
-      constraints leave no token.
+      [S, V] f32, unnormalized log probabilities, -inf for excluded tokens; never NaN. All -inf if
+      the constraints leave no token.
     """
     x = logits.astype(jnp.float32)
-    # min() of a NaN is NaN, which fails every comparison.
+    # NaN passes min() and is replaced next, since it is not equal to itself.
     x = jnp.minimum(x, jnp.finfo(jnp.float32).max)
     x = jnp.where(x == x, x, NEG_INF)
     if token_mask is not None:
@@ -88,7 +75,7 @@ def process_logits(
 def _apply_state(
     x: Array, args: SampleArgs, state: SamplerState, rows: Array, positions: Array
 ) -> Array:
-    """Steps 1 to 5 of `process_logits`: what depends on the rows' memory."""
+    """Steps 1 to 5 of `process_logits`, which depend on the sampler's state."""
     vocab_size = x.shape[1]
     sequences = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]  # [S, 1]
 
@@ -116,7 +103,7 @@ def _apply_state(
         return x.at[sequences, ids].add(state.bias_values[rows], mode="drop")
 
     def penalise(x: Array) -> Array:
-        # Rows without penalties have 0, 0 and 1 here, which leave x as it is.
+        # Rows without penalties have 0, 0 and 1 here, which do not change x.
         counts = state.output_counts[rows].astype(jnp.float32)
         is_out = counts > 0.0
         is_seen = is_out | unpack_bits(state.prompt_bits[rows], vocab_size)

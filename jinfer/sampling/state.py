@@ -1,7 +1,4 @@
-"""The sampler's state: for each row the tokens seen, biases and masks of one sequence.
-
-Packing on the host is plain numpy.
-"""
+"""The sampler's state: one row per running sequence with its seen tokens, biases and masks."""
 
 from __future__ import annotations
 
@@ -16,23 +13,19 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jinfer.config.fields import require
 from jinfer.config.sampling_params import SamplingParams
 
-_ANY_TOKEN = -2  # in bad-word prefixes: matches whatever came before
-
-
+_ANY_TOKEN = -2  # in bad-word prefixes: matches any token, or none
 _NO_TOKEN = -1  # in the history: no output token yet, matched by _ANY_TOKEN alone
-
-
 _MAX_COUNT = 65535  # output counts saturate here (u16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerLimits:
-    """Static room that every row of the sampler state has; requests beyond it are refused.
+    """Static sizes of a row of the sampler state; requests that need more are refused.
 
     Attributes:
       max_logit_bias: entries of logit_bias.
-      max_bad_words: token sequences of two or more tokens that bad_words turn into (those of one
-        token cost nothing and have no limit).
+      max_bad_words: sequences of two or more tokens that bad_words are tokenized into (those of one
+        token need no space and have no limit).
       max_bad_word_tokens: tokens of the longest of them.
     """
 
@@ -52,21 +45,21 @@ class SamplerLimits:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplerState:
-    """What the sampler remembers of R rows, one for each running sequence; donated every step.
+    """R rows of the sampler, one for each running sequence; donated in every step.
 
-    Bit v % 32 of word v // 32 of a u32 bit row stands for token v.
+    Bit v % 32 of word v // 32 of a u32 bit row is for token v.
 
     Attributes:
       last_tokens: [R] the token sampled last.
       history: [R, H] the last H output tokens, newest last; -1 where there are none yet.
       output_counts: [R, V] u16, how often each token was sampled; saturates at 65535.
-      prompt_bits: [R, W] tokens that the prompt holds.
+      prompt_bits: [R, W] tokens of the prompt.
       allowed_bits: [R, W] tokens that may be sampled: allowed_token_ids without the bad words of
         one token.
       stop_bits: [R, W] tokens banned below min_position.
-      bias_ids, bias_values: [R, A] logit_bias; unused places hold id V, which is dropped.
-      bad_prefixes: [R, C, H] the tokens that must precede, right-aligned; -2 matches anything.
-      bad_tokens: [R, C] the token that would complete a bad word; unused places hold id V.
+      bias_ids, bias_values: [R, A] logit_bias; unused places have id V, which is dropped.
+      bad_prefixes: [R, C, H] the preceding tokens of a bad word, right-aligned; -2 matches any.
+      bad_tokens: [R, C] the token that would complete a bad word; unused places have id V.
     """
 
     last_tokens: Int[Array, "R"]
@@ -124,7 +117,7 @@ def _row_shapes(vocab_size: int, limits: SamplerLimits) -> dict[str, tuple[tuple
 
 
 def state_bytes(max_rows: int, vocab_size: int, limits: SamplerLimits | None = None) -> int:
-    """Returns the bytes of a `SamplerState`: about 2.4 V + 17 KiB a row.
+    """Returns the bytes of a `SamplerState`: about 2.4 V + 17 KiB per row.
 
     With the default limits: 4.2 MiB for 32 rows of 49,152 tokens, 156 MiB for 256 rows of 262,144.
     """
@@ -134,7 +127,7 @@ def state_bytes(max_rows: int, vocab_size: int, limits: SamplerLimits | None = N
 
 
 def init_state(max_rows: int, vocab_size: int, limits: SamplerLimits | None = None) -> SamplerState:
-    """Returns a zeroed state; a row means something once `reset_row` has written it."""
+    """Returns a state of zeros; `reset_row` must write a row before it is used."""
     shapes = _row_shapes(vocab_size, limits or SamplerLimits())
     return SamplerState(
         **{name: jnp.zeros((max_rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
@@ -142,7 +135,7 @@ def init_state(max_rows: int, vocab_size: int, limits: SamplerLimits | None = No
 
 
 def pack_bits(token_ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
-    """Returns [ceil(V / 32)] u32 with the bits of `token_ids` set; ids >= V are left out.
+    """Returns [ceil(V / 32)] u32 with the bits of `token_ids` set; ids outside 0..V-1 are ignored.
 
     Example: pack_bits([0, 33], 40) = [0b1, 0b10].
     """
@@ -162,19 +155,22 @@ def pack_row(
     bad_words_token_ids: Sequence[Sequence[int]] = (),
     limits: SamplerLimits | None = None,
 ) -> RowSetup:
-    """Packs what `reset_row` writes, in shapes that depend on the vocabulary and `limits` alone.
+    """Packs one row of the state on the host, for `reset_row`.
 
     After preemption, `output_token_ids` restore counts, history and last token exactly.
 
     Args:
-      params: the request's parameters, past `check_request`.
+      params: the request's parameters, checked by `check_request`.
       prompt_token_ids: the prompt.
-      output_token_ids: what has been sampled so far (empty for a new request).
+      output_token_ids: tokens sampled so far (empty for a new request).
       vocab_size: V of the logits.
       eos_token_ids: the model's end tokens; banned with `stop_token_ids` below min_tokens, even
         with ignore_eos.
       bad_words_token_ids: the token sequences of `params.bad_words`.
-      limits: those that the state was made with.
+      limits: the limits that the state was made with.
+
+    Returns:
+      Arrays whose shapes depend on `vocab_size` and `limits` alone.
     """
     limits = limits or SamplerLimits()
     shapes = _row_shapes(vocab_size, limits)
@@ -212,9 +208,9 @@ def pack_row(
 
 
 def reset_row(state: SamplerState, row: Int[Array, ""] | int, setup: RowSetup) -> SamplerState:
-    """Writes `setup` over row `row`, at admission and again after preemption.
+    """Overwrites row `row` with `setup`, at every admission.
 
-    `state` is meant to be donated; a row outside 0 .. R - 1 changes nothing.
+    `state` should be donated. A row outside 0 .. R - 1 changes nothing.
     """
     row = droppable_rows(jnp.asarray(row, jnp.int32), state.num_rows)
     return SamplerState(
@@ -233,10 +229,10 @@ def observe(
     tokens: Int[Array, "S"],
     active: Bool[Array, "S"],
 ) -> SamplerState:
-    """Appends one sampled token to each row; S sequences of a step name distinct rows.
+    """Appends one sampled token to each row; the S sequences have distinct rows.
 
     Inactive sequences, rows outside 0 .. R - 1 (padding) and negative ids (NO_TOKEN) are dropped.
-    Pure: applied to a copy of the state it gives what the sampler would know after a drafted token.
+    Pure: it can also return the state after a drafted token.
     """
     active = active & (tokens >= 0)
     rows = jnp.where(active, droppable_rows(rows, state.num_rows), state.num_rows)
@@ -254,5 +250,5 @@ def observe(
 
 
 def droppable_rows(rows: Array, num_rows: int) -> Array:
-    """Maps negative rows, which indexing would count from the end, past the end."""
+    """Replaces negative rows, which would index from the end, by `num_rows`, which is dropped."""
     return jnp.where(rows < 0, num_rows, rows)

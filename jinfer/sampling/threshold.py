@@ -9,29 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jinfer.sampling.args import ArgRow as ArgRow
 from jinfer.sampling.args import SampleArgs
-from jinfer.sampling.args import arg_row as arg_row
-from jinfer.sampling.args import pack_args as pack_args
-from jinfer.sampling.args import state_flags as state_flags
-from jinfer.sampling.check import check_request as check_request
-from jinfer.sampling.state import RowSetup as RowSetup
-from jinfer.sampling.state import SamplerLimits as SamplerLimits
-from jinfer.sampling.state import init_state as init_state
-from jinfer.sampling.state import observe as observe
-from jinfer.sampling.state import pack_bits as pack_bits
-from jinfer.sampling.state import pack_row as pack_row
-from jinfer.sampling.state import reset_row as reset_row
-from jinfer.sampling.state import state_bytes as state_bytes
 
 NEG_INF = float("-inf")
 
-
-_BLOCK = 64  # neighbours whose maximum stands for them in `_largest`
-
-
+_BLOCK = 64  # adjacent values that `_largest` represents by their maximum
 _NUM_BLOCKS = 128  # blocks that it keeps
-
 
 Test: TypeAlias = Callable[[Array], Array]  # thresholds [S] -> bool [S]
 
@@ -49,21 +32,21 @@ def filter_logits(x: Float[Array, "S V"], args: SampleArgs) -> Float[Array, "S V
         lambda t: t,
         threshold,
     )
-    # The most likely token stays, even where top_p is 0 in f32 or rounding lifts the threshold.
+    # Keeps the most likely token, even where top_p is 0 in f32 or rounding raises the threshold.
     return jnp.where(x >= jnp.minimum(threshold, top)[:, None], x, NEG_INF)
 
 
 def _raise_threshold(
     x: Array, args: SampleArgs, top: Array, threshold: Array, needs_k: Array, needs_p: Array
 ) -> Array:
-    """Returns the [S] thresholds raised to the edge of top-k, then to that of top-p."""
+    """Returns the [S] thresholds raised to that of top-k, then to that of top-p."""
     few, floor = _largest(x)
     bottom = jnp.full_like(floor, NEG_INF)
 
     def search(make_test: Callable[[Array], Test], needed: Array) -> tuple[Array, Array]:
-        """Bisects over the few largest values, and over all in the rows where those fall short.
+        """Bisects over the few largest values, and over all values in rows where those do not do.
 
-        Which rows do is decided row by row, so that none depends on its company.
+        That is decided for each row, so that no row depends on its batch mates.
         """
         test = make_test(few)
         found = _bisect(test, floor, top)
@@ -76,7 +59,7 @@ def _raise_threshold(
         return jnp.where(is_found, found[0], in_all[0]), jnp.where(is_found, found[1], in_all[1])
 
     def raise_to_k(threshold: Array) -> Array:
-        # f32 sums count exactly up to 2^24 and are several times faster on CPUs than integer ones.
+        # f32 sums are exact up to 2^24 and several times faster on CPUs than integer sums.
         k = args.top_k.astype(jnp.float32)
 
         def holds_k(values: Array) -> Test:
@@ -105,10 +88,10 @@ def _raise_threshold(
 
 
 def _largest(x: Array) -> tuple[Array, Array]:
-    """Returns some of each row's values and a floor, such that all values above it are among them.
+    """Returns some of each row's values and a floor; all values above the floor are among them.
 
-    They are the blocks of 64 neighbours with the 128 greatest maxima; the least of those maxima is
-    the floor. So the 128 largest values are always there, and no sort sees the whole vocabulary:
+    They are the 128 blocks of 64 adjacent values with the largest maxima; the least of these maxima
+    is the floor. So they include the 128 largest values, and no sort runs over the vocabulary:
 
         x  | 3 1 | 0 9 | 4 8 | 2 2 |     with 2 blocks of 2:   few 0 9 4 8   floor 8
 
@@ -128,12 +111,12 @@ def _largest(x: Array) -> tuple[Array, Array]:
 
 
 def _bisect(holds: Test, low: Array, top: Array) -> tuple[Array, Array]:
-    """Finds, in each row, the two neighbouring f32 between which `holds` turns from true to false.
+    """Finds, in each row, the two adjacent f32 between which `holds` turns from true to false.
 
-    `holds` must be decreasing in the threshold and true at `low` (elsewhere the row's result means
-    nothing); it is never asked above `top`. Walks the order-preserving map of f32 to u32 (flip the
-    sign bit of positive numbers, all bits of negative ones), so that 32 halvings end at
-    neighbouring floats whatever the range.
+    `holds` must be decreasing in the threshold and true at `low` (otherwise the row's result is
+    undefined); it is never called above `top`. Bisects over an order-preserving map of f32 to u32
+    (flip the sign bit of positive numbers, all bits of negative ones), so that 32 halvings end at
+    adjacent floats for any range.
 
     Returns:
       The largest threshold at which it holds, and the next float above it; where it holds at

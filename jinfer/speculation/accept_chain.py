@@ -1,12 +1,14 @@
-"""Which drafted tokens stand, and what comes after them; knows nothing of drafters and models.
+"""Accepts or rejects chains of drafts, and samples the token after the accepted ones.
 
-The one place where speculation meets the sampler: at each position the target's distribution is
-`sampling.process_logits` over a state that has observed the tokens before it, drafted ones too,
-exactly as in plain decoding. What comes out is distributed as the target alone samples, whatever
-the drafts are (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
+At each position the target's distribution is `process_logits` over a sampler state that has
+observed all tokens before it, drafts included, exactly as in plain decoding. So the result has the
+distribution of the target's own samples, whatever the drafts are (Leviathan et al. 2023,
+arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,77 +21,100 @@ from jinfer.sampling.draw import sample
 from jinfer.sampling.process import process_logits
 from jinfer.sampling.state import SamplerState, observe
 
-# Folded into a position's key: streams beside the plain draw's own. Beyond any token id, so that no
-# block of the plain draw's noise is met again.
+# Folded into a position's key: random streams beside that of the plain draw. They lie beyond any
+# token id, so that they share no block of noise with the plain draw.
 DRAFT, ACCEPT, RESIDUAL = 0x5EED0001, 0x5EED0002, 0x5EED0003
+
+
+class Places(NamedTuple):
+    """Where S sequences sample.
+
+    Attributes:
+      args: sampling fields.
+      rows: [S] row of each sequence in the sampler's state; out of range for padding.
+      positions: [S] position of the first sampled token.
+      active: [S] whether the sequence samples; others leave the state unchanged.
+    """
+
+    args: SampleArgs
+    rows: Int[Array, "S"]
+    positions: Int[Array, "S"]
+    active: Bool[Array, "S"]
+
+
+class Chains(NamedTuple):
+    """Drafts of S sequences, K at most.
+
+    Attributes:
+      tokens: [K, S] drafted ids; of sequence s the first counts[s] are valid.
+      counts: [S].
+      logits: [K, S, V] processed distributions from which `draw_draft` drew the drafts; None for
+        given drafts.
+    """
+
+    tokens: Int[Array, "K S"]
+    counts: Int[Array, "S"]
+    logits: Float[Array, "K S V"] | None = None
 
 
 def verify(
     logits: Float[Array, "K1 S V"],
-    args: SampleArgs,
+    places: Places,
     state: SamplerState,
-    rows: Int[Array, "S"],
-    positions: Int[Array, "S"],
-    drafts: Int[Array, "K S"],
-    num_drafts: Int[Array, "S"],
-    active: Bool[Array, "S"],
-    draft_logits: Float[Array, "K S V"] | None = None,
+    drafts: Chains,
     token_mask: UInt[Array, "K1 S W"] | None = None,
 ) -> tuple[Int[Array, "K1 S"], Int[Array, "S"], SamplerState]:
-    """Walks down the drafts of S sequences at once, K at most, up to the first that falls.
+    """Samples along the drafts of S sequences at once, up to the first rejected draft of each.
 
-    A sequence without drafts is sampled as in any plain step. Example with K = 2, drafts [a b]:
+    A sequence without drafts is sampled as in a plain step. Example with K = 2, drafts [a b]:
 
-        a and b stand      tokens [a b x]    count 3, x drawn after b
-        a stands, b falls  tokens [a y .]    count 2, y drawn in b's place
-        a falls            tokens [z . .]    count 1
+        a and b accepted       tokens [a b x]    count 3, x drawn after b
+        a accepted, b rejected tokens [a y .]    count 2, y drawn in b's place
+        a rejected             tokens [z . .]    count 1
 
-    Without `draft_logits` the drafts are given tokens (a distribution that is all at one point):
-    the token that plain sampling draws at that place is the result, and the draft stands if it is
-    the same. This is rejection sampling for such drafts, and it gives, seed for seed, the tokens of
-    plain decoding. So it is always for greedy rows, and for those with a seed of their own, whose
-    tokens must not depend on how many drafts there were: their drafts are drawn with the noise that
-    the plain draw has at that place, so that both mostly agree (Daliri et al. 2024,
-    arXiv:2408.07978; a little less often than rejection sampling accepts).
+    Given drafts (no `drafts.logits`) have all their probability at one token. The result is the
+    token that plain sampling draws at that position, and the draft is accepted if it is the same.
+    This is rejection sampling for such drafts, and for each seed it gives the tokens of plain
+    decoding.
+
+    Greedy rows and rows with a seed of their own are always verified this way, since their tokens
+    must not depend on the number of drafts. Their drafts are drawn with the noise of the plain draw
+    at that position, so that both mostly agree (Daliri et al. 2024, arXiv:2408.07978; slightly less
+    often than rejection sampling accepts).
 
     Args:
       logits: the target's raw logits after 0, 1, .., K drafts.
-      args: sampling fields.
-      state: sampler state as of before the drafts.
-      rows: [S] row of each sequence; out of range for padding.
-      positions: [S] place that the first sampled token takes.
-      drafts: drafted ids; of sequence s the first num_drafts[s] count.
-      num_drafts: [S].
-      active: [S] sequences that sample at all; others leave no trace.
-      draft_logits: the processed distributions that the drafts were drawn from, each by
-        `draw_draft`; None for drafts that are given.
-      token_mask: one packed mask a position, as in `process_logits`, or None.
+      places: sequences, with the position of the first sampled token.
+      state: sampler state before the drafts.
+      drafts: the drafts.
+      token_mask: one packed mask per position, as in `process_logits`, or None.
 
     Returns:
-      tokens; [S] how many of them count, 1 to num_drafts + 1 (0 where not active); the state after
-      those.
+      tokens; [S] how many of them are valid, 1 to drafts.counts + 1 (0 where not active); the state
+      after those.
     """
+    args, rows, positions, active = places
     num_places, num_seqs, _ = logits.shape
-    padding = jnp.zeros((1, num_seqs), drafts.dtype)
+    padding = jnp.zeros((1, num_seqs), drafts.tokens.dtype)
 
     def place(carry, inputs):
         alive, count, state = carry
         i, x, draft, draft_x, mask = inputs
-        has_draft = i < num_drafts
+        has_draft = i < drafts.counts
         target = process_logits(x, args, state, rows, positions + i, mask)
         tokens = draw(target, args, positions + i, draft, has_draft, draft_x)
         state = observe(state, rows, tokens, alive)
         count = count + alive.astype(jnp.int32)
         return (alive & has_draft & (tokens == draft), count, state), tokens
 
+    draft_logits = drafts.logits
     if draft_logits is not None:
-        draft_logits = jnp.concatenate(
-            [draft_logits, draft_logits[:1]]
-        )  # the last is not looked at
+        # Padded to K + 1 places; the last one has no draft and is not read.
+        draft_logits = jnp.concatenate([draft_logits, draft_logits[:1]])
     inputs = (
         jnp.arange(num_places, dtype=jnp.int32),
         logits,
-        jnp.concatenate([drafts, padding]),
+        jnp.concatenate([drafts.tokens, padding]),
         draft_logits,
         token_mask,
     )
@@ -106,11 +131,11 @@ def draw(
     has_draft: Bool[Array, "S"],
     draft_logits: Float[Array, "S V"] | None,
 ) -> Int[Array, "S"]:
-    """Draws one token a sequence from `target`; equal to `draft` where the draft stands.
+    """Draws one token per sequence from `target`; equal to `draft` where the draft is accepted.
 
-    With p of `target` and q of `draft_logits`: the draft stands with probability min(1, p / q) at
-    its place; if it falls, the token is drawn from max(0, p - q), normed. Then it is another one:
-    a draft falls only where q > p. Where `target` has no token left the result is NO_TOKEN.
+    With p of `target` and q of `draft_logits`: a draft is accepted with probability min(1, p / q).
+    If it is rejected, the token is drawn from max(0, p - q), normalized. It differs from the draft,
+    since q > p there. Where `target` has no token left the result is NO_TOKEN.
     """
     plain = sample(target, args, positions)
     if draft_logits is None:
@@ -122,13 +147,13 @@ def draw(
         ids = draft[:, None]
         ratio = jnp.take_along_axis(log_p, ids, axis=-1) - jnp.take_along_axis(log_q, ids, axis=-1)
         chance = jax.vmap(lambda key: -jax.random.exponential(key, (), jnp.float32))
-        stands = chance(_keys(args, positions, ACCEPT)) <= ratio[:, 0]
+        is_accepted = chance(_keys(args, positions, ACCEPT)) <= ratio[:, 0]
         rest = jnp.maximum(jnp.exp(log_p) - jnp.exp(log_q), 0.0)
-        # All zero only where p and q are equal but for rounding.
+        # All zero only where p and q are equal up to rounding.
         rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0.0, jnp.log(rest), log_p)
         other = _sample(rest, _keys(args, positions, RESIDUAL))
-        is_there = plain != NO_TOKEN
-        return jnp.where(is_random & is_there, jnp.where(stands, draft, other), plain)
+        has_token = plain != NO_TOKEN
+        return jnp.where(is_random & has_token, jnp.where(is_accepted, draft, other), plain)
 
     is_random = has_draft & ~args.is_greedy & ~args.has(SEEDED)
     return lax.cond(jnp.any(is_random), reject, lambda plain: plain, plain)

@@ -1,9 +1,9 @@
-"""Acceptance along a tree of drafts; knows nothing of who drew the tree, nor of models.
+"""Accepts a path in a tree of drafts, and samples the token after it.
 
-At each node the target draws its token as plain decoding would, and the walk goes on to the child
-that has this token, if there is one. So the tokens are, seed for seed, those of plain decoding,
-whatever the tree: a draft only spares a step. (With given drafts this is what the rejection of
-siblings one by one comes to, Miao et al. 2023, arXiv:2305.09781, with no draft probabilities.)
+At each node the target draws its token as plain decoding would, and the walk continues at the child
+with this token, if there is one. So for each seed the tokens are those of plain decoding, whatever
+the tree: an accepted draft only saves a step. (For given drafts this equals rejecting siblings one
+by one, Miao et al. 2023, arXiv:2305.09781, without draft probabilities.)
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
-from jinfer.sampling.args import SampleArgs
 from jinfer.sampling.draw import sample
 from jinfer.sampling.process import process_logits
 from jinfer.sampling.state import SamplerState, observe
+from jinfer.speculation.accept_chain import Places
 
 
 class Nodes(NamedTuple):
@@ -26,8 +26,8 @@ class Nodes(NamedTuple):
 
     Attributes:
       tokens: [N1, S] their ids.
-      parents: [N1, S] index of each node's parent, which comes before it; -1 for the root, and for
-        places without a node.
+      parents: [N1, S] index of each node's parent, which comes before it; -1 for the root and for
+        padding.
     """
 
     tokens: Int[Array, "N1 S"]
@@ -35,14 +35,14 @@ class Nodes(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What a verification found, D1 = 1 + the most levels of a tree.
+    """Result of a verification, with D1 = 1 + the most levels of a tree.
 
     Attributes:
       tokens: [D1, S] the sampled tokens.
-      counts: [S] how many of them count: 1 + the drafts that stand; 0 where not active.
-      nodes: [D1, S] the node after which each was sampled, that of the last one that counts from
-        there on.
-      logits: [D1, S, V] the target's raw logits there.
+      counts: [S] how many of them are valid: 1 + the accepted drafts; 0 where not active.
+      nodes: [D1, S] the node after which each was sampled; behind the last valid token, its node
+        again.
+      logits: [D1, S, V] the target's raw logits after those nodes.
     """
 
     tokens: Int[Array, "D1 S"]
@@ -53,18 +53,15 @@ class Walk(NamedTuple):
 
 def verify_tree(
     logits: Float[Array, "N1 S V"],
-    args: SampleArgs,
+    places: Places,
     state: SamplerState,
-    rows: Int[Array, "S"],
-    positions: Int[Array, "S"],
     nodes: Nodes,
-    active: Bool[Array, "S"],
     *,
     max_depth: int,
     typical: tuple[float, float] | None = None,
     token_mask: UInt[Array, "N1 S W"] | None = None,
 ) -> tuple[Walk, SamplerState]:
-    """Walks down the trees of S sequences at once, from the root to the first token not drafted.
+    """Samples along the trees of S sequences at once, from the root to the first undrafted token.
 
     Example with the drafts a and b after the root, and c after a:
 
@@ -73,19 +70,17 @@ def verify_tree(
 
     Args:
       logits: the target's raw logits after each node.
-      args: sampling fields.
-      state: sampler state as of the root.
-      rows: [S] row of each sequence; out of range for padding.
-      positions: [S] place that the first sampled token takes.
-      nodes: the trees; of children with one token the first counts.
-      active: [S] sequences that sample at all; others leave no trace.
+      places: sequences, with the position of the first sampled token.
+      state: sampler state at the root.
+      nodes: the trees; of siblings with the same token the first is used.
       max_depth: static, most levels below the root.
       typical: (epsilon, alpha) of typical acceptance, which is lossy: rows that sample at random
-        go on to their likeliest child of probability above min(epsilon, alpha exp(-entropy)), and
-        draw a token only where there is none (Cai et al. 2024, arXiv:2401.10774, section 2.3.2;
-        there the longest path is taken). None: lossless.
-      token_mask: a packed mask a node, as in `process_logits`, or None.
+        continue at their likeliest child of probability above min(epsilon, alpha exp(-entropy)),
+        and draw a token only where there is none (Cai et al. 2024, arXiv:2401.10774, section 2.3.2,
+        which takes the longest path instead). None: lossless.
+      token_mask: one packed mask per node, as in `process_logits`, or None.
     """
+    args, rows, positions, active = places
     at_seq = jnp.arange(logits.shape[1], dtype=jnp.int32)
 
     def place(carry, depth):
@@ -100,10 +95,10 @@ def verify_tree(
                 args.is_greedy, tokens, _likely_child(target, tokens, nodes, is_child, typical)
             )
         state = observe(state, rows, tokens, alive)
-        stands = is_child & (nodes.tokens == tokens[None])
+        is_accepted = is_child & (nodes.tokens == tokens[None])
         counts = counts + alive.astype(jnp.int32)
-        alive = alive & jnp.any(stands, axis=0)
-        child = jnp.argmax(stands, axis=0).astype(jnp.int32)
+        alive = alive & jnp.any(is_accepted, axis=0)
+        child = jnp.argmax(is_accepted, axis=0).astype(jnp.int32)
         return (jnp.where(alive, child, node), alive, counts, state), (tokens, node, x)
 
     zeros = jnp.zeros_like(at_seq)
@@ -124,5 +119,5 @@ def _likely_child(
     of_nodes = jnp.take_along_axis(p.T, nodes.tokens, axis=0)  # [N1, S]
     score = jnp.where(is_child & (of_nodes > threshold[None]), of_nodes, -1.0)
     best = jnp.argmax(score, axis=0).astype(jnp.int32)[None]
-    is_there = jnp.take_along_axis(score, best, axis=0)[0] > 0.0
-    return jnp.where(is_there, jnp.take_along_axis(nodes.tokens, best, axis=0)[0], tokens)
+    is_found = jnp.take_along_axis(score, best, axis=0)[0] > 0.0
+    return jnp.where(is_found, jnp.take_along_axis(nodes.tokens, best, axis=0)[0], tokens)

@@ -1,8 +1,9 @@
-"""How many drafts a step should carry: as many as bring most tokens a second, perhaps none.
+"""Chooses how many drafts a step verifies: the number with most tokens per second, perhaps none.
 
-Two things decide, and both are measured while serving: how often drafts stand at each place, and
-what steps cost with and without them. A step that verifies reads the weights once for more tokens:
-nearly free where memory is the limit, dear where arithmetic is (CPUs, large batches). No jax.
+It depends on two things that are measured while serving: how often drafts are accepted at each
+position, and what steps cost with and without them. A step that verifies reads the weights once for
+more tokens: nearly free where memory bandwidth is the limit, expensive where arithmetic is (CPUs,
+large batches).
 """
 
 from __future__ import annotations
@@ -11,37 +12,39 @@ import collections
 import math
 from collections.abc import Sequence
 
-# Fewest measurements of a kind of step before it is judged: the first may have compiled.
+# Measurements of a kind of step before it is judged: the first may include compiling.
 NUM_TRIALS = 2
-# A kind of step that looked slower is tried again so many steps after the last trial, of whatever
-# kind and in batches of whatever size,
+# Steps after the last trial, of any kind and batch size, until a kind that looked slower is tried
+# again.
 RETRY_AFTER = 64
-# or after more, so that all that trials lose is at most this share of the time.
+# The wait is longer if needed to keep the time lost in trials below this share.
 TRIAL_SHARE = 0.005
-# One that was dear in batches of another size is tried after so many, dear as it may be here.
+# A kind that is only estimated from other batch sizes is tried within so many steps, whatever its
+# estimated cost.
 FIRST_TRIAL_WITHIN = 512
-# Drafts must look so much faster than none: of several numbers that were measured the best looks
-# better than it is, and where little is to be won nothing should be lost.
+# Drafts must look faster than none by this factor: the best of several measurements looks better
+# than it is, and a small gain is not worth the risk of a loss.
 LEAST_GAIN = 1.05
-_MEMORY = 0.98  # weight of the past in the rates of acceptance
+_MEMORY = 0.98  # weight of the past in the acceptance rates
 
 
 class DraftLength:
-    """Chooses most drafts a sequence, step by step.
+    """Chooses the number of drafts per sequence, step by step.
 
     Args:
-      sizes: numbers of drafts that there are programs for, ascending.
+      sizes: numbers of drafts for which there are programs, ascending.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = tuple(sizes)
         most = self.sizes[-1]
-        # One draft of two is taken to stand until more is known.
+        # Discounted counts per position of drafts that were reached and accepted. Initially half of
+        # the drafts count as accepted.
         self._reached = [2.0] * most
-        self._stood = [1.0] * most
-        # By the size of the batch (a power of two) and of the drafts: seconds of the last steps,
-        # how many steps of other kinds have been since, and what a trial costs beside its step.
-        # Kinds are tried in turn, the one first that has not been for longest.
+        self._accepted = [1.0] * most
+        # By (bit length of the batch size, number of drafts): seconds of the last steps, and how
+        # many steps of other kinds have run since. By bit length alone: what catching up costs
+        # after a pause. The kind that has not run for longest is tried first.
         self._seconds: dict[tuple[int, int], collections.deque[float]] = {}
         self._since: collections.Counter[tuple[int, int]] = collections.Counter()
         self._resumptions: dict[int, collections.deque[float]] = {}
@@ -49,12 +52,12 @@ class DraftLength:
         self._trial: int | None = None  # the kind that is being tried
 
     def choose(self, lengths: Sequence[int], *, may_try: bool = True) -> int:
-        """Returns most drafts a sequence for a step.
+        """Returns the most drafts per sequence for a step.
 
         Args:
-          lengths: drafts at hand for each sequence of the batch.
-          may_try: whether a kind of step may be chosen to measure it. Where this is false, one that
-            has not been measured is not chosen, but for that without drafts.
+          lengths: number of proposed drafts of each sequence of the batch.
+          may_try: whether a kind of step may be chosen to measure it. If not, only measured kinds
+            and the one without drafts are chosen.
         """
         if not max(lengths, default=0):
             return 0
@@ -77,7 +80,7 @@ class DraftLength:
         return best
 
     def num_steps_without(self, lengths: Sequence[int]) -> int:
-        """Returns for how many steps to come, all alike, `choose` would find 0 the best; 0 if not.
+        """Returns for how many equal steps from now `choose` would return 0; 0 if it would not.
 
         Args:
           lengths: as for `choose`.
@@ -91,9 +94,13 @@ class DraftLength:
         return max(0, self._steps_to_trial(lengths, batch, options, 0))
 
     def note_step(self, num_seqs: int, num_drafts: int, seconds: float, num_steps: int = 1) -> None:
-        """Takes in what a step cost: `num_drafts` is the most of any of its sequences.
+        """Records the cost of a step.
 
-        `num_steps` steps without drafts may be noted as one; `seconds` is what each took.
+        Args:
+          num_seqs: its sequences.
+          num_drafts: most drafts of any of them.
+          seconds: time of each step.
+          num_steps: number of steps; more than 1 only without drafts.
         """
         batch = num_seqs.bit_length()
         self._num_since_trial += num_steps
@@ -106,27 +113,30 @@ class DraftLength:
         self._seconds.setdefault(key, collections.deque(maxlen=8)).append(seconds)
 
     def note_resumption(self, num_seqs: int, seconds: float) -> None:
-        """Takes in what a step cost that made drafting possible again, which is no trial itself."""
+        """Records the cost of a step that caught up after a pause; it does not count as a trial."""
         batch = num_seqs.bit_length()
         if plain := self._seconds.get((batch, 0)):
             found = self._resumptions.setdefault(batch, collections.deque(maxlen=NUM_TRIALS))
             found.append(max(0.0, seconds - min(plain)))
 
     def note_drafts(self, num_drafts: int, num_accepted: int) -> None:
-        """Takes in how many of a sequence's drafts stood; the first that falls is the last seen."""
+        """Records how many drafts of a sequence were accepted.
+
+        Drafts after a rejected one count as not reached.
+        """
         for i in range(min(num_drafts, num_accepted + 1)):
             self._reached[i] = 1.0 + _MEMORY * self._reached[i]
-            self._stood[i] = float(i < num_accepted) + _MEMORY * self._stood[i]
+            self._accepted[i] = float(i < num_accepted) + _MEMORY * self._accepted[i]
 
     def _next_trial(self, batch: int, options: Sequence[int], best: int) -> int:
-        """Returns the kind that is tried next: of as many steps ago, that with most drafts."""
+        """Returns the kind to try next: the one not run for longest, with most drafts in a tie."""
         others = [size for size in options if size != best]
         return max(others, key=lambda size: (self._since[batch, size], size))
 
     def _steps_to_trial(
         self, lengths: Sequence[int], batch: int, options: Sequence[int], best: int
     ) -> int:
-        """Returns after how many more steps of kind `best` another is due to be tried."""
+        """Returns the number of steps of kind `best` until another kind is to be tried."""
         size, seconds = self._next_trial(batch, options, best), self._known(batch, best)
         lost = self._known(batch, size)
         lost -= self._expected_tokens(lengths, size) / self._rate(lengths, batch, best)
@@ -141,11 +151,11 @@ class DraftLength:
         return wait - self._num_since_trial
 
     def _rate(self, lengths: Sequence[int], batch: int, size: int) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self._expected_tokens(lengths, size) / self._known(batch, size)
 
     def _worth(self, lengths: Sequence[int], batch: int, size: int) -> float:
-        """Tokens a second, for no drafts `LEAST_GAIN` times as many."""
+        """Tokens per second; for no drafts `LEAST_GAIN` times as many."""
         return self._rate(lengths, batch, size) * (1.0 if size else LEAST_GAIN)
 
     def _options(self, lengths: Sequence[int]) -> list[int]:
@@ -161,9 +171,12 @@ class DraftLength:
         return seconds
 
     def _estimate(self, batch: int, size: int) -> float | None:
-        """Seconds of a kind of step: measured, or as dear beside plain ones as in other batches."""
+        """Seconds of a kind of step: measured, or estimated from other batch sizes; None: unknown.
+
+        The estimate takes the ratio to steps without drafts from the nearest batch size.
+        """
         if self._is_measured(batch, size):
-            # The least of the last few: what else the machine did is not the step's cost.
+            # The minimum, since other work on the machine only adds to a step's time.
             return min(self._seconds[batch, size])
         if not size or not self._is_measured(batch, 0):
             return None
@@ -176,7 +189,7 @@ class DraftLength:
             return None
         nearest = min(others, key=lambda other: abs(other - batch))
         ratio = min(self._seconds[nearest, size]) / min(self._seconds[nearest, 0])
-        # Better than that, a single step of this kind; worse, it may have compiled.
+        # A single measurement counts if it is lower; a higher one may include compiling.
         return min([ratio * min(self._seconds[batch, 0]), *self._seconds.get((batch, size), ())])
 
     def _expected_tokens(self, lengths: Sequence[int], size: int) -> float:
@@ -184,7 +197,7 @@ class DraftLength:
         for length in lengths:
             chance = 1.0
             for i in range(min(length, size)):
-                chance *= self._stood[i] / self._reached[i]
+                chance *= self._accepted[i] / self._reached[i]
                 total += chance
         return total
 

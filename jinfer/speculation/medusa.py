@@ -1,4 +1,4 @@
-"""Medusa heads: what each makes of a hidden state, how they start, where they lie on disk.
+"""Medusa heads: initialization, logits and guesses, loading and saving.
 
 From the hidden state of the token at position t, head k (from 0) guesses the token at t + 2 + k;
 the model's own head gives t + 1. Cai et al. 2024 (arXiv:2401.10774).
@@ -38,15 +38,15 @@ class MedusaConfig:
     Attributes:
       num_heads: tokens guessed beyond the model's own next one.
       hidden_size, vocab_size: the model's.
-      shared_unembedding: the heads have the model's unembedding instead of a linear each: D * D
-        instead of D * (D + V) weights a head, which suits small models with large vocabularies.
-      draft_vocab_size: N, tokens that the heads guess among, V by default. Fewer make heads smaller
-        and faster; a token that they cannot guess is only never guessed, since the model verifies
-        all guesses. Zhao et al. 2025 (FR-Spec, arXiv:2502.14856).
-      reads_root: the heads read, beside the hidden state, the embedding of the token that was
-        sampled after it: the root, from which they guess on. D * D weights more a head. Ankner et
-        al. 2024 (Hydra, arXiv:2402.05109) give a head all tokens before its own, so that it must
-        run once a path; the root is the same for all paths.
+      shared_unembedding: the heads share the model's unembedding instead of a linear each: D * D
+        instead of D * (D + V) weights per head, which suits small models with large vocabularies.
+      draft_vocab_size: N, number of tokens that the heads can guess, V by default. Fewer make heads
+        smaller and faster. The model verifies all guesses, so other tokens are merely never
+        guessed. Zhao et al. 2025 (FR-Spec, arXiv:2502.14856).
+      reads_root: the heads also read the embedding of the token sampled after the hidden state, the
+        root of the tree. D * D more weights per head. Ankner et al. 2024 (Hydra, arXiv:2402.05109)
+        feed a head all tokens before its own, so that it runs once per path; the root is the same
+        for all paths.
     """
 
     num_heads: int
@@ -66,11 +66,11 @@ class MedusaConfig:
 
     @property
     def num_guessable(self) -> int:
-        """The tokens that a head guesses among."""
+        """Number of tokens that a head can guess."""
         return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 
     def check(self, model: ModelConfig) -> None:
-        """Raises ValueError, naming both, unless the heads are made for a model of this shape."""
+        """Raises ValueError, naming both shapes, unless the heads fit a model of this shape."""
         for name in ("hidden_size", "vocab_size"):
             ours, theirs = getattr(self, name), getattr(model, name)
             require(
@@ -86,20 +86,20 @@ def init(
     params: Params,
     draft_tokens: Int[np.ndarray, "N"] | None = None,
 ) -> dict[str, Array]:
-    """Returns heads that all say what the model's own head says.
+    """Returns heads whose logits equal those of the model's own head.
 
-    The residual block x + silu(x w + r u + b), with r the root's embedding where the heads read it,
-    starts at zero, the linear as a copy of the model's.
+    The residual block x + silu(x w + r u + b), with r the root's embedding if the heads read it,
+    starts at zero; the linear starts as a copy of the model's.
 
     Args:
-      config: see there.
+      config: shape of the heads.
       model, params: the model and its weights.
       draft_tokens: the token ids of the draft vocabulary, if `config` names its size.
 
     Returns:
-      w [K, D, D], b [K, D], u [K, D, D] if the heads read the root and, unless the model's own is
-      shared whole, head [K, D, N], f32; with a draft vocabulary also tokens [N] i32, and if it is
-      shared one head for all, [1, D, N].
+      f32 w [K, D, D] and b [K, D]; u [K, D, D] if the heads read the root; head [K, D, N] unless
+      they share the model's unembedding. With a draft vocabulary also tokens [N] i32 and, if they
+      share the unembedding, one head [1, D, N] for all.
     """
     config.check(model.config)
     given = None if draft_tokens is None else len(draft_tokens)
@@ -131,7 +131,7 @@ def init(
 def split(
     config: MedusaConfig, heads: Mapping[str, Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns (what is trained, what stays as it is) of heads."""
+    """Returns (trained arrays, fixed arrays) of heads."""
     trained = ("w", "b", "u") if config.shared_unembedding else ("w", "b", "u", "head")
     return (
         {name: x for name, x in heads.items() if name in trained},
@@ -140,7 +140,7 @@ def split(
 
 
 def num_guessable(model: Model, heads: Mapping[str, Array]) -> int:
-    """Returns N, the tokens that each head guesses among."""
+    """Returns N, the number of tokens that each head can guess."""
     return heads["tokens"].shape[0] if "tokens" in heads else model.config.vocab_size
 
 
@@ -152,9 +152,9 @@ def head_logits(
     hidden: Float[Array, "*B D"],
     roots: Int[Array, "*B"],
 ) -> Float[Array, "*B N"]:
-    """Returns head k's f32 logits for the token k + 2 places after each hidden state's own.
+    """Returns head k's f32 logits for the token k + 2 positions after each hidden state's own.
 
-    They are those of the draft vocabulary `heads["tokens"]` if there is one, else of all tokens.
+    They cover the draft vocabulary `heads["tokens"]` if there is one, else all tokens.
 
     Args:
       model: static.
@@ -162,7 +162,7 @@ def head_logits(
       heads: see `init`.
       k: 0 .. K - 1.
       hidden: after the final norm.
-      roots: the token sampled after each, which only heads with `u` look at.
+      roots: the token sampled after each; only heads with `u` read it.
     """
     with jax.named_scope(f"medusa{k}"):
         x = hidden.astype(jnp.float32)
@@ -204,7 +204,7 @@ def save(
     rank_accuracies: Sequence[Sequence[float]],
     tree: Tree,
 ) -> None:
-    """Writes a folder that `load` reads: weights, shape, measured accuracies and the tree."""
+    """Writes the folder that `load` reads: weights, shape, measured accuracies and the tree."""
     from safetensors.numpy import save_file
 
     folder = Path(path)
@@ -228,8 +228,8 @@ def load(
 
     Raises:
       FileNotFoundError: there are no heads.
-      ValueError: they are made for another model, the tree is deeper than they are many, or the
-        weights are not of the shapes that their description says.
+      ValueError: they are made for another model, the tree has more levels than there are heads, or
+        the weights do not have the described shapes.
     """
     from safetensors.numpy import load_file
 
@@ -252,7 +252,7 @@ def load(
         require(
             bool((ids >= 0).all() and (ids < config.vocab_size).all()),
             f"{folder / _WEIGHTS_FILE}: its draft vocabulary has ids {ids.min()} to {ids.max()}, "
-            f"the model's are 0 to {config.vocab_size - 1}",
+            f"expected ids of the model, 0 to {config.vocab_size - 1}",
         )
     return config, {name: jnp.asarray(x) for name, x in arrays.items()}, tree
 

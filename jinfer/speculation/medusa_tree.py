@@ -1,7 +1,8 @@
-"""Trees of guesses: which combinations of the heads' ranked guesses are worth a look. No jax.
+"""Trees of Medusa guesses: the combinations of the heads' ranked guesses that a step verifies.
 
-A node is the ranks (from 0) of the guesses that lead to it: (0,) is the first head's best guess,
-(0, 2) the second head's third best after it. The root, the model's own next token, is not named.
+A node is named by the ranks (from 0) of the guesses that lead to it: (0,) is the first head's best
+guess, (0, 2) the second head's third best after it. The root, the model's own next token, is left
+out.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ Tree = tuple[tuple[int, ...], ...]
 
 
 def check_tree(tree: Sequence[Sequence[int]], *, num_heads: int) -> None:
-    """Raises ValueError if a node is too deep, stands twice, or has no parent before it.
+    """Raises ValueError if a node is too deep, occurs twice, or has no parent before it.
 
-    A tree without nodes, or with more than MAX_TREE_NODES, is refused likewise.
+    A tree without nodes, or with more than MAX_TREE_NODES, is refused, too.
     """
     require(
         0 < len(tree) <= MAX_TREE_NODES,
@@ -31,19 +32,19 @@ def check_tree(tree: Sequence[Sequence[int]], *, num_heads: int) -> None:
         require(
             len(node) <= num_heads,
             f"the tree is {len(node)} levels deep at node {list(node)}, and there are {num_heads} "
-            "heads: one level a head at most",
+            "heads: a tree has at most one level per head",
         )
         require(bool(node) and min(node) >= 0, f"node {list(node)} is not a list of ranks from 0")
-        require(node not in seen, f"node {list(node)} stands twice in the tree")
+        require(node not in seen, f"node {list(node)} occurs twice in the tree")
         require(node[:-1] in seen, f"node {list(node)} comes without its parent before it")
         seen.add(node)
 
 
 def read_tree(value: Any) -> Tree:
-    """Returns a tree given as lists of ranks, say [[0], [1], [0, 0]], which `check_tree` is to see.
+    """Returns a tree given as lists of ranks, such as [[0], [1], [0, 0]]; `check_tree` checks it.
 
     Raises:
-      ValueError: it is of another form.
+      ValueError: `value` is not a list of lists of integers.
     """
     is_tree = isinstance(value, Sequence) and all(
         isinstance(node, Sequence) and all(type(rank) is int for rank in node) for node in value
@@ -54,7 +55,7 @@ def read_tree(value: Any) -> Tree:
 
 
 def parents_of(tree: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Returns each node's parent, see `spec.draft_tree`."""
+    """Returns each node's parent, see `speculation.trees`."""
     numbers: dict[tuple[int, ...], int] = {(): 0}
     for number, node in enumerate(tree, 1):
         numbers[tuple(node)] = number
@@ -62,19 +63,19 @@ def parents_of(tree: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def fit_tree(ranks: Sequence[Sequence[int]], *, num_nodes: int, max_rank: int = 10) -> Tree:
-    """Returns the `num_nodes` nodes that stand most often in given texts, most frequent first.
+    """Returns the `num_nodes` nodes that are accepted most often in given texts, best first.
 
-    A node stands at a place if all guesses on its path are right. Each node that stands is a token
-    gained, so the best tree of a size is that of the nodes that stand most often; a parent does so
-    at least as often as its child. Cai et al. 2024 (section 2.3.3) take the product of the heads'
-    accuracies instead; but where one head is right the next one is more likely so, and a tree
-    fitted to what they got right together is deeper.
+    A node is accepted at a place of the text if all guesses on its path are right. Each accepted
+    node is a token gained, so the best tree of a size has the nodes accepted most often; a parent
+    is accepted at least as often as its child. Cai et al. 2024 (section 2.3.3) multiply the heads'
+    accuracies instead. But a head is right more often where the one before it is right, so that a
+    tree fitted to joint counts is deeper.
 
     Args:
-      ranks: [M][K], the rank (from 0) of what follows each place among the guesses of each head; a
-        head that does not guess it, or has nothing to guess, has a rank below 0.
-      num_nodes: most nodes; fewer where no more ever stand.
-      max_rank: guesses of a head that are looked at.
+      ranks: [M][K], for each place and head the rank (from 0) of the true token among the head's
+        guesses; below 0 if it is not among them or there is nothing to guess.
+      num_nodes: most nodes; fewer if no more are ever accepted.
+      max_rank: number of guesses per head to consider.
 
     Raises:
       ValueError: num_nodes is not positive, or no guess is ever right.
@@ -88,20 +89,19 @@ def fit_tree(ranks: Sequence[Sequence[int]], *, num_nodes: int, max_rank: int = 
                 break
             node = (*node, rank)
             counts[node] += 1
-    require(bool(counts), "no head ever guesses what follows: train them for longer")
+    require(bool(counts), "no head ever guesses the next token: train the heads for longer")
     return tuple(sorted(counts, key=lambda n: (-counts[n], len(n), n))[:num_nodes])
 
 
 def tokens_per_step(tree: Tree, ranks: Sequence[Sequence[int]]) -> float:
-    """Returns how many tokens a step of greedy decoding yields on texts it would have written.
+    """Returns how many tokens a step of greedy decoding yields on texts that it would write.
 
-    Steps go from place to place as decoding does: after one with n guesses right comes the place
-    n + 1 further on. (The mean over all places would count easy passages, which decoding leaves in
-    few steps, as often as they have places.)
+    It follows the steps of decoding: a step with n right guesses is followed by one n + 1 places
+    further on. (A mean over all places would give too much weight to easy passages, where decoding
+    takes few steps.)
 
     Args:
-      tree: see `fit_tree`.
-      ranks: likewise; the places of the texts one after the other.
+      tree, ranks: see `fit_tree`; the places of the texts are in order.
     """
     nodes = frozenset(tree)
     place = num_steps = 0

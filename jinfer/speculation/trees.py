@@ -1,8 +1,8 @@
-"""Trees of drafts as the host plans them: shapes, masks, growing them. No jax.
+"""Trees of drafts on the host: shapes, attention masks, and a builder.
 
-Nodes are numbered from the root, node 0, the newest known token; drafts follow, each after its
-parent. A shape is the parent of each draft: (0, 0, 1) has two children of the root, and one below
-the first of them. Cut short anywhere, it is a tree still.
+Node 0 is the root, the newest known token; drafts follow, each after its parent. A shape lists the
+parent of each draft: (0, 0, 1) has two children of the root and one child of the first of them. Any
+beginning of a shape is a tree, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 @functools.lru_cache(maxsize=1024)
 def depths(parents: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns how far below the root each draft is, 1 for its children."""
+    """Returns the depth of each draft: 1 for children of the root."""
     found = [0]
     for parent in parents:
         found.append(found[parent] + 1)
@@ -24,7 +24,7 @@ def depths(parents: tuple[int, ...]) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def mask_rows(parents: tuple[int, ...], num_words: int) -> np.ndarray:
-    """Returns [1 + drafts, num_words] u32: for each node the bits of its ancestors and its own."""
+    """Returns [1 + drafts, num_words] u32: for each node the bits of its ancestors and itself."""
     rows = [1]
     for i, parent in enumerate(parents, 1):
         rows.append(rows[parent] | 1 << i)
@@ -41,7 +41,7 @@ class TreeBuilder:
         self._children: dict[tuple[int, int], int] = {}
 
     def add_path(self, tokens: Sequence[int], start: int = 0) -> int:
-        """Adds tokens one below the other from node `start` on; returns the last one's node."""
+        """Adds a path of tokens below node `start`; returns the node of the last token."""
         node = start
         for token in tokens:
             child = self._children.get((node, token))

@@ -12,6 +12,7 @@ from jinfer.kv import cache as kv_cache
 from jinfer.kv.cache import KVCache
 from jinfer.models.model import Model
 from jinfer.speculation import medusa
+from jinfer.speculation.accept_chain import Places
 from jinfer.speculation.accept_tree import Nodes, Walk, verify_tree
 from jinfer.steps import blocks
 from jinfer.steps.batch import StepBatch
@@ -68,12 +69,9 @@ def tree_step(
     with jax.named_scope("sampler"):
         walk, state = verify_tree(
             logits,
-            inputs.args,
+            Places(inputs.args, batch.rows, batch.kv_lens - num_drafts, inputs.sampled),
             pool.state,
-            batch.rows,
-            batch.kv_lens - num_drafts,
             Nodes(batch.tokens[at], parents),
-            inputs.sampled,
             max_depth=max_depth,
             typical=typical,
             token_mask=inputs.token_mask,

@@ -67,14 +67,9 @@ def verify(
     with jax.named_scope("sampler"):
         tokens, counts, state = accept.verify(
             logits,
-            inputs.args,
+            accept.Places(inputs.args, batch.rows, batch.kv_lens - num_drafts, inputs.sampled),
             pool.state,
-            batch.rows,
-            batch.kv_lens - num_drafts,
-            drafts,
-            num_drafts,
-            inputs.sampled,
-            draft_logits,
+            accept.Chains(drafts, num_drafts, draft_logits),
             inputs.token_mask,
         )
     is_good = is_sound(hidden, batch) & jnp.all(is_finite(logits), axis=0)

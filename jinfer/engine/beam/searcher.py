@@ -195,7 +195,7 @@ class BeamSearcher:
         if not scheduler.holdings.take(request, num_spare=spare):
             return False
         request.pages += scheduler.prefix.alloc(num_more)
-        scheduler.lent.append(request)
+        scheduler.reserved.append(request)
         self._active.append(job)
         self.engine.runner.move_pages(scheduler.holdings.take_moves())
         self._prefill(request)
@@ -213,8 +213,8 @@ class BeamSearcher:
     def _give_back(self, job: _Job) -> None:
         self._active.remove(job)
         scheduler = self.engine.scheduler
-        if job.request in scheduler.lent:  # or lost with a step
-            scheduler.lent.remove(job.request)
+        if job.request in scheduler.reserved:  # or lost with a step
+            scheduler.reserved.remove(job.request)
             scheduler.holdings.give_back(job.request, with_part=False)
 
     # ------------------------------------------------------------------ the device

@@ -170,15 +170,15 @@ class Runner:
                 self._reset_row(seq.request)
         is_loop = plan.is_decode and all(seq.num_samples > 0 for seq in plan.seqs)
         # Every step guesses, so that trees can be made of it; a plain step does not.
-        is_loop = is_loop and (plan.is_resting or not self.packer.is_tree)
+        is_loop = is_loop and (plan.is_speculation_paused or not self.packer.is_tree)
         if self.pool.draft_kv is not None:
-            self._catch_up(plan, is_fed=not (is_loop or plan.is_resting))
+            self._catch_up(plan, is_fed=not (is_loop or plan.is_speculation_paused))
         if is_loop:
             packed = self.packer.pack_decode(plan)
             out = self._decode(packed.inputs)
         else:
             packed = self.packer.pack_ragged(plan)
-            out = self._run_ragged(packed, is_fed=not plan.is_resting)
+            out = self._run_ragged(packed, is_fed=not plan.is_speculation_paused)
         return self._launched(plan, out, packed.prompt_targets)
 
     def _run_ragged(self, packed: Packed, *, is_fed: bool) -> StepOutput:

@@ -1,10 +1,11 @@
-"""How many drafts each sequence gets, what they are, and how many stood; knows no device.
+"""Chooses the drafts of each sequence, pauses drafting where it does not pay, and keeps counts.
 
-The scheduler asks before every step and tells after it.
+The scheduler calls `draft` before every step and `note` after it.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Callable, Sequence
 
@@ -22,10 +23,47 @@ logger = logging.getLogger(__name__)
 LOG_INTERVAL_S = 10.0
 
 
-class Speculation:
-    """Drafts for the sequences of an engine, and the counts of what became of them.
+class Drafting(enum.Enum):
+    """Whether steps carry drafts.
 
-    A tree counts as one draft a level, which stands if one of its drafts does.
+    ACTIVE: they may.
+    PAUSED: the last plan had no drafts and computed nothing for later ones.
+    CATCHING_UP: steps may carry drafts again; the first that does may take longer, because it makes
+      up for what was skipped (the drafter's KV, or the guesses of Medusa heads).
+    """
+
+    ACTIVE = "active"
+    PAUSED = "paused"
+    CATCHING_UP = "catching up"
+
+    def after(self, event: DraftingEvent) -> Drafting:
+        """Returns the state that follows `event`."""
+        return _TRANSITIONS.get((self, event), self)
+
+
+class DraftingEvent(enum.Enum):
+    """What changes the state: a plan without or with drafting, or a finished step."""
+
+    PLAN_PAUSED = "plan paused"
+    PLAN_DRAFTS = "plan drafts"
+    STEP_SKIPPED = "step computed nothing for drafts"
+    STEP_CAUGHT_UP = "step computed what drafts need"
+
+
+# Pairs that are not listed leave the state as it is.
+_TRANSITIONS = {
+    (Drafting.ACTIVE, DraftingEvent.PLAN_PAUSED): Drafting.PAUSED,
+    (Drafting.CATCHING_UP, DraftingEvent.PLAN_PAUSED): Drafting.PAUSED,
+    (Drafting.PAUSED, DraftingEvent.PLAN_DRAFTS): Drafting.CATCHING_UP,
+    (Drafting.ACTIVE, DraftingEvent.STEP_SKIPPED): Drafting.CATCHING_UP,
+    (Drafting.CATCHING_UP, DraftingEvent.STEP_CAUGHT_UP): Drafting.ACTIVE,
+}
+
+
+class Speculation:
+    """Drafts for the sequences of an engine, and counts of their acceptance.
+
+    A tree counts as one draft per level, accepted if one of the level's drafts is.
 
     Args:
       config: limits, and the method in `config.speculation`.
@@ -42,37 +80,42 @@ class Speculation:
         self._now = now
         self._noted_at = now()
         self._proposer = None if self.is_tree else make_proposer(self.config)
-        # What a text repeats, only the text tells; others can draft at any time, at some upkeep.
+        # N-gram drafting needs the known tokens of each step, and its steps compute nothing for
+        # later drafts. The other methods can draft after any step, at some cost in every step.
         self._is_lookup = self.config.method == "ngram"
-        self.is_resting = False  # whether the plan being made does without drafts, and all for them
-        self._has_rested = False  # any since the last one with drafts
-        self._num_rest = 0  # steps to come that need not look for drafts
-        self._rest_batch = 0  # of batches of this size
-        self._steps_a_plan = config.num_decode_steps
-        # Of all requests; by position, or of a tree by level.
+        self.state = Drafting.ACTIVE
+        self._num_paused_steps = 0  # steps to come without drafts
+        self._paused_batch = 0  # for batches of this size (its bit length)
+        self._steps_per_plan = config.num_decode_steps
+        # Of all requests, by position; of a tree by level.
         depth = self.config.max_depth
         self._totals = RequestMetrics(num_drafted_at=[0] * depth, num_accepted_at=[0] * depth)
         self._last_log = now()
 
     @property
-    def will_rest(self) -> bool:
-        """Whether the next plan needs no tokens of the last one to draft after."""
-        return self._num_rest > 0
+    def is_paused(self) -> bool:
+        """Whether the last plan had no drafts and computes nothing for later ones."""
+        return self.state is Drafting.PAUSED
+
+    @property
+    def is_next_paused(self) -> bool:
+        """Whether the next plan is known to have no drafts, so that it need not wait for tokens."""
+        return self._num_paused_steps > 0
 
     def draft(
         self, decodes: list[Request], budget: int, holdings: Holdings, *, is_mixed: bool
     ) -> list[Drafts]:
-        """Returns each decode's drafts, having taken the pages that they need.
+        """Returns the drafts of each decode, and takes the pages that they need.
 
-        Only free or cached pages: nobody is preempted for a draft.
+        It takes free or cached pages only: no request is preempted for a draft.
 
         Args:
-          decodes: running requests, with a page for their next token each.
+          decodes: running requests, each with a page for its next token.
           budget: most drafts in all.
-          holdings: gives the pages.
-          is_mixed: the step is expected to prefill as well, so its time tells nothing.
+          holdings: allocates the pages.
+          is_mixed: the step is expected to prefill as well, so that its time is not measured.
         """
-        if not decodes or self._is_at_rest(decodes):
+        if not decodes or self._stays_paused(decodes):
             return [Drafts()] * len(decodes)
         proposed = [self._propose(r, r.num_unplanned_outputs - 1) for r in decodes]
         most = self.config.num_speculative_tokens
@@ -80,7 +123,7 @@ class Speculation:
             lengths = [len(ids) for ids in proposed]
             most = self.length.choose(lengths, may_try=not is_mixed)
             if not most:
-                self._rest(len(lengths))
+                self._pause(len(lengths))
         drafts = []
         for request, ids in zip(decodes, proposed):
             ids = ids[: max(0, min(budget, most))]
@@ -88,29 +131,31 @@ class Speculation:
             budget -= len(drafts[-1])
         return drafts
 
-    def _is_at_rest(self, decodes: list[Request]) -> bool:
-        """Whether a plan for these does without drafts because it was decided before."""
-        if len(decodes).bit_length() != self._rest_batch:
-            self._num_rest = 0
-        # Where steps are under way, nobody knows yet after what to draft.
-        self.is_resting = self._num_rest > 0 or (
+    def _stays_paused(self, decodes: list[Request]) -> bool:
+        """Whether the plan being made has no drafts because of a pause decided before."""
+
+        if len(decodes).bit_length() != self._paused_batch:
+            self._num_paused_steps = 0
+        # With steps in flight the token to draft after is not known yet.
+        is_paused = self._num_paused_steps > 0 or (
             self.length is not None and any(request.num_in_flight for request in decodes)
         )
-        self._num_rest = max(0, self._num_rest - self._steps_a_plan)
-        self._has_rested |= self.is_resting
-        return self.is_resting
+        self._num_paused_steps = max(0, self._num_paused_steps - self._steps_per_plan)
+        event = DraftingEvent.PLAN_PAUSED if is_paused else DraftingEvent.PLAN_DRAFTS
+        self.state = self.state.after(event)
+        return is_paused
 
-    def _rest(self, num_seqs: int) -> None:
-        """Lets the plan being made do without drafts, and those to come that are known to."""
+    def _pause(self, num_seqs: int) -> None:
+        """Pauses drafting for the plan being made, and for later ones if drafts will not pay."""
         assert self.length is not None
         num_steps = self.length.num_steps_without([self.config.max_depth] * num_seqs)
         if num_steps or not self._is_lookup:
-            self.is_resting = self._has_rested = True
-            self._rest_batch = num_seqs.bit_length()
-            self._num_rest = max(0, num_steps - self._steps_a_plan)
+            self.state = self.state.after(DraftingEvent.PLAN_PAUSED)
+            self._paused_batch = num_seqs.bit_length()
+            self._num_paused_steps = max(0, num_steps - self._steps_per_plan)
 
     def _propose(self, request: Request, limit: int) -> tuple[int, ...]:
-        """Returns at most `limit` drafts of what follows the known tokens, all of them known."""
+        """Returns at most `limit` drafts after the known tokens; none if tokens are in flight."""
         limit = min(limit, self.config.num_speculative_tokens)
         if self._proposer is None or limit <= 0 or request.num_in_flight:
             return ()
@@ -123,13 +168,15 @@ class Speculation:
         is_sound: Sequence[bool] | None,
         progress: Sequence[Progress],
     ) -> None:
-        """Counts a step: the drafts of its sequences, and the tokens that came of them.
+        """Counts a step's drafts and the tokens that it yielded.
 
-        `progress` is what the step brought to requests: no tokens beyond the end of a text.
+        Args:
+          plan, samples, is_sound: as of `Scheduler.commit`.
+          progress: its result, which has no tokens beyond the end of a text.
         """
         now = self._now()
         if self.length is not None and not any(seq.is_prefill for seq in plan.seqs):
-            # A plan made while another was under way has cost what came after the other's end.
+            # A plan made while another was in flight took the time since the end of the other.
             seconds = (now - max(plan.planned_at, self._noted_at)) / plan.num_steps
             self._note_seconds(plan, seconds, self.length)
         self._noted_at = now
@@ -144,16 +191,14 @@ class Speculation:
     def _note_seconds(self, plan: Plan, seconds: float, length: DraftLength) -> None:
         num_seqs, depth = len(plan.seqs), max(seq.drafts.depth for seq in plan.seqs)
         depth = min(depth, self.config.max_depth)
-        # A draft model is not fed by steps without drafts, which are plain ones.
-        is_plain = plan.is_resting or (not depth and self.config.method == "draft")
-        self._has_rested |= is_plain
+        # A step without drafts does not feed a draft model, so it is a plain one.
+        is_plain = plan.is_speculation_paused or (not depth and self.config.method == "draft")
+        is_catching_up = self.state is not Drafting.ACTIVE
+        event = DraftingEvent.STEP_SKIPPED if is_plain else DraftingEvent.STEP_CAUGHT_UP
+        self.state = self.state.after(event)
         if self._is_lookup or is_plain:
             length.note_step(num_seqs, depth, seconds, plan.num_steps)
-            return
-        # The first step after a rest may have to make up for what was left out: the drafter's KV,
-        # or (with Medusa heads, in a step without drafts) the guesses.
-        has_rested, self._has_rested = self._has_rested, False
-        if has_rested and self.config.method in ("draft", "medusa"):
+        elif is_catching_up and self.config.method in ("draft", "medusa"):
             length.note_resumption(num_seqs, seconds)
         elif depth:
             length.note_step(num_seqs, depth, seconds)
@@ -162,7 +207,7 @@ class Speculation:
         self, request: Request, num_drafts: int, num_accepted: int, num_tokens: int
     ) -> None:
         num_accepted = min(num_accepted, num_drafts)
-        num_steps = 1 if num_drafts else num_tokens  # several may stay on the device
+        num_steps = 1 if num_drafts else num_tokens  # without drafts, a plan may have several steps
         if self.length is not None:
             self.length.note_drafts(num_drafts, num_accepted)
         for metrics in (request.metrics, self._totals):
@@ -173,8 +218,8 @@ class Speculation:
     def metrics(self) -> dict[str, float]:
         """Returns counts since the engine was made.
 
-        `acceptance_at_i` is the share of i-th drafts that stood, those included that were not
-        reached because an earlier one fell.
+        `acceptance_at_i` is the share of i-th drafts that were accepted. Drafts after a rejected
+        one count as rejected.
         """
         drafted, accepted = self._totals.num_drafted_tokens, self._totals.num_accepted_tokens
         return {
@@ -192,7 +237,7 @@ class Speculation:
         self._last_log = now
         values = self.metrics()
         logger.info(
-            "speculation (%s): %.2f tokens a step, %d of %d drafts accepted "
+            "speculation (%s): %.2f tokens per step, %d of %d drafts accepted "
             "(%.0f %%; by position %s)",
             self.config.method,
             values["tokens_per_step"],
@@ -204,9 +249,9 @@ class Speculation:
 
 
 def make_room(request: Request, num_drafts: int, holdings: Holdings) -> int:
-    """Takes free pages for drafts after the newest token; returns how many there is room for.
+    """Takes pages for drafts after the newest token; returns how many drafts fit.
 
-    Only free or cached pages: nobody is preempted for a draft.
+    It takes free or cached pages only: no request is preempted for a draft.
     """
     missing = holdings.num_missing_pages(request, 1 + num_drafts)
     request.pages += holdings.prefix.alloc(min(missing, holdings.prefix.num_available))

@@ -1,7 +1,8 @@
-"""Which places of its own KV pool a drafter has been fed; knows pages and plans, no device.
+"""Tracks which places of a drafter's own KV pool have been computed.
 
-Steps of a time without drafts need not be fed to it. Before it drafts again it is given what it
-missed, in chunks. A mistake here would cost drafts that stand, and never a token.
+While drafting is paused, the drafter computes nothing. Before it drafts again, it computes the
+places that it missed, in chunks. A mistake here can only lower the acceptance rate, since every
+draft is verified.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from jinfer.engine.request import Request
 
 
 class FedPages:
-    """For each page, how many places from its beginning hold what the drafter computed.
+    """For each page, the number of places from its beginning that the drafter has computed.
 
     Args:
       num_pages: in the pool.
@@ -26,20 +27,20 @@ class FedPages:
         self._not_full = set(range(num_pages))
 
     def note_moves(self, moves: PageMoves) -> None:
-        """Follows what is done with whole pages before a step."""
+        """Applies a step's operations on whole pages."""
         for page in moves.cleared:
             self._set(page, 0)
         for source, page, count in moves.copied:
             self._set(page, min(self._num_fed[source], count))
 
     def note_plan(self, plan: Plan, *, is_fed: bool) -> None:
-        """Takes in a plan that is being launched: all it writes, or nothing, is fed."""
+        """Records a launched plan; `is_fed`: whether the drafter computes what it writes."""
         for seq in plan.seqs:
             num_tokens = max(seq.num_tokens, seq.num_samples if plan.is_decode else 0)
             self.note(seq.request.pages, seq.start, num_tokens, is_fed=is_fed)
 
     def note(self, pages: Sequence[int], start: int, num_tokens: int, *, is_fed: bool) -> None:
-        """Takes in that positions from `start` on are written anew."""
+        """Records that `num_tokens` positions from `start` on are overwritten."""
         size, end = self._page_size, start + num_tokens
         for i in range(start // size, -(-end // size)):
             first, last = max(0, start - i * size), min(size, end - i * size)
@@ -50,10 +51,10 @@ class FedPages:
                 self._set(page, last)
 
     def first_missing(self, pages: Sequence[int], num_tokens: int) -> int:
-        """Returns the first of `num_tokens` positions that was not fed; `num_tokens`: all were."""
+        """Returns the first of `num_tokens` positions not computed; `num_tokens` if all are."""
         size = self._page_size
         num_whole = num_tokens // size
-        # Every step asks for all of a long text, and mostly nothing is missing.
+        # A shortcut, since every step asks for the whole text and mostly nothing is missing.
         begin = num_whole if self._not_full.isdisjoint(pages[:num_whole]) else 0
         for i in range(begin, -(-num_tokens // size)):
             place = i * size + self._num_fed[pages[i]]
@@ -64,11 +65,11 @@ class FedPages:
     def take_missing(
         self, requests: Sequence[tuple[Request, int]], most_tokens: int, most_seqs: int
     ) -> list[list[tuple[Request, int, int]]]:
-        """Returns what is to be fed, as if it were: batches of (request, start, tokens).
+        """Returns the missing positions as batches of (request, start, tokens), and marks them fed.
 
         Args:
-          requests: each with the number of its positions that are wanted.
-          most_tokens, most_seqs: in a batch.
+          requests: (request, number of its positions that are needed).
+          most_tokens, most_seqs: limits of a batch.
         """
         batches: list[list[tuple[Request, int, int]]] = []
         room = 0

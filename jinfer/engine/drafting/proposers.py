@@ -1,7 +1,7 @@
-"""Who proposes drafts, as the host sees it: one proposer a method; knows no scheduler, no device.
+"""Proposers of drafts on the host, one per method.
 
-Some know their drafts before the step, from the text. Others make them inside the step, on the
-device: of these the host knows only how many there are.
+The n-gram proposer takes drafts from the text before the step. Draft models make them inside the
+step, on the device: the host knows only how many there are.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ class Proposer(Protocol):
     """Proposes drafts of what follows a request's known tokens."""
 
     def propose(self, request: Request, limit: int) -> tuple[int, ...]:
-        """Returns at most `limit` drafts, `limit` being 1 or more; ON_DEVICE for ids not known.
+        """Returns at most `limit` drafts; ON_DEVICE for a draft whose id the host does not know.
 
-        Asked once for each decode of a plan; all tokens of the request are known to the host.
+        Called once for each decode of a plan, with `limit` at least 1. The host knows all tokens
+        of the request.
         """
         ...
 
 
 class NgramProposer:
-    """Looks up in the request's own text what came next before."""
+    """Proposes the tokens that followed earlier occurrences of the text's last tokens."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self._config = config
         self._indices: weakref.WeakKeyDictionary[Request, NgramIndex] = weakref.WeakKeyDictionary()
 
     def propose(self, request: Request, limit: int) -> tuple[int, ...]:
-        """Returns what mostly followed when the text ended alike."""
+        """Returns the most frequent continuation, see `NgramIndex.propose`."""
         index = self._indices.get(request)
         if index is None:
             config = self._config
@@ -45,10 +46,10 @@ class NgramProposer:
 
 
 class DeviceProposer:
-    """Leaves the drafts to a model that writes them inside the step."""
+    """Proposes drafts that a model makes inside the step."""
 
     def propose(self, request: Request, limit: int) -> tuple[int, ...]:
-        """Returns as many as there may be: a model can always go on."""
+        """Returns `limit` unknown drafts: a model can always continue."""
         return (ON_DEVICE,) * limit
 
 

@@ -1,4 +1,4 @@
-"""Speculation with trees of drafts, grown from what each step guesses; knows no device."""
+"""Speculation with trees of drafts, which grow from the guesses of each step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jinfer.speculation.medusa_tree import parents_of
 
 
 def make_speculation(config: EngineConfig, now: Callable[[], float]) -> Speculation | None:
-    """Returns what `config` asks for, or None."""
+    """Returns the speculation that `config` asks for, or None."""
     if config.speculation is None:
         return None
     trees = {"medusa": MedusaSpeculation, "lookahead": LookaheadSpeculation}
@@ -32,14 +32,17 @@ def draft(
     is_tree: bool = False,
     is_mixed: bool = False,
 ) -> list[Drafts]:
-    """Returns each decode's drafts, see `Speculation.draft`; none if they are not of the kind."""
+    """Returns each decode's drafts, see `Speculation.draft`.
+
+    None are drafted without speculation, or if it drafts chains where `is_tree` and vice versa.
+    """
     if speculation is None or speculation.is_tree != is_tree:
         return [Drafts()] * len(decodes)
     return speculation.draft(decodes, budget, holdings, is_mixed=is_mixed)
 
 
 class TreeSpeculation(Speculation):
-    """Trees of drafts for the sequences of an engine; who knows what may come makes a subclass."""
+    """Trees of drafts for the sequences of an engine; subclasses grow them."""
 
     is_tree = True
 
@@ -47,13 +50,13 @@ class TreeSpeculation(Speculation):
         self, decodes: list[Request], budget: int, holdings: Holdings, *, is_mixed: bool
     ) -> list[Drafts]:
         """Returns each decode's tree, as `Speculation.draft` does."""
-        if self._is_at_rest(decodes):
+        if self._stays_paused(decodes):
             return [Drafts()] * len(decodes)
         if self.length is not None:
             depth = self.config.max_depth
             depths = [min(depth, request.num_unplanned_outputs - 1) for request in decodes]
             if not self.length.choose(depths, may_try=not is_mixed):
-                self._rest(len(decodes))
+                self._pause(len(decodes))
                 return [Drafts()] * len(decodes)
         drafts = []
         for request in decodes:
@@ -75,17 +78,17 @@ class TreeSpeculation(Speculation):
         samples: Sequence[Sequence[int]],
         guesses: Sequence[Sequence[Sequence[int]]],
     ) -> None:
-        """Takes in what a step guesses, before its samples are committed.
+        """Stores a step's guesses, before its samples are committed.
 
         Args:
           plan, samples: as of `Scheduler.commit`.
-          guesses: [S][K][R], see `tree_steps.tree_step`.
+          guesses: [S][K][R], see `steps.tree.tree_step`.
         """
         raise NotImplementedError
 
 
 class MedusaSpeculation(TreeSpeculation):
-    """Trees of the heads' guesses, which come with every step that samples.
+    """Trees of guesses by Medusa heads, which come with every step that samples.
 
     Args:
       config: limits; `config.speculation.tree` is the tree.
@@ -97,12 +100,12 @@ class MedusaSpeculation(TreeSpeculation):
         assert self.config.tree is not None
         self._nodes = self.config.tree
         self._parents = parents_of(self.config.tree)
-        # By request: the guesses, and the length of the text that they follow.
+        # By request: the length of the text that the guesses follow, and the guesses.
         self._guesses: weakref.WeakKeyDictionary[Request, tuple[int, Sequence[Sequence[int]]]]
         self._guesses = weakref.WeakKeyDictionary()
 
     def grow(self, request: Request) -> Drafts:
-        """Returns the heads' guesses, none if they follow another text than the present one."""
+        """Returns the heads' guesses; none if the text has changed since they were made."""
         length, guesses = self._guesses.get(request, (-1, ()))
         if length != _num_known(request):
             return Drafts((), ())
@@ -115,14 +118,14 @@ class MedusaSpeculation(TreeSpeculation):
         samples: Sequence[Sequence[int]],
         guesses: Sequence[Sequence[Sequence[int]]],
     ) -> None:
-        """Keeps the guesses of the sequences that sampled."""
+        """Stores the guesses of the sequences that sampled."""
         for seq, tokens, found in zip(plan.seqs, samples, guesses):
             if tokens:
                 self._guesses[seq.request] = _num_known(seq.request) + len(tokens), found
 
 
 class LookaheadSpeculation(TreeSpeculation):
-    """Trees of n-grams and of the window that finds them; each request has its own.
+    """Trees of n-grams and of the lookahead window that finds them, kept per request.
 
     Args:
       config: limits, and the sizes in `config.speculation`.
@@ -131,7 +134,7 @@ class LookaheadSpeculation(TreeSpeculation):
 
     def __init__(self, config: EngineConfig, now: Callable[[], float]) -> None:
         super().__init__(config, now)
-        # By request, and how large the tree is that it grew last.
+        # By request: its window and n-grams, and the size of the last tree.
         self._lookaheads: weakref.WeakKeyDictionary[Request, tuple[Lookahead, int]]
         self._lookaheads = weakref.WeakKeyDictionary()
 
@@ -153,7 +156,7 @@ class LookaheadSpeculation(TreeSpeculation):
         samples: Sequence[Sequence[int]],
         guesses: Sequence[Sequence[Sequence[int]]],
     ) -> None:
-        """Takes in what the model said after the nodes of each tree that was verified whole."""
+        """Stores the model's guesses after the nodes of each tree that was verified whole."""
         for seq, tokens, said in zip(plan.seqs, samples, guesses):
             lookahead, size = self._lookaheads.get(seq.request, (None, 0))
             if lookahead is not None and tokens and seq.num_drafts == size > 0:
@@ -165,7 +168,7 @@ def _num_known(request: Request) -> int:
 
 
 def cut(drafts: Drafts, depth: int) -> Drafts:
-    """Leaves out what is more than `depth` levels below the root."""
+    """Removes the nodes that are more than `depth` levels below the root."""
     assert drafts.parents is not None
     levels = draft_tree.depths(drafts.parents)
     if max(levels, default=0) <= depth:

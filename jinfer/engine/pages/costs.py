@@ -1,8 +1,8 @@
-"""What it costs to move a page between device and host, and to compute it again; no jax.
+"""Costs of moving a page between device and host, and of computing it again.
 
-Moving is measured once, when the engine is made. Computing is measured while serving: of the steps
-that prefill at least a page and move none, the fastest of the last few, for what else the machine
-did, or compiled, is not a token's cost.
+Moving is measured once, when the engine is made. Computing is measured while serving: the fastest
+of the last few steps that prefill at least a page and move none. The fastest, since compiling and
+other work on the machine only add to a step's time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class TransferCosts:
 
     Args:
       page_size: tokens in a page.
-      save_page_s, load_page_s: seconds a page.
-      load_s: seconds of a load, however small.
-      token_s: seconds a token to compute; None measures it, and prefers loading until then.
+      save_page_s, load_page_s: seconds per page.
+      load_s: fixed seconds of a load.
+      token_s: seconds to compute a token; None measures it, and prefers loading until then.
       now: a clock in seconds.
     """
 
@@ -49,27 +49,30 @@ class TransferCosts:
 
     @property
     def token_s(self) -> float | None:
-        """Seconds to compute a token of a prompt; None: not known yet."""
+        """Seconds to compute a prompt token; None: not known yet."""
         if self._fixed_token_s is not None:
             return self._fixed_token_s
         return min(self._measured, default=None)
 
     def is_worth_saving(self) -> bool:
-        """Whether some number of pages can be moved there and back faster than computed."""
+        """Whether saving and loading a page takes less time than computing its tokens."""
         page_s = self.save_page_s + self.load_page_s
         return self.token_s is None or page_s < self.page_size * self.token_s
 
     def is_worth_loading(self, num_pages: int) -> bool:
-        """Whether to load so many pages is faster than to compute them."""
+        """Whether loading `num_pages` pages takes less time than computing their tokens."""
         seconds = self.load_s + num_pages * self.load_page_s
         return self.token_s is None or seconds < num_pages * self.page_size * self.token_s
 
     def begin(self, plan: Plan) -> None:
-        """Notes when a step was dispatched."""
+        """Records when a step was dispatched."""
         self._begun[plan.step_id] = self._now()
 
     def end(self, plan: Plan) -> None:
-        """Notes when its results came. It began when it was dispatched or the last one ended."""
+        """Records when a step's results came, and its duration.
+
+        It counts from its dispatch or from the end of the step before, whichever is later.
+        """
         now = self._now()
         begun = max(self._begun.get(plan.step_id, now), self._ended)
         self._begun = {i: at for i, at in self._begun.items() if i > plan.step_id}

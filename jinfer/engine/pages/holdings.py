@@ -1,24 +1,24 @@
-"""The pages of a request from admission to its end: found, taken, filled, given back. No order.
+"""Finds, takes, fills and gives back the pages of a request.
 
-When a page goes into the prefix cache. A page of a prefill chunk: as soon as the chunk is planned.
-Who finds it reads it in a later plan, or in this very one, where each layer writes the KV of all
-tokens of the step before any of them attends. A page of generated tokens: when its request leaves
-the device, as far as the last token but one that the host knows. Everything up to there has been
-written by steps that are committed; what steps in flight still write for a request that has ended
-or was preempted lies beyond, so that no cached token changes ever again.
+When a page enters the prefix cache:
+
+- A page of a prefill chunk: as soon as the chunk is planned. Other requests read it in a later plan
+  or in the same one, where each layer writes the KV of all tokens before any of them attends.
+- A page of generated tokens: when its request ends or is preempted, up to the last known token but
+  one. Committed steps have written everything up to there. Steps in flight write only behind it, so
+  that the KV of a cached token never changes.
 
 Whole pages are shared; the page in which a known prefix ends is copied. A plan's copies are done
-before its step, so a page that the very plan writes to is none to copy from, and the source is
-held until the plan is made: what is given its page then is written by later plans. Places behind
-the shared tokens come out as zeros, whatever NaN others may have left there. Where the source
-itself is the last page that the request needs, its place is worth more than its tokens.
+before its step, so a page that this plan writes to is no source. The source is held until the plan
+is made; later plans may overwrite it. Places behind the copied tokens are set to zero, since other
+requests may have left NaN there. No copy is made if the source is the last page that the request
+needs.
 
-Why hits give the tokens of a cold run, wherever in a page they end: there is no fixed grid of
-chunks to align them to. A chunk is what the budget leaves, so company moves its borders to any
-token in cold runs, too, and the kernels must not care (they sum over keys in blocks at absolute
-positions, wherever queries begin). A hit is one more way of cutting a prompt, and a copy holds the
-bits of its source. It is exact up to the rounding between programs of different padded size, as is
-any change of company.
+Why a hit gives the same tokens as computing the prompt, wherever in a page it ends: chunks have no
+fixed borders. A chunk is what the budget leaves, so batch mates move its borders anyway, and the
+kernels give the same sums for any border (they sum over keys in blocks at absolute positions). A
+hit is one more way of cutting a prompt, and a copy has the bits of its source. The result is exact
+up to the rounding between programs of different padded size, as with any change of batch mates.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from jinfer.engine.pages.radix import PageKey
 from jinfer.engine.plan import PageMoves, SchedulerStats
 from jinfer.engine.request import Request, RequestStatus
 
-# A copy must save an eighth of a page: a first token in common (most tokenizers begin with one) is
-# computed as quickly as it is copied.
+# A copy must save at least an eighth of a page. A single common token, such as the begin token of
+# most tokenizers, is computed as fast as it is copied.
 MIN_COPIED_PART = 8
 
 
@@ -39,10 +39,10 @@ class Holdings:
     """Gives requests their pages and takes them back.
 
     Args:
-      prefix: the pages and what is known of their content.
+      prefix: the cache through which pages are taken and given back.
       is_caching: whether pages are kept for other requests.
       max_cached_tokens: see `Scheduler`.
-      stats: where hits are counted.
+      stats: counts hits.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Holdings:
         self.is_caching = is_caching
         self.max_cached_tokens = max_cached_tokens
         self.stats = stats
-        self._spoilt: set[int] = set()  # pages to clear before anyone computes with them
+        self._to_clear: set[int] = set()  # pages that may hold NaN, to be zeroed by the next plan
         self._copies: list[tuple[int, int, int]] = []  # (from, to, tokens) of the next plan
-        self._being_filled: set[int] = set()  # by the next plan
+        self._being_filled: set[int] = set()  # pages that the next plan writes to
 
     def num_pages(self, num_tokens: int) -> int:
-        """Returns how many pages `num_tokens` tokens fill, the last one perhaps in part."""
+        """Returns how many pages `num_tokens` tokens need."""
         return -(-num_tokens // self.page_size)
 
     def written_pages(self, request: Request, start: int, num_tokens: int) -> tuple[int, ...]:
@@ -75,15 +75,15 @@ class Holdings:
         return max(0, self.num_pages(request.num_computed_tokens + num_steps) - len(request.pages))
 
     def can_grow(self, request: Request) -> bool:
-        """Whether a running request has fewer pages than all its tokens but the last fill."""
+        """Whether a running request may need more pages: its last token needs no place."""
         num_places = request.num_prompt_tokens + request.max_output_tokens - 1
         return len(request.pages) < self.num_pages(num_places)
 
     def extend(self, decodes: list[Request], num_steps: int) -> int:
-        """Gives running requests the pages of several decode steps; returns of how many.
+        """Takes pages for several decode steps of running requests; returns the number of steps.
 
-        As many as the free pages allow, at most `num_steps`, and no more than the sequence with
-        most tokens to go can use. The pages of one step they hold already.
+        As many steps as available pages allow, at most `num_steps`, and at most as many as one of
+        the sequences can use. The requests already hold the pages of one step.
         """
         most = max(request.num_unplanned_outputs for request in decodes)
         for n in range(min(num_steps, most), 1, -1):
@@ -99,15 +99,14 @@ class Holdings:
         return len(self._find_whole(request)) if self._is_reading(request) else 0
 
     def take(self, request: Request, *, num_spare: int) -> bool:
-        """Gives a request the pages of all its known tokens; False if too few are free.
+        """Gives a request the pages of all its known tokens; False if too few are available.
 
-        The whole pages of its longest cached prefix are taken by reference, as if computed, and of
-        a last part a copy is planned; at least the last token is computed in any case, for its
-        logits.
+        Whole pages of its longest cached prefix are shared and count as computed; a copy of the
+        last, partly common page is planned. At least the last token is computed, for its logits.
 
         Args:
-          request: holds no pages yet.
-          num_spare: pages that must stay available beside.
+          request: a request without pages.
+          num_spare: pages that must stay available.
         """
         is_reading = self._is_reading(request)
         hit = self._find_whole(request) if is_reading else []
@@ -149,21 +148,22 @@ class Holdings:
         return True
 
     def _alloc(self, n: int, saved: Sequence[PageKey]) -> list[int]:
-        """Takes `n` pages, the first of which are loaded from the host before the next step."""
+        """Takes `n` pages; the first ones are loaded from the host before the next step."""
         tier = self.prefix.tier
-        slots = [] if tier is None else tier.pin(saved)  # before what is evicted now is saved
+        # Pinned first: `alloc` evicts pages, and to save them the tier may evict slots.
+        slots = [] if tier is None else tier.pin(saved)
         pages = self.prefix.alloc(n)
         if tier is not None:
             tier.load(slots, pages[: len(slots)])
         return pages
 
     def fill(self, request: Request, written: Sequence[int], *, with_part: bool = True) -> None:
-        """Lets others find what a prefill chunk writes.
+        """Puts the pages of a prefill chunk into the prefix cache.
 
         Args:
           request: its tokens up to `num_computed_tokens` are written, or the chunk writes them.
-          written: pages that the chunk writes to, if it is part of the plan being made.
-          with_part: whether the page that it fills in part is to be found, too.
+          written: pages that the chunk writes to, if it belongs to the plan being made.
+          with_part: whether to include a last page that is filled in part.
         """
         self._being_filled.update(written)
         if self._can_fill_cache(request):
@@ -171,7 +171,7 @@ class Holdings:
             self.prefix.insert(request.cache_namespace, tokens, request.pages)
 
     def give_back(self, request: Request, *, with_part: bool = True) -> None:
-        """Takes the pages of a request away, and keeps those in the cache that it has filled."""
+        """Takes the pages of a request away; the cache keeps those that it has filled."""
         if self._can_fill_cache(request):
             num_known = request.num_prompt_tokens + len(request.output_token_ids)
             num_written = min(request.num_computed_tokens, num_known - 1)
@@ -183,63 +183,63 @@ class Holdings:
         request.num_computed_tokens = request.num_prefill_tokens = 0
 
     def take_moves(self) -> PageMoves:
-        """Returns, once, what is to be done with whole pages before the next step.
+        """Returns the operations on whole pages before the next step, and plans them no more.
 
-        From here on nothing but later steps may write to the sources: they are let go.
+        The sources of copies are freed: only later steps can write to them now.
         """
-        spoilt, self._spoilt = self._spoilt, set()
+        cleared, self._to_clear = self._to_clear, set()
         copies, self._copies = self._copies, []
         for source, _, _ in copies:
             self.prefix.free([source])
         self._being_filled.clear()
-        moves = PageMoves(cleared=tuple(sorted(spoilt)), copied=tuple(copies))
+        moves = PageMoves(cleared=tuple(sorted(cleared)), copied=tuple(copies))
         return moves if self.prefix.tier is None else self.prefix.tier.take(moves)
 
     # ------------------------------------------------------------------ after errors
 
     def clear(self) -> None:
-        """Takes all pages from whoever holds them; nothing of them is known any more."""
+        """Frees all pages, whatever their counts, and forgets their content."""
         self.prefix.clear()
-        self._spoilt.clear()
+        self._to_clear.clear()
         self._copies.clear()
         self._being_filled.clear()
 
     def discard(
         self, request: Request, start: int, written: Sequence[int], running: list[Request]
     ) -> list[Request]:
-        """Forgets what `request` computed from position `start` on, and all that builds on it.
+        """Discards the KV that `request` computed from position `start` on, and all based on it.
 
-        What lies before was computed by others, or by steps of its own that are known to be sound.
+        KV before `start` was computed by other requests, or by earlier steps with finite results.
 
         Args:
-          request: its pages are gone already if it has ended or was preempted.
-          start: first position that is not to be trusted.
-          written: pages that its step wrote to. Those that are free now are cleared; who has been
-            given one since writes each place before reading it.
+          request: it holds no pages if it has ended or was preempted.
+          start: first position whose KV is discarded.
+          written: pages that its step wrote to. Those that are free now are cleared. A request that
+            holds one of them by now writes each place before reading it.
           running: all running requests.
 
         Returns:
-          Those of the other running requests that hold such pages, and must give them back.
+          The other running requests that hold discarded pages, and must give them back.
         """
         first = start // self.page_size
-        # Who has left part of a page behind may have computed NaN in the rest of it.
+        # A request that ended may have left a page in the cache in part, with NaN in the rest.
         pool = self.prefix.pool
         left = {p for p in written if self.prefix.is_cached(p) and pool.count(p) == 1}
-        spoilt = {*request.pages[first:], *left}
-        spoilt.update(
-            self.prefix.forget(request.cache_namespace, request.known_token_ids, start, spoilt)
+        discarded = {*request.pages[first:], *left}
+        discarded.update(
+            self.prefix.forget(request.cache_namespace, request.known_token_ids, start, discarded)
         )
-        self._spoilt |= spoilt
-        self._spoilt.update(page for page in written if pool.count(page) == 0)
-        self.spoil(request)
-        return [r for r in running if r is not request and not spoilt.isdisjoint(r.pages)]
+        self._to_clear |= discarded
+        self._to_clear.update(page for page in written if pool.count(page) == 0)
+        self.invalidate(request)
+        return [r for r in running if r is not request and not discarded.isdisjoint(r.pages)]
 
-    def spoil(self, request: Request) -> None:
-        """Sees to it that nobody else ever reads what `request` has computed alone."""
+    def invalidate(self, request: Request) -> None:
+        """Keeps the pages that only `request` holds from being cached, and clears them later."""
         request.cache_epoch = -1
         pool = self.prefix.pool
         alone = (p for p in request.pages if pool.count(p) == 1 and not self.prefix.is_cached(p))
-        self._spoilt.update(alone)
+        self._to_clear.update(alone)
 
     # ------------------------------------------------------------------ inside
 
@@ -251,7 +251,7 @@ class Holdings:
         return self.prefix.find(request.cache_namespace, request.known_token_ids, max_pages)
 
     def _find_part(self, request: Request, hit: list[int]) -> tuple[int, int]:
-        """Returns the page to copy the beginning of behind `hit`, and how much of it: perhaps 0."""
+        """Returns (page, number of its first tokens) to copy behind `hit`; (-1, 0) for none."""
         tokens = request.known_token_ids[: request.num_tokens - 1]
         page, count = self.prefix.find_part(request.cache_namespace, tokens, hit)
         is_worth_it = count * MIN_COPIED_PART >= self.page_size
@@ -264,12 +264,12 @@ class Holdings:
         return self.prefix.find_saved(request.cache_namespace, known, hit, max_pages)
 
     def _can_share(self, request: Request) -> bool:
-        """Whether the KV of a request's prompt is that of any text which begins with it."""
+        """Whether the KV of a request's prompt depends on its tokens alone, and caching is on."""
         limit = self.max_cached_tokens
         return self.is_caching and (limit is None or request.num_prompt_tokens <= limit)
 
     def _can_fill_cache(self, request: Request) -> bool:
-        """Whether a running request's pages may be kept: not what older weights have computed."""
+        """Whether a running request's pages may be cached: not if older weights computed them."""
         return self._can_share(request) and request.cache_epoch == self.prefix.epoch
 
     def _cacheable_tokens(self, request: Request, num_tokens: int, with_part: bool) -> list[int]:

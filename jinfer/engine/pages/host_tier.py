@@ -1,16 +1,16 @@
-"""Which pages lie in host memory, and which go there or come back next; no jax, no requests.
+"""Pages of the prefix cache in host memory, and which are to be saved or loaded next.
 
 A page that the prefix cache evicts from the device is saved to a slot of host memory under the
-digest of its text, and loaded into a page of the device once someone wants that text again, unless
-to compute it again costs less. What is loaded stays saved, so that its next eviction is free. The
-slot that was used longest ago goes first:
+digest of its text. It is loaded into a page of the device when a request needs that text again,
+unless computing it costs less. A loaded page stays saved, so that evicting it again costs nothing.
+The slot that was used longest ago is evicted first:
 
     device tree evicts page 7 (text 5 6 7 8)      find 5 6 7 8 9: page 3 on the device, slot 0 here
     slot 0 <- page 7, before the next step        page 4 <- slot 0, before the step that reads it
 
-Here are the books alone: `take` hands out what is to be moved before the next step, all saves
-first, so that a page is read before anyone writes it anew. Slots to be loaded from are pinned until
-then.
+This module does the bookkeeping only: `take` returns what is to be moved before the next step. All
+saves come first, so that a page is read before it is overwritten. Slots to be loaded from are
+pinned until then.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ class HostTier:
     """The slots of host memory and the texts whose pages they hold.
 
     Args:
-      num_slots: pages that there is room for.
+      num_slots: capacity in pages.
       page_size: tokens in a page.
 
     Attributes:
       costs: decides between loading and computing again.
-      num_saved_pages, num_loaded_pages: moved since the tier was made.
+      num_saved_pages, num_loaded_pages: pages moved since the tier was made.
       num_host_hits: admissions for which pages were loaded.
       num_host_declined: admissions that found pages here and computed them again.
-      num_host_dropped_pages: thrown out for want of room.
-      num_swaps, num_recomputes: preempted requests that came back with pages from here, and those
-        that came back with none from here and more than half of their tokens to compute again.
+      num_host_dropped_pages: pages evicted for lack of space.
+      num_swaps: preempted requests that were admitted again with pages loaded from here.
+      num_recomputes: preempted requests that were admitted again without pages from here and with
+        more than half of their tokens to compute.
     """
 
     def __init__(self, num_slots: int, page_size: int) -> None:
@@ -68,13 +69,13 @@ class HostTier:
 
     @property
     def num_cached(self) -> int:
-        """Pages that are here."""
+        """Pages in host memory, or about to be saved there."""
         return len(self._entries)
 
     # ------------------------------------------------------------------ saving
 
     def save(self, key: PageKey, page: int) -> None:
-        """Keeps what `page` holds; before the next step, for the device gives it away now."""
+        """Plans to save the content of `page`, which the device is about to reuse."""
         if key.digest in self._entries:
             self._entries.move_to_end(key.digest)
             return
@@ -87,7 +88,7 @@ class HostTier:
             self.num_saved_pages += 1
 
     def _evict(self) -> int | None:
-        """Returns the slot used longest ago among those that are not pinned."""
+        """Frees the slot used longest ago among those that are not pinned; None if all are."""
         for digest, entry in self._entries.items():
             if not self._pinned[entry.slot]:
                 del self._entries[digest]
@@ -99,10 +100,10 @@ class HostTier:
     # ------------------------------------------------------------------ loading
 
     def find(self, above: PageKey, edges: Iterable[bytes]) -> list[PageKey]:
-        """Returns the keys of the pages here that prolong a text; changes nothing.
+        """Returns the keys of the saved pages that continue a text; changes nothing.
 
         Args:
-          above: of what the device has.
+          above: key of the text that the device has.
           edges: the pages that follow.
         """
         found = []
@@ -114,27 +115,27 @@ class HostTier:
         return found
 
     def pin(self, keys: Sequence[PageKey]) -> list[int]:
-        """Returns the slots of `keys`, which stay as they are until they are loaded and taken."""
-        for key in reversed(keys):  # so that of a text the end goes first
+        """Returns the slots of `keys` and keeps them from eviction until the next `take`."""
+        for key in reversed(keys):  # so that the end of a text is evicted first
             self._entries.move_to_end(key.digest)
         slots = [self._entries[key.digest].slot for key in keys]
         self._pinned.update(slots)
         return slots
 
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
-        """Brings pinned slots to `pages` before the next step."""
+        """Plans to load pinned slots into `pages`."""
         self._loads += zip(slots, pages, strict=True)
         self.num_loaded_pages += len(slots)
 
     def note_admission(
         self, *, is_resumed: bool, num_found: int, num_loaded: int, is_computed: bool
     ) -> None:
-        """Counts how a request came (back) to its pages.
+        """Counts how an admitted request got its pages.
 
         Args:
           is_resumed: whether it had been preempted.
-          num_found: pages that were here.
-          num_loaded: those of them that are loaded.
+          num_found: pages that were found here.
+          num_loaded: how many of them are loaded.
           is_computed: whether more than half of its tokens are to be computed.
         """
         self.num_host_hits += num_loaded > 0
@@ -143,7 +144,7 @@ class HostTier:
         self.num_recomputes += is_resumed and num_loaded == 0 and is_computed
 
     def take(self, moves: PageMoves) -> PageMoves:
-        """Adds, once, what is to be saved and loaded before the next step; unpins."""
+        """Returns `moves` with the planned saves and loads, which are planned no more; unpins."""
         moves = dataclasses.replace(
             moves,
             saved=tuple((page, slot) for slot, page in self._saves.items()),
@@ -158,11 +159,11 @@ class HostTier:
     # ------------------------------------------------------------------ forgetting
 
     def forget(self, key: PageKey) -> None:
-        """Forgets a page and all that follow it, and with them texts that only begin alike.
+        """Forgets a page and all pages that follow it, and more than these.
 
-        Those that share their first page with it and are as long; everything, if it is a first
-        page itself, since others may have been copied from it in part. Too much, but no entry needs
-        a link to others for what happens after errors alone.
+        It forgets every text that begins with the same page and is at least as long, and everything
+        if `key` is a first page, since others may have been copied from it in part. That is more
+        than needed, but it happens only after errors and needs no links between entries.
         """
         if key.depth <= 1:
             self.reset()
@@ -184,7 +185,7 @@ class HostTier:
             self._remove(digest)
 
     def clear(self) -> None:
-        """Forgets everything, also what is still to be moved."""
+        """Forgets everything, including planned moves."""
         self.num_saved_pages -= len(self._saves)
         self._entries.clear()
         self._free = list(range(self.num_slots - 1, -1, -1))
@@ -194,7 +195,7 @@ class HostTier:
 
     def _remove(self, digest: bytes) -> None:
         slot = self._entries.pop(digest).slot
-        if self._pinned[slot]:  # whoever waits for it gets what was asked for
+        if self._pinned[slot]:  # it is still to be loaded
             self._forgotten.add(slot)
         else:
             self.num_saved_pages -= self._saves.pop(slot, None) is not None
@@ -203,14 +204,14 @@ class HostTier:
     # ------------------------------------------------------------------ invariants
 
     def filled_slots(self) -> list[int]:
-        """Slots that hold a page now: not those that wait for one."""
+        """Slots that hold a page now, without those that are still to be written."""
         return [e.slot for e in self._entries.values() if e.slot not in self._saves]
 
     def check(self) -> None:
-        """Verifies that each slot is free, in use or forgotten while pinned, and only one of them.
+        """Verifies that each slot is exactly one of free, in use, and forgotten while pinned.
 
         Raises:
-          PageError: the books do not balance; the message names the slots.
+          PageError: it is not; the message names the slots.
         """
         used = [entry.slot for entry in self._entries.values()]
         slots = collections.Counter([*used, *self._free, *self._forgotten])
@@ -221,10 +222,10 @@ class HostTier:
         lost = [slot for slot in self._saves if slot not in held]
         lost += [slot for slot, _ in self._loads if slot not in held or not self._pinned[slot]]
         if lost or not self._forgotten <= self._pinned.keys():
-            raise PageError(f"host slots {lost} are to be saved or loaded and not held for it")
+            raise PageError(f"host slots {lost} are to be saved or loaded and are not reserved")
 
     def metrics(self, page_bytes: int) -> dict[str, float]:
-        """Returns the counts since the tier was made, and what it holds; see the attributes."""
+        """Returns the counts since the tier was made and its size; see the attributes."""
         return {
             "num_host_pages": self.num_slots,
             "num_host_cached_pages": self.num_cached,

@@ -1,7 +1,7 @@
-"""Page allocator of the KV pool: numbers with reference counts, nothing about what pages hold.
+"""Page allocator of the KV pool: page numbers with reference counts.
 
-A page is free (count 0, in the free list) or in use (count >= 1, in no list). Every operation is
-O(pages named), and any misuse raises at once rather than corrupting the pool.
+A page is free (count 0, in the free list) or in use (count >= 1, not in the list). Every operation
+takes time linear in the pages that it is given, and misuse raises before the pool is corrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class OutOfPages(RuntimeError):
 
 
 class PageError(RuntimeError):
-    """A page was freed or shared while free, or the books do not balance: a bug in the caller."""
+    """A page was freed or shared while free, or the bookkeeping is wrong: a bug in the caller."""
 
 
 class PagePool:
@@ -31,8 +31,8 @@ class PagePool:
         self.clear()
 
     def clear(self) -> None:
-        """Takes all pages from whoever holds them."""
-        # A stack: pages freed last are handed out first, while they may still be in a cache.
+        """Frees all pages, whatever their counts."""
+        # A stack: pages freed last are handed out first, while processor caches may hold them.
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._counts = [0] * self.num_pages
 
@@ -43,7 +43,7 @@ class PagePool:
 
     @property
     def num_in_use(self) -> int:
-        """Pages that someone holds; a shared page counts once."""
+        """Pages with a holder; a shared page counts once."""
         return self.num_pages - len(self._free)
 
     def count(self, page: int) -> int:
@@ -82,7 +82,7 @@ class PagePool:
         return list(pages)
 
     def free(self, pages: Sequence[int]) -> None:
-        """Takes one holder from each of `pages`; those left without any become free.
+        """Removes one holder from each of `pages`; those left without any become free.
 
         Raises:
           PageError: a page is free already.
@@ -98,7 +98,7 @@ class PagePool:
         """Verifies that free + in use = all and that no page is in the free list twice.
 
         Raises:
-          PageError: the books do not balance; the message names the pages.
+          PageError: they do not; the message names the pages.
         """
         free = set(self._free)
         if len(free) != len(self._free):

@@ -1,20 +1,21 @@
-"""Radix tree of KV pages by the tokens they hold: the longest prefix computed before; no requests.
+"""Prefix cache: a radix tree of KV pages by their tokens, which finds the longest cached prefix.
 
-An edge is the tokens of one page, so nothing is ever split; a page filled in part is a leaf:
+An edge holds the tokens of one page, so edges are never split; a page filled in part is a leaf:
 
     page size 2        root --5 6--> page 3 --7 8--> page 0 --1--> page 7
                                        \\----7 9--> page 4
 
     find 5 6 7 9 2 -> pages 3, 4; find 5 6 7 -> page 3, and find_part: page 0 or 4 begins with 7
 
-Whole pages are shared. Where a text parts from all others inside a page, `find_part` says which
-page begins most like it, to be copied. What is written there is what the edge says: who holds a
-page filled in part goes on writing behind that.
+Whole pages are shared. Where a text differs from all others inside a page, `find_part` returns the
+page with the longest common beginning, to be copied. Only the tokens of its edge are valid in a
+page filled in part: the request that holds it goes on writing behind them.
 
 The tree holds one reference to each of its pages and requests hold others (`PagePool` counts them).
-Who holds a page of the tree holds all pages above it, for a hit is taken from the root on and a
-running request adds pages only below those that it holds. So a page that the tree alone holds has
-only such pages below it: all of them can be evicted, leaves first, and counting them is enough.
+A request that holds a page of the tree holds all pages above it: a hit is taken from the root on,
+and a running request adds pages only below those that it holds. So below a page that only the tree
+holds there are only such pages. All of them can be evicted, leaves first, and counting them is
+enough.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from jinfer.engine.pages.radix import Node, PageKey, as_edge, num_common
 class PrefixCache:
     """Finds, shares, keeps and evicts pages of a pool by the tokens written to them.
 
-    All pages of a pool must then be taken and given back through the cache. A lookup costs O(pages
-    of the text), an eviction O(log cached pages).
+    All pages of the pool must be taken and given back through the cache. A lookup costs O(pages of
+    the text), an eviction O(log cached pages).
 
     Args:
       pool: the pages.
       page_size: tokens in a page.
-      num_host_pages: pages that host memory takes of those that are evicted; 0 for no such tier.
+      num_host_pages: evicted pages that host memory can hold; 0 for no host tier.
 
     Attributes:
-      tier: those pages, or None; it forgets what is forgotten here.
+      tier: the host tier, or None; it forgets what is forgotten here.
       epoch: counts the resets. Pages filled before the last one must not be inserted after it.
-      version: changes whenever `find` may answer otherwise than before.
+      version: changes whenever `find` may answer differently than before.
       num_evicted: pages evicted since the cache was made.
     """
 
@@ -57,20 +58,20 @@ class PrefixCache:
         self._nodes: list[Node | None] = [None] * pool.num_pages  # by page
         self._num_cached = 0
         self._num_evictable = 0
-        # (last_used, page, node), at most one entry a node. Entries grow stale: the node has been
-        # used since, or is held, or has children. `_evict` puts the first kind back and drops the
-        # others, which `_offer` brings back when their time has come.
+        # (last_used, page, node), at most one entry per node. An entry is stale if its node was
+        # used since, is held, or has children. `_evict` puts the first kind back and drops the
+        # others, which `_offer` adds again once they are leaves that only the tree holds.
         self._heap: list[tuple[int, int, Node]] = []
         self._clock = 0
 
     @property
     def num_cached(self) -> int:
-        """Pages in the tree, whoever else holds them."""
+        """Pages in the tree, whether or not requests hold them."""
         return self._num_cached
 
     @property
     def num_evictable(self) -> int:
-        """Pages that the tree alone holds."""
+        """Pages that only the tree holds."""
         return self._num_evictable
 
     @property
@@ -88,7 +89,7 @@ class PrefixCache:
         """Returns the pages of the longest cached prefix of `tokens`; changes nothing.
 
         Args:
-          namespace: whatever else the KV depends on, or must not be shared beyond.
+          namespace: what texts must have in common, besides tokens, to share pages.
           tokens: the text.
           max_pages: most pages to return.
         """
@@ -104,9 +105,9 @@ class PrefixCache:
     def find_part(
         self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int]
     ) -> tuple[int, int]:
-        """Returns a page that begins as `tokens` go on behind `pages`, and for how many tokens.
+        """Returns the page whose beginning continues `tokens` behind `pages` furthest, and how far.
 
-        Where there are several, one of those with most tokens in common; 0 tokens where none is.
+        That is, the number of tokens in common; (-1, 0) if there are none.
 
         Args:
           namespace: as for `find`.
@@ -124,11 +125,11 @@ class PrefixCache:
     def find_saved(
         self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int], max_pages: int
     ) -> list[PageKey]:
-        """Returns what the host has of the whole pages of `tokens` behind `pages`, found just now.
+        """Returns the keys of the whole pages of `tokens` behind `pages` that the host has saved.
 
         Args:
           namespace, tokens, max_pages: as for `find`.
-          pages: what it returned.
+          pages: what it returned just now.
         """
         if self.tier is None:
             return []
@@ -138,7 +139,7 @@ class PrefixCache:
         return self.tier.find(above, edges)
 
     def num_available_beside(self, pages: Sequence[int]) -> int:
-        """Returns how many pages `alloc` can hand out once `pages`, just found, are shared."""
+        """Returns how many pages `alloc` can hand out after `pages`, just found, are shared."""
         return self.num_available - sum(self.pool.count(page) == 1 for page in pages)
 
     def share(self, pages: Sequence[int]) -> list[int]:
@@ -150,7 +151,7 @@ class PrefixCache:
         return self.pool.fork(pages)
 
     def alloc(self, n: int) -> list[int]:
-        """Takes `n` pages with unknown content, evicting what nobody holds once none are free.
+        """Takes `n` pages with undefined content; evicts cached pages if too few are free.
 
         Raises:
           OutOfPages: fewer than `n` are available; nothing has changed.
@@ -168,25 +169,25 @@ class PrefixCache:
     # ------------------------------------------------------------------ filling, giving back
 
     def insert(self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Makes pages of a request that goes on holding them known to others.
+        """Inserts pages of a request that keeps holding them.
 
-        It ends at the first page that the tree has from someone else: what comes after it could be
-        evicted no longer, were it put below a page that its holder does not hold.
+        Stops at the first page that the tree has from another request: a page inserted below it
+        would be held without the page above it, and could not be evicted.
 
         Args:
           namespace: as for `find`.
-          tokens: the text that the pages hold, or will before anyone reads them.
-          pages: at least as many pages as `tokens` fill, the last one perhaps in part.
+          tokens: the text that the pages hold, or will before they are read.
+          pages: at least as many pages as `tokens` need.
         """
         self._insert(namespace, tokens, pages, is_held=True)
 
     def release(self, namespace: Hashable, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Gives back all pages of a request; keeps those that hold `tokens`, but no doubles."""
+        """Gives back all pages of a request; keeps those with `tokens` that are not cached yet."""
         self._insert(namespace, tokens, pages, is_held=False)
         self.free(pages)
 
     def free(self, pages: Sequence[int]) -> None:
-        """Takes a holder from each of `pages`, all different; those in the tree stay there.
+        """Removes a holder from each of `pages`, all different; those in the tree stay there.
 
         Raises:
           PageError: a page is free already.
@@ -212,7 +213,7 @@ class PrefixCache:
             child = node.children.get(edge)
             if child is None:
                 before, behind = node.neighbours(edge)
-                if behind.startswith(edge):  # someone has these tokens, and more
+                if behind.startswith(edge):  # another page has these tokens and more
                     node.children[behind].last_used = self._clock
                     break
                 child = self._add(node, edge, page, before)
@@ -222,7 +223,7 @@ class PrefixCache:
             node = child
 
     def _add(self, parent: Node, edge: bytes, page: int, before: bytes) -> Node:
-        """Puts a page below `parent`, or lets it grow; what begins it and has less is dropped."""
+        """Inserts a page below `parent`, or extends it; drops a page that has only part of it."""
         child = self._nodes[page]
         part = parent.children[before] if before and edge.startswith(before) else None
         if child is None:
@@ -240,14 +241,14 @@ class PrefixCache:
         return child
 
     def reset(self) -> None:
-        """Forgets everything. Requests keep the pages they hold; nobody else finds them."""
+        """Forgets everything. Requests keep the pages they hold, and other requests find none."""
         self.pool.free([page for page, node in enumerate(self._nodes) if node is not None])
         if self.tier is not None:
             self.tier.reset()
         self._forget_everything()
 
     def clear(self) -> None:
-        """Forgets everything and takes all pages from all holders, whatever the books say."""
+        """Forgets everything and frees all pages, whatever their counts."""
         self.pool.clear()
         if self.tier is not None:
             self.tier.clear()
@@ -262,18 +263,18 @@ class PrefixCache:
         self._heap.clear()
 
     def forget(
-        self, namespace: Hashable, tokens: Sequence[int], num_kept: int, spoilt: Collection[int]
+        self, namespace: Hashable, tokens: Sequence[int], num_kept: int, discarded: Collection[int]
     ) -> list[int]:
         """Forgets the pages of a text from token number `num_kept` on, and all that follow them.
 
         Args:
           namespace: as for `find`.
           tokens: the text.
-          num_kept: tokens of the text that stay, though not all of the page where they end.
-          spoilt: pages that must not stay, wherever they are in the tree.
+          num_kept: tokens of the text that stay cached, except in the page where they end.
+          discarded: pages to forget wherever they are in the tree.
 
         Returns:
-          The pages forgotten; who holds them holds them still.
+          The pages forgotten; their holders still hold them.
         """
         node = self._roots.get(namespace)
         begin = num_kept - num_kept % self.page_size
@@ -287,7 +288,7 @@ class PrefixCache:
                 pages += self._cut(child)
         if self.tier is not None:
             self.tier.forget_text(namespace, first_edge, begin // self.page_size)
-        for page in spoilt:
+        for page in discarded:
             other = self._nodes[page]
             if other is not None:
                 if self.tier is not None:
@@ -298,7 +299,7 @@ class PrefixCache:
     # ------------------------------------------------------------------ inside
 
     def _cut(self, top: Node) -> list[int]:
-        """Takes a node and everything below it out of the tree; returns the pages."""
+        """Removes a node and everything below it from the tree; returns the pages."""
         pages, stack = [], [top]
         while stack:
             node = stack.pop()
@@ -314,7 +315,7 @@ class PrefixCache:
         return pages
 
     def _unlink(self, node: Node) -> None:
-        """Takes a leaf from its parent, which may then be evicted, too, or is a root to drop."""
+        """Removes a leaf from its parent, which may now be evicted; drops an empty root."""
         parent = node.parent
         assert parent is not None
         parent.remove(node.edge)
@@ -327,7 +328,7 @@ class PrefixCache:
     def _edges(
         self, tokens: Sequence[int], max_pages: int, *, with_part: bool = False
     ) -> Iterator[bytes]:
-        """Yields the whole pages of `tokens`, and with it a last part of a page."""
+        """Yields the edges of whole pages of `tokens`; `with_part`: also of a last part."""
         size = self.page_size
         num_tokens = min(len(tokens), max_pages * size)
         for end in range(size, num_tokens + 1, size):
@@ -336,13 +337,13 @@ class PrefixCache:
             yield as_edge(tokens[num_tokens - num_tokens % size : num_tokens])
 
     def _offer(self, node: Node) -> None:
-        """Puts a leaf that the tree alone holds into the heap, unless it is there."""
+        """Adds a leaf that only the tree holds to the heap, unless it is there."""
         if not node.children and not node.is_queued:
             node.is_queued = True
             heapq.heappush(self._heap, (node.last_used, node.page, node))
 
     def _evict(self) -> None:
-        """Frees the page that was used longest ago among the leaves that the tree alone holds."""
+        """Frees the least recently used page among the leaves that only the tree holds."""
         while True:
             last_used, page, node = heapq.heappop(self._heap)
             node.is_queued = False
@@ -367,7 +368,7 @@ class PrefixCache:
         """Verifies the tree against itself and the pool.
 
         Raises:
-          PageError: they disagree; the message names the page.
+          PageError: they do not agree; the message names the page.
         """
         num_cached = num_evictable = 0
         stack = list(self._roots.values())
@@ -376,9 +377,7 @@ class PrefixCache:
         while stack:
             node = stack.pop()
             if not node.has_sound_order(self.page_size):
-                raise PageError(
-                    f"the pages below page {node.page} have edges that cannot be theirs"
-                )
+                raise PageError(f"the pages below page {node.page} have invalid edges")
             for edge, child in node.children.items():
                 stack.append(child)
                 page, num_cached = child.page, num_cached + 1
@@ -399,4 +398,4 @@ class PrefixCache:
                 f"evicted, and has {num_cached} and {num_evictable}"
             )
         if sum(node is not None for node in self._nodes) != num_cached:
-            raise PageError("the prefix cache knows pages that its tree does not reach")
+            raise PageError("the prefix cache lists pages that are not in its tree")

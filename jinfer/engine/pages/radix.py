@@ -1,4 +1,4 @@
-"""The nodes of the prefix cache's tree, their edges (tokens as bytes) and keys; no holders."""
+"""The nodes of the prefix cache's tree, their edges (tokens as bytes) and keys."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TOKEN_BYTES = array.array("i").itemsize
 
 
 def as_edge(tokens: Sequence[int]) -> bytes:
-    """Returns tokens as bytes: small, quick to hash and compare, equal if and only if they are.
+    """Returns tokens as bytes, which are equal if and only if the tokens are.
 
-    (Tuples would keep an object alive for every token.)
+    Bytes are small and quick to hash; tuples would keep an object alive for every token.
     """
     return array.array("i", tokens).tobytes()
 
@@ -28,12 +28,12 @@ def num_common(a: bytes, b: bytes) -> int:
 
 
 class PageKey(NamedTuple):
-    """What a page holds.
+    """Identifies the text that ends with a page.
 
     Attributes:
-      digest: of the namespace and all tokens up to the page's end, 256 bits of BLAKE2b.
-      first: that of the first page of the text; empty for the root.
-      depth: how many pages the text has; 0 for the root.
+      digest: 256 bits of BLAKE2b of the namespace and all tokens up to the page's end.
+      first: digest of the text's first page; empty for the root.
+      depth: pages of the text; 0 for the root.
     """
 
     digest: bytes
@@ -42,7 +42,7 @@ class PageKey(NamedTuple):
 
     @classmethod
     def root(cls, namespace: Hashable) -> PageKey:
-        """Returns the key above all texts of a namespace, which is told apart by its `repr`."""
+        """Returns the key above all texts of a namespace, made of its `repr`."""
         return cls(_digest(repr(namespace).encode()), b"", 0)
 
     def below(self, edge: bytes) -> PageKey:
@@ -58,13 +58,13 @@ def _digest(data: bytes) -> bytes:
 class Node:
     """A page of the tree, or a root (page -1, whose edge is its namespace).
 
-    No edge below a node is the beginning of another: the shorter one would have nothing to give.
+    No edge below a node is the beginning of another: the shorter page would be redundant.
 
     Attributes:
-      last_used: when a request last filled or left the page; it never goes back.
-      is_queued: whether the node is in the heap of those that may be evicted, once.
-      key: what `find_key` found; None before.
-      order: the edges of `children`, sorted: those that begin alike lie side by side.
+      last_used: when a request last filled or left the page; it never decreases.
+      is_queued: whether the node is in the heap of eviction candidates, where it is at most once.
+      key: result of `find_key`; None before.
+      order: the edges of `children`, sorted, so that edges with a common beginning are adjacent.
     """
 
     __slots__ = ("children", "edge", "is_queued", "key", "last_used", "order", "page", "parent")
@@ -80,28 +80,29 @@ class Node:
         self.order: list[bytes] = []
 
     def add(self, child: Node, edge: bytes) -> None:
-        """Puts a node below this one."""
+        """Adds a child."""
         child.edge, child.key = edge, None
         self.children[edge] = child
         bisect.insort(self.order, edge)
 
     def remove(self, edge: bytes) -> None:
-        """Takes a child away."""
+        """Removes a child."""
         del self.children[edge]
         del self.order[bisect.bisect_left(self.order, edge)]
 
     def neighbours(self, edge: bytes) -> tuple[bytes, bytes]:
-        """Returns the edges before and behind the place of `edge`, empty at the ends.
+        """Returns the edges before and behind the sorted place of `edge`, empty at the ends.
 
-        One of them begins most like it. If it begins another edge, it begins the one behind; if
-        another begins it, that is the one before, for that one begins nothing else.
+        One of them has the longest beginning in common with it. If `edge` is the beginning of
+        another edge, that is the one behind; if another edge is its beginning, that is the one
+        before.
         """
         idx = bisect.bisect_left(self.order, edge)
         behind = self.order[idx] if idx < len(self.order) else b""
         return self.order[idx - 1] if idx else b"", behind
 
     def find_key(self) -> PageKey:
-        """Returns the key of the text down to here, which each node on the way then keeps."""
+        """Returns the key of the text that ends here, and stores the keys along the path."""
         path: list[Node] = []
         node: Node | None = self
         while node is not None and node.key is None:
@@ -115,11 +116,11 @@ class Node:
         return key
 
     def is_whole(self, page_size: int) -> bool:
-        """Whether this is a root, or a page filled to its end."""
+        """Whether this is a root or a full page."""
         return self.page < 0 or len(self.edge) == page_size * TOKEN_BYTES
 
     def has_sound_order(self, page_size: int) -> bool:
-        """Whether `order` is what it must be, and the edges are as long as they may be."""
+        """Whether `order` matches the children, and the edges keep the rules above."""
         order = self.order
         return (
             order == sorted(self.children)

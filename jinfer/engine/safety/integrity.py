@@ -1,4 +1,4 @@
-"""The books of a scheduler, checked as a whole: free + cached + in use = all. Changes nothing."""
+"""Checks a scheduler's bookkeeping as a whole: free + cached + in use = all pages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 def check(scheduler: Scheduler) -> None:
     """Verifies that pages, rows and lists agree; for tests and `check_integrity`.
 
-    Free pages, those that the cache alone holds and those in use by requests are all pages.
+    Each page is free, held by the cache alone, or in use by requests.
 
     Raises:
-      PageError: they do not; the message names the request or the pages.
+      PageError: they do not agree; the message names the request or the pages.
     """
     pool, prefix = scheduler.pool, scheduler.prefix
     running, waiting = scheduler.running, scheduler.waiting
@@ -25,19 +25,19 @@ def check(scheduler: Scheduler) -> None:
     prefix.check()
     if prefix.tier is not None:
         prefix.tier.check()
-    held = collections.Counter(page for r in [*running, *scheduler.lent] for page in r.pages)
+    held = collections.Counter(page for r in [*running, *scheduler.reserved] for page in r.pages)
     counts = {page: pool.count(page) for page in range(pool.num_pages)}
     wrong = [p for p, n in counts.items() if n != held[p] + prefix.is_cached(p)]
     if wrong:
-        raise PageError(f"pages {wrong} are counted otherwise than requests hold them")
+        raise PageError(f"the reference counts of pages {wrong} do not match their holders")
     if pool.num_free + prefix.num_evictable + len(held) != pool.num_pages:
         raise PageError(
             f"{pool.num_free} free pages, {prefix.num_evictable} cached and "
-            f"{len(held)} in use are not all {pool.num_pages}"
+            f"{len(held)} in use do not add up to {pool.num_pages}"
         )
     rows = sorted([r.row for r in running if r.row is not None] + scheduler.free_rows)
     if rows != list(range(scheduler.config.max_num_seqs)):
-        raise PageError(f"rows in use and free rows are not all rows once: {rows}")
+        raise PageError(f"rows in use and free rows must be all rows, each once; got {rows}")
     for request in running:
         covered = len(request.pages) * scheduler.page_size
         if not request.num_computed_tokens <= covered:

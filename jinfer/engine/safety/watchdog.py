@@ -1,4 +1,4 @@
-"""Names requests that make no progress. Looks at a scheduler now and then, changes nothing."""
+"""Finds requests that make no progress, by looking at a scheduler from time to time."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STUCK_AFTER_S = 60.0
-STUCK_AFTER_STEPS = 200  # a step may take long, such as one that compiles
+STUCK_AFTER_STEPS = 200  # seconds are not enough: a step that compiles takes long
 
 
 class Watchdog:
-    """Tells which requests are stuck.
+    """Lists stuck requests.
 
-    A running request is when nothing about it has changed for so many seconds and steps of the
-    engine. A waiting one is when nobody has been admitted and nobody has ended for as long either:
-    to wait behind others is no fault.
+    A running request is stuck when nothing about it has changed for `STUCK_AFTER_S` seconds and
+    `STUCK_AFTER_STEPS` steps. A waiting one is stuck when, for as long, no request was admitted and
+    none ended: waiting behind others is no fault.
 
     Args:
-      scheduler: whom to watch.
+      scheduler: the scheduler to watch.
       now: the clock.
+
+    Attributes:
+      stuck: {request id: sentence} of the requests that are stuck.
     """
 
     def __init__(self, scheduler: Scheduler, now: Callable[[], float] = time.monotonic) -> None:
@@ -40,10 +43,7 @@ class Watchdog:
         self.stuck: dict[str, str] = {}
 
     def observe(self) -> None:
-        """Counts a step and looks from time to time; a stuck request is logged once by name.
-
-        `stuck` is then {request id: sentence} of all of them.
-        """
+        """Counts a step, updates `stuck` from time to time, and logs each stuck request once."""
         self._num_steps += 1
         now = self._now()
         if now < self._next_look:

@@ -413,7 +413,7 @@ def test_times_and_counts_are_those_of_the_clock():
 def test_the_check_names_what_is_wrong():
     driver, first, _ = crowded()
     first.pages.pop()
-    with pytest.raises(RuntimeError, match=r"pages \[1\] are counted otherwise"):
+    with pytest.raises(RuntimeError, match=r"reference counts of pages \[1\] do not match"):
         integrity.check(driver.scheduler)
     driver, first, _ = crowded()
     first.num_computed_tokens = 9
@@ -421,5 +421,5 @@ def test_the_check_names_what_is_wrong():
         integrity.check(driver.scheduler)
     driver, first, second = crowded()
     first.row = second.row
-    with pytest.raises(RuntimeError, match="not all rows once"):
+    with pytest.raises(RuntimeError, match="must be all rows, each once"):
         integrity.check(driver.scheduler)

@@ -676,10 +676,10 @@ def test_everything_runs_under_vmap():
 @pytest.mark.parametrize(
     ("kwargs", "words", "match"),
     [
-        ({"logit_bias": {i: 1.0 for i in range(9)}}, [], "logit_bias has 9 entries, room is for 8"),
+        ({"logit_bias": {i: 1.0 for i in range(9)}}, [], "logit_bias has 9 entries, at most 8"),
         ({"logit_bias": {V: 1.0}}, [], "outside the vocabulary"),
         ({"bad_words": ["x"]}, [[1, 2, 3, 4, 5]], "5 tokens exceeds the limit of 4"),
-        ({"bad_words": ["x"]}, [[1, i] for i in range(5)], "5 sequences .* room is for 4"),
+        ({"bad_words": ["x"]}, [[1, i] for i in range(5)], "5 sequences .* at most 4"),
         ({"bad_words": ["x"]}, [[V]], "bad_words holds token ids outside"),
         ({"bad_words": ["x"]}, [[]], "has no tokens"),
         ({"bad_words": ["x"]}, [[i] for i in range(V)], "leave no token"),

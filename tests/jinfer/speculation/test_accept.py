@@ -15,6 +15,7 @@ from jinfer.sampling.draw import sample
 from jinfer.sampling.process import process_logits
 from jinfer.sampling.state import SamplerState, observe, pack_bits, pack_row
 from jinfer.speculation import accept_chain as accept
+from jinfer.speculation.accept_chain import Chains, Places
 from jinfer.speculation.accept_tree import Nodes, verify_tree
 
 V, K, N = 7, 2, 24_000  # tokens, drafts, sequences (one draw of a batch each)
@@ -69,9 +70,9 @@ def speculate(args, state, rows, positions):
     drafts, draft_logits = draft(args, state, rows, positions)
     inputs = jnp.concatenate([state.last_tokens[None], drafts])
     counted = jnp.full(N, K, jnp.int32)
-    active = jnp.ones(N, bool)
+    places = Places(args, rows, positions, jnp.ones(N, bool))
     tokens, counts, after = accept.verify(
-        TARGET[inputs], args, state, rows, positions, drafts, counted, active, draft_logits
+        TARGET[inputs], places, state, Chains(drafts, counted, draft_logits)
     )
     return tokens, counts, two_tokens(tokens, counts, args, after, rows, positions), drafts
 
@@ -83,10 +84,8 @@ def speculate_given(args, state, rows, positions):
     drafts = jnp.stack([first, jnp.argmax(DRAFTER[first], axis=-1)]).astype(jnp.int32)
     inputs = jnp.concatenate([state.last_tokens[None], drafts])
     counted = jnp.full(N, K, jnp.int32)
-    active = jnp.ones(N, bool)
-    tokens, counts, after = accept.verify(
-        TARGET[inputs], args, state, rows, positions, drafts, counted, active
-    )
+    places = Places(args, rows, positions, jnp.ones(N, bool))
+    tokens, counts, after = accept.verify(TARGET[inputs], places, state, Chains(drafts, counted))
     return counts, two_tokens(tokens, counts, args, after, rows, positions)
 
 
@@ -99,7 +98,10 @@ def speculate_along_a_tree(args, state, rows, positions, typical=None):
     parents = jnp.array([-1, 0, 0, 1, 1, 2, 2], jnp.int32)
     nodes = Nodes(drafts, jnp.broadcast_to(parents[:, None], drafts.shape))
     walk, after = verify_tree(
-        *(TARGET[drafts], args, state, rows, positions, nodes, jnp.ones(N, bool)),
+        TARGET[drafts],
+        Places(args, rows, positions, jnp.ones(N, bool)),
+        state,
+        nodes,
         max_depth=K,
         typical=typical,
     )
@@ -151,17 +153,17 @@ def p_value(pairs, expected):
 def test_drawn_drafts_leave_the_distribution_of_the_next_two_tokens(name):
     tokens, counts, pairs, drafts = speculate(*start(CASES[name]))
     assert p_value(pairs, exact(CASES[name])) > 0.01
-    # Not vacuous: every outcome came often, and a draft that falls is replaced by another token.
+    # Not vacuous: every outcome came often, and a rejected draft is replaced by another token.
     assert all(np.mean(np.asarray(counts) == n) > 0.05 for n in (1, 2, 3))
-    fell = np.asarray(counts) == 1
-    assert np.all(np.asarray(tokens)[0, fell] != np.asarray(drafts)[0, fell])
+    rejected = np.asarray(counts) == 1
+    assert np.all(np.asarray(tokens)[0, rejected] != np.asarray(drafts)[0, rejected])
 
 
 def test_drawn_drafts_leave_every_token_of_a_request_with_a_seed_as_it_is():
     params = dataclasses.replace(CASES["penalties"], seed=1)
     _, counts, pairs, _ = speculate(*start(params))
     assert np.array_equal(pairs, decode(*start(params)))
-    assert np.mean(np.asarray(counts) == 3) > 0.3  # both drafts stood
+    assert np.mean(np.asarray(counts) == 3) > 0.3  # both drafts accepted
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -206,7 +208,10 @@ def test_typical_acceptance_takes_a_likely_child_and_no_unlikely_one():
     def draw(drafts):
         tokens = jnp.broadcast_to(drafts[:, None], (3, 64))
         walk, _ = verify_tree(
-            *(logits, args, state, rows, positions, Nodes(tokens, parents), jnp.ones(64, bool)),
+            logits,
+            Places(args, rows, positions, jnp.ones(64, bool)),
+            state,
+            Nodes(tokens, parents),
             max_depth=1,
             typical=(0.09, 0.3),
         )
@@ -242,7 +247,10 @@ def test_sequences_without_drafts_and_idle_ones_are_as_in_a_plain_step():
     logits = TARGET[jnp.concatenate([state.last_tokens[None], drafts])]
     active = jnp.array([True, True, True, False])
     tokens, counts, after = accept.verify(
-        logits, args, state, rows, positions, drafts, jnp.zeros(4, jnp.int32), active
+        logits,
+        Places(args, rows, positions, active),
+        state,
+        Chains(drafts, jnp.zeros(4, jnp.int32)),
     )
     x = process_logits(logits[0], args, state, rows, positions)
     plain = sample(x, args, positions)
@@ -266,13 +274,9 @@ def test_a_mask_for_each_place():
     )
     tokens, counts, _ = accept.verify(
         logits,
-        args,
+        Places(args, rows, positions, jnp.ones(2, bool)),
         state,
-        rows,
-        positions,
-        jnp.array([[2, 2], [3, 3]], jnp.int32),
-        jnp.full(2, K, jnp.int32),
-        jnp.ones(2, bool),
+        Chains(jnp.array([[2, 2], [3, 3]], jnp.int32), jnp.full(2, K, jnp.int32)),
         token_mask=jnp.asarray(masks),
     )
     assert counts.tolist() == [3, 2]

@@ -89,7 +89,7 @@ def pages_are_whole(request):
 def check_idle(llm):
     assert not llm.has_unfinished_requests()
     llm.check_integrity()
-    assert not llm._engine.scheduler.lent
+    assert not llm._engine.scheduler.reserved
     metrics = llm.get_metrics()
     assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
 

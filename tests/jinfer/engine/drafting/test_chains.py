@@ -8,6 +8,7 @@ import pytest
 from jinfer.config.engine import EngineConfig
 from jinfer.config.sampling_params import SamplingParams
 from jinfer.config.speculative import SpeculativeConfig
+from jinfer.engine.drafting.chains import Drafting, DraftingEvent
 from jinfer.engine.drafting.trees import TreeSpeculation
 from jinfer.engine.request import Request
 from jinfer.engine.safety import integrity
@@ -82,7 +83,7 @@ class Engine:
             tokens = seq.request.num_tokens
             samples.append([5 + (tokens + i) % 3 for i in range(count)])
         speculation = self.scheduler.speculation
-        if isinstance(speculation, TreeSpeculation) and not plan.is_resting:
+        if isinstance(speculation, TreeSpeculation) and not plan.is_speculation_paused:
             nodes = self.config.speculation.num_speculative_tokens + 1
             guesses = [[[1, 2]] * max(depth, nodes)] * len(plan.seqs)
             speculation.take_guesses(plan, samples, guesses)
@@ -97,7 +98,7 @@ class Engine:
     def _seconds(self, plan):
         drafts = max(seq.drafts.depth for seq in plan.seqs)
         seconds = self.cost(len(plan.seqs), drafts)
-        if plan.is_resting:
+        if plan.is_speculation_paused:
             self._is_behind = True
         elif self._is_behind:
             seconds += self.resume
@@ -240,6 +241,17 @@ def test_the_log_tells_tokens_a_step_and_acceptance_by_position(caplog):
     engine.add(1, 100)
     with caplog.at_level(logging.INFO, logger="jinfer"):
         engine.run(30)
-    first = next(r.message for r in caplog.records if "tokens a step" in r.message)
+    first = next(r.message for r in caplog.records if "tokens per step" in r.message)
     assert first.startswith("speculation (ngram): ")
     assert first.endswith("accepted (100 %; by position 100 %, 100 %)")
+
+
+def test_drafting_after_a_pause_catches_up_until_a_step_has_done_so():
+    paused, drafts, skipped, caught_up = DraftingEvent
+    state = Drafting.ACTIVE
+    seen = []
+    for event in (caught_up, drafts, paused, skipped, caught_up, drafts, skipped, caught_up):
+        state = state.after(event)
+        seen.append(state.name)
+    assert seen == [*["ACTIVE"] * 2, *["PAUSED"] * 3, *["CATCHING_UP"] * 2, "ACTIVE"]
+    assert state.after(skipped) is Drafting.CATCHING_UP

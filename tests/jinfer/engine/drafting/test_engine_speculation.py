@@ -257,8 +257,10 @@ def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method)
     assert (method in ("medusa", "lookahead")) == bool(widths)
     metrics = llm.get_metrics()
     assert metrics["num_preemptions"] > 0 and metrics["num_cached_tokens"] > 0
-    rests = [plan.is_resting for plan in plans if not any(s.is_prefill for s in plan.seqs)]
-    assert 0.3 < np.mean(rests) < 0.9
+    paused = [
+        plan.is_speculation_paused for plan in plans if not any(s.is_prefill for s in plan.seqs)
+    ]
+    assert 0.3 < np.mean(paused) < 0.9
     assert any(s.is_prefill and s.start for plan in plans for s in plan.seqs)  # chunks
     assert metrics["num_accepted_tokens"] > 20
     if method == "draft":

@@ -785,7 +785,7 @@ def test_the_check_names_what_is_wrong_with_the_cache():
         integrity.check(driver.scheduler)
     driver.scheduler.pool._counts[page] = 1
     cache._nodes[page].order.append(b"")
-    with pytest.raises(PageError, match=f"below page {page} have edges that cannot be theirs"):
+    with pytest.raises(PageError, match=f"below page {page} have invalid edges"):
         integrity.check(driver.scheduler)
     cache._nodes[page].order.pop()
     cache._nodes[page].edge = b"other"
