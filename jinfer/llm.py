@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,12 +18,12 @@ from jinfer.engine.device.compile_counter import compile_counter
 from jinfer.engine.device.explain import check_named, explain
 from jinfer.engine.device.runner import Runner
 from jinfer.engine.engine import Engine
+from jinfer.linear.placement import Placement
 from jinfer.models.model import Model
 from jinfer.requests import beam_search as beams
 from jinfer.requests.groups import LogprobFormatter, OpenRequests
-from jinfer.setup import options
+from jinfer.setup import options, weights
 from jinfer.setup.drafter import take_drafter
-from jinfer.steps import params as weights
 from jinfer.steps.tracing import refuse_tracing
 from jinfer.text.prompts import as_list, chat_prompts, read_prompt
 from pallas_kernels.dispatch import Decisions
@@ -132,11 +131,12 @@ class LLM:
             dtype = "auto" if dtype is None else resolve_dtype(dtype, "").name
         options.enable_compilation_cache()
         self._source = None if isinstance(model, Model) else model
-        model, params = options.take_model(
+        model, params = weights.take_model(
             model, params, dtype, revision, quantization=quantization, linear_impl=linear_impl
         )
         self.model = model
-        self._prepare = functools.partial(options.prepare, how=quantization, impl=linear_impl)
+        placement = Placement.of(params, linear_impl)
+        self._quantization = quantization
         self.chat_template = chat_template
         self._tokenizer = options.take_tokenizer(
             tokenizer, self._source, revision, skips=skip_tokenizer_init
@@ -144,8 +144,9 @@ class LLM:
         self._default_fields = options.sampling_defaults(self._source, generation_config, revision)
         speculative_config, heads = options.take_heads(speculative_config, model.config)
         speculation, drafter = take_drafter(
-            speculative_config, model, params, self._tokenizer, dtype, linear_impl
+            speculative_config, model, params, self._tokenizer, dtype, placement
         )
+        heads = None if heads is None else placement.bind(heads)
         self.config, cache = options.resolve(
             model.config,
             params if heads is None else {**params, "medusa": heads},
@@ -227,7 +228,8 @@ class LLM:
           ValueError: tree, shapes or dtypes differ from the present weights', which stay, or an
             array was donated or deleted. TypeError: a leaf is no array.
         """
-        params = self._prepare(weights.take(self.model, params, self._runner.device))
+        params = weights.examine_params(self.model, params)
+        params = weights.place(params, self._runner.placement, self._quantization)
         with self._open.lock:
             self._engine.update_weights(params)
 

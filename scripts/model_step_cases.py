@@ -22,9 +22,7 @@ from jinfer.config.engine import EngineConfig
 from jinfer.config.quant_format import QFormat
 from jinfer.engine.device.packing import Packer
 from jinfer.kv import cache as kv_cache
-from jinfer.linear import layouts as formats
-from jinfer.linear import prepared as qkernels
-from jinfer.linear import qtensor, weight
+from jinfer.linear import placement, qtensor, weight
 from jinfer.models.model import Model
 from jinfer.sampling.state import init_state
 from jinfer.steps import decode, forward
@@ -64,7 +62,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
         resident = weight.num_bytes((params, kv))
         if resident + MAX_TEMP_BYTES > HBM_BYTES[target.name]:
             continue
-        make = functools.partial(_case, model, params, formats.layouts(params, target), name)
+        make = functools.partial(_case, model, params, placement.layouts(params, target), name)
         for num_seqs in DECODE_SEQS[-1:] if quick else DECODE_SEQS:
             cases.append(make("decode", *decode_call(model, kv, num_seqs)))
         for num_tokens in PREFILL_TOKENS[-1:] if quick else PREFILL_TOKENS:
@@ -82,7 +80,7 @@ def abstract_params(model: Model, linears: str | None) -> Any:
         return qtensor.quantize(x, QFormat.parse(linears), scale_dtype=jnp.bfloat16)
 
     def make(params: Any) -> Any:
-        return qkernels.prepare_params(jax.tree_util.tree_map_with_path(quantized, params))
+        return placement.lay_out(jax.tree_util.tree_map_with_path(quantized, params))
 
     return jax.eval_shape(make, model.abstract_params(jnp.bfloat16))
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from jinfer import load  # noqa: E402
 from jinfer.checkpoints.tokenizer import load_tokenizer  # noqa: E402
 from jinfer.cli.bench.report import Row, add_json_argument, finish  # noqa: E402
-from jinfer.linear.qlayout import lay_out  # noqa: E402
+from jinfer.linear.placement import widen_on_cpu  # noqa: E402
 from jinfer.models.model import Model  # noqa: E402
 from jinfer.quant import calibrate, texts  # noqa: E402
 from jinfer.quant.evaluate import evaluate, window_logits  # noqa: E402
@@ -227,7 +227,7 @@ class Judge:
             for part in parts
         ]
         worker = LayerQuantizer(self.model, index, Recipe.uniform(method))
-        got = worker.forward(lay_out(layer), x)
+        got = worker.forward(widen_on_cpu(layer), x)
         block = float(jnp.linalg.norm((got - out).ravel()) / jnp.linalg.norm((out - x).ravel()))
         return (statistics.mean(linear) if method.fold == "none" else None), block
 
@@ -307,7 +307,9 @@ def measure(
             "fallbacks": sum("->" in row.method for row in rows),
             "quantize_seconds": round(seconds, 1),
         }
-        result = evaluate(judge.model, lay_out(quantized), judge.windows, against=judge.reference)
+        result = evaluate(
+            judge.model, widen_on_cpu(quantized), judge.windows, against=judge.reference
+        )
         keep(file, done, sizes, name, seed, result, more)
         jax.clear_caches()
     return done

@@ -62,31 +62,36 @@ class KVCache:
         return self.num_pages * self.page_size
 
 
-def as_stored(model: ModelConfig, dtype: str) -> ModelConfig:
-    """Returns `model` with heads as wide as a pool of `dtype` keeps them.
+def as_stored(
+    model: ModelConfig, dtype: str, target: target_lib.Target | None = None
+) -> ModelConfig:
+    """Returns `model` with heads as wide as a pool of `dtype` keeps them on `target`.
 
     A multiple of 128 on TPUs: arrays lie in tiles of 128 there, and the kernels read such heads
     alone. int4, which no kernel reads, stays as it is.
     """
-    if target_lib.current().kind != "tpu" or dtype == "int4":
+    if (target or target_lib.current()).kind != "tpu" or dtype == "int4":
         return model
     return dataclasses.replace(model, head_dim=-(-model.head_dim // _LANES) * _LANES)
 
 
-def init(model: ModelConfig, cache: CacheConfig) -> KVCache:
-    """Returns a zeroed pool for `model`.
+def init(
+    model: ModelConfig, cache: CacheConfig, target: target_lib.Target | None = None
+) -> KVCache:
+    """Returns a zeroed pool for `model` as `target` (default: the current one) reads it.
 
     Raises:
       ValueError: int4 lies two a byte, and the model's heads are of odd width.
     """
     places = (model.num_layers * cache.num_pages, model.num_kv_heads, cache.page_size)
-    width = as_stored(model, cache.dtype).head_dim
+    target = target or target_lib.current()
+    width = as_stored(model, cache.dtype, target).head_dim
     if cache.dtype == "int4":
         storage, width = jnp.dtype(jnp.uint8), width // 2
     else:
         storage = jnp.dtype(cache.dtype)
         is_small_float = jnp.issubdtype(storage, jnp.floating) and storage.itemsize < 4
-        if is_small_float and target_lib.current().kind == "cpu":
+        if is_small_float and target.kind == "cpu":
             storage = jnp.dtype(f"uint{8 * storage.itemsize}")
 
     def scales() -> Array | None:

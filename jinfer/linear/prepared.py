@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,8 @@ from jax import Array
 from jinfer.config.engine import BACKENDS
 from jinfer.config.fields import require
 from jinfer.config.quant_format import TENSOR, QFormat
-from jinfer.config.typing import Params
 from jinfer.linear.qtensor import DoubleScale, QTensor
 from jinfer.linear.quantized import QuantizedWeight
-from jinfer.linear.weight import array_bytes, is_weight, weights
 from pallas_kernels import dispatch
 from pallas_kernels import target as target_lib
 from pallas_kernels.fp8_matmul import fp8_matmul
@@ -65,6 +62,9 @@ class PreparedWeight(QuantizedWeight):
     def dtype(self) -> Any:
         """Dtype of the scales: what the weight is worth in float."""
         return self.scale.dtype
+
+    def _code_axes(self, inputs: str, outputs: str) -> tuple[str, str]:
+        return (inputs, outputs) if self.layout == "kn" else (outputs, inputs)
 
     def multiply_floats(self, x: Array) -> Array:
         """See `QuantizedWeight`."""
@@ -153,67 +153,3 @@ def _expand(a: Array, fmt: QFormat, num_outputs: int) -> Array:
 
 def _as_float(zero: Array) -> Array:
     return zero if jnp.issubdtype(zero.dtype, jnp.floating) else zero.astype(jnp.bfloat16)  # exact
-
-
-def prepare_params(
-    params: Params,
-    *,
-    impl: str = dispatch.AUTO,
-    target: target_lib.Target | None = None,
-    is_owner: bool = False,
-) -> Params:
-    """Prepares every QTensor of a params tree; all else, prepared weights too, stays as it is.
-
-    Args:
-      params: the tree; may be abstract under `jax.eval_shape`.
-      impl: as for `prepare`.
-      target: likewise.
-      is_owner: free the codes of a weight as soon as they are laid out anew, so that no more than
-        one lies there twice. Nobody else may use `params` then.
-
-    Raises:
-      NotImplementedError: as for `prepare`; the message names the weight.
-    """
-    done: dict[int, Any] = {}  # a weight that stands in two places stays one
-
-    def visit(path: Any, w: Any) -> Any:
-        if not isinstance(w, QTensor):
-            return w
-        if id(w) not in done:
-            try:
-                done[id(w)] = prepare(w, impl=impl, target=target)
-            except NotImplementedError as error:
-                raise NotImplementedError(f"{jax.tree_util.keystr(path)}: {error}") from None
-            prepared = done[id(w)]
-            if is_owner and prepared.q is not w.q:
-                jax.block_until_ready(prepared.q)
-                w.q.delete()
-        return done[id(w)]
-
-    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_weight)
-
-
-def added_bytes(
-    params: Params, *, impl: str = dispatch.AUTO, target: target_lib.Target | None = None
-) -> int:
-    """Returns the bytes that `prepare_params` adds beside a tree that it does not own.
-
-    A weight in two places counts once. What is passed on as it is (codes that need no transposing,
-    scales in the kernels' form already, weights that no kernel reads) adds nothing.
-    """
-    distinct = {
-        id(w): w for w in weights(params) if isinstance(w, QTensor) and w.why_no_kernel() is None
-    }
-    total = 0
-    for w in distinct.values():
-        new = jax.eval_shape(functools.partial(prepare, impl=impl, target=target), w)
-        if isinstance(new, PreparedWeight):
-            pairs: list[tuple[Any, Any]] = [(w.scale, new.scale), (w.zero, new.zero)]
-            changed = [b for a, b in pairs if b is not None and _kind(a) != _kind(b)]
-            changed += [new.q] if new.layout == "nk" else []
-            total += sum(map(array_bytes, changed))
-    return total
-
-
-def _kind(x: Any) -> tuple[Any, Any]:
-    return x.shape, x.dtype

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jinfer.config.fields import require
 from jinfer.config.quant_format import CODEBOOKS, FP8_MAX, QFormat
@@ -130,6 +133,34 @@ class QuantizedWeight:
           shape: of the inputs, [..., I].
         """
         raise NotImplementedError
+
+    def split_axes(self, names: Sequence[str]) -> Any:
+        """Returns this weight with a PartitionSpec of axis names in place of each of its arrays.
+
+        Args:
+          names: of the axes of `shape`, as the model names them. Groups of inputs and blocks of
+            outputs lie along the axes that they are parts of; None: all share one scale.
+        """
+        *lead, inputs, outputs = names
+        specs = {}
+        for path, x in jax.tree_util.tree_flatten_with_path(self)[0]:
+            field = path[0].name
+            if field == "q":
+                own = self._code_axes(inputs, outputs)
+            elif field == "perm":
+                own = (inputs,)
+            elif field == "act_scale" or x.ndim < len(names):  # parts of double scales, too
+                own = (None,) * (x.ndim - len(lead))
+            else:
+                own = tuple(
+                    name if size > 1 else None
+                    for name, size in zip((inputs, outputs), x.shape[-2:], strict=True)
+                )
+            specs[path] = PartitionSpec(*lead[: x.ndim - len(own)], *own)
+        return jax.tree_util.tree_map_with_path(lambda path, x: specs[path], self)
+
+    def _code_axes(self, inputs: str, outputs: str) -> tuple[str, str]:
+        return inputs, outputs
 
     def why_no_kernel(self) -> str | None:
         """Returns why no kernel reads this weight, so that XLA multiplies it, or None."""

@@ -21,7 +21,8 @@ from jinfer.config.quant_format import QFormat
 class Weight(Protocol):
     """A weight that is no plain array.
 
-    It may also have a method `bind(inputs)`, which returns the weight for one step; see `bind`.
+    It may also have `bind(inputs)`, which returns the weight for one step (see `bind`), and
+    `split_axes(names)`, which returns it with a PartitionSpec for each array (`models.axes`).
     """
 
     @property

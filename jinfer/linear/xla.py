@@ -134,7 +134,7 @@ def _why_xla(target: target_lib.Target, x: Array, w: QuantizedWeight) -> str | N
         return f"needs a GPU or TPU, the target is {target.name}"
     return (
         "the weight is not laid out for kernels: experts never are, "
-        "prepared.prepare_params() does it for others"
+        "placement.place() does it for others"
     )
 
 

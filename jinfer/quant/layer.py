@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jinfer.config.fields import require
-from jinfer.linear.qlayout import lay_out
+from jinfer.linear.placement import widen_on_cpu
 from jinfer.linear.qtensor import QTensor
 from jinfer.linear.weight import is_weight
 from jinfer.models.model import Model
@@ -372,4 +372,4 @@ def _flat(w: Array) -> Array:
 
 
 # On CPUs that is dense, so that a stage is compiled once for float and quantized blocks.
-as_served = jax.jit(lay_out)
+as_served = jax.jit(widen_on_cpu)

@@ -8,10 +8,11 @@ from typing import Any
 from jinfer.config.speculative import SpeculativeConfig
 from jinfer.config.typing import Params
 from jinfer.engine.device.drafter import Drafter
-from jinfer.linear import prepared as qkernels
+from jinfer.linear.placement import Placement
 from jinfer.linear.weight import is_weight, weights
 from jinfer.models.model import Model
 from jinfer.setup import options
+from jinfer.setup import weights as setup_weights
 
 
 def take_drafter(
@@ -20,7 +21,7 @@ def take_drafter(
     params: Params,
     tokenizer: Any | None,
     dtype: str,
-    linear_impl: str,
+    placement: Placement,
 ) -> tuple[SpeculativeConfig | None, Drafter | None]:
     """Reads a `speculative_config` and returns it with the model that drafts, if there is one.
 
@@ -28,7 +29,7 @@ def take_drafter(
       fields: as given to `LLM`.
       model, params, tokenizer: the target's.
       dtype: of a draft model's weights, as for `LLM`.
-      linear_impl: as for `LLM`.
+      placement: of the target's weights; the drafter's come to the same device.
 
     Raises:
       ValueError: the fields are not understood, or that model cannot draft for this one.
@@ -37,14 +38,14 @@ def take_drafter(
         return None, None
     config = SpeculativeConfig.of(fields)
     if config.method == "self":
-        return config, _self_drafter(config, model, params, linear_impl)
+        return config, _self_drafter(config, model, params, placement)
     if config.method == "draft":
-        return config, _draft_model(config, model, tokenizer, dtype, linear_impl)
+        return config, _draft_model(config, model, tokenizer, dtype, placement)
     return config, None
 
 
 def _self_drafter(
-    config: SpeculativeConfig, model: Model, params: Params, linear_impl: str
+    config: SpeculativeConfig, model: Model, params: Params, placement: Placement
 ) -> Drafter:
     if any(map(is_weight, weights(params))):
         raise ValueError(
@@ -54,26 +55,29 @@ def _self_drafter(
 
     def follow(params: Params) -> Params:
         try:
-            rounded = options.prepare(params, config.format, linear_impl)
+            return setup_weights.place(params, placement, config.format)
         except ValueError as error:
             raise ValueError(
                 f"speculative_config: format {config.format!r} does not suit this model ({error})"
             ) from error
-        return qkernels.prepare_params(rounded, impl=linear_impl)
 
     return Drafter(model, follow(params), follow)
 
 
 def _draft_model(
-    config: SpeculativeConfig, target: Model, tokenizer: Any | None, dtype: str, linear_impl: str
+    config: SpeculativeConfig,
+    target: Model,
+    tokenizer: Any | None,
+    dtype: str,
+    placement: Placement,
 ) -> Drafter:
-    draft, params = options.take_model(
+    draft, params = setup_weights.take_model(
         config.model,
         config.params,
         "auto" if isinstance(config.model, Model) else dtype,
         None,
         quantization=None,
-        linear_impl=linear_impl,
+        linear_impl=placement.impl,
     )
     name = "the draft model" if isinstance(config.model, Model) else str(config.model)
     sizes = draft.config.vocab_size, target.config.vocab_size
@@ -86,7 +90,7 @@ def _draft_model(
     if tokenizer is not None and (config.tokenizer is not None or source is not None):
         own = options.take_tokenizer(config.tokenizer, source, None)
         _check_tokenizers(own, tokenizer, name)
-    return Drafter(draft, qkernels.prepare_params(params, impl=linear_impl))
+    return Drafter(draft, placement.bind(params))
 
 
 def _check_tokenizers(own: Any, target: Any, name: str) -> None:

@@ -22,14 +22,8 @@ from jinfer.config.typing import Params
 from jinfer.engine.device.drafter import Drafter
 from jinfer.kv import cache as kv_cache
 from jinfer.kv.codes import resolve_format
-from jinfer.linear import layouts as formats
-from jinfer.linear import prepared as qkernels
-from jinfer.linear.qlayout import lay_out
 from jinfer.linear.weight import num_bytes
-from jinfer.models.model import Model
 from jinfer.speculation import medusa_tree
-from jinfer.steps import params as weights
-from pallas_kernels import target
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +101,6 @@ def resolve(
         gpu_memory_utilization=gpu_memory_utilization,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         num_gpu_blocks_override=num_gpu_blocks_override,
-        linear_impl=linear_impl,
     )
     max_model_len = _resolve_max_model_len(max_model_len, model, num_pages * block_size)
     own = None if drafter is None else drafter.own_kv_config
@@ -179,63 +172,6 @@ def take_heads(
         f"{shape.num_guessable} tokens",
     )
     return {**config, "tree": tree}, heads
-
-
-def take_model(
-    model: str | os.PathLike[str] | Model,
-    params: Params | None,
-    dtype: str,
-    revision: str | None,
-    *,
-    quantization: str | None,
-    linear_impl: str,
-) -> tuple[Model, Params]:
-    """Returns the model and weights that `LLM` was given, or loads them.
-
-    Raises:
-      ValueError: a Model came without weights, or weights with a path.
-    """
-    if isinstance(model, Model):
-        if quantization == "gguf":
-            raise ValueError("quantization 'gguf' keeps the types of a GGUF file: pass its path")
-        if revision is not None:
-            raise ValueError(
-                f"revision={shown(revision)} is for names on the hub, this one is in memory"
-            )
-        params = weights.take(model, params)
-        own_dtype = str(params["embed"]["w"].dtype)
-        if dtype not in ("auto", own_dtype):
-            raise ValueError(
-                f"dtype={dtype!r}: the params of a Model are served as they are, in {own_dtype}; "
-                f"cast them, or drop dtype"
-            )
-        return model, prepare(params, quantization, linear_impl)
-    if params is not None:
-        raise ValueError("params go with a Model; a path or name brings its own")
-    from jinfer.quant.on_load import load
-
-    loaded, own = load(
-        model,
-        dtype=None if dtype == "auto" else dtype,
-        revision=revision,
-        quantization=quantization,
-    )
-    own = prepare(own, None, linear_impl)
-    own = qkernels.prepare_params(own, impl=linear_impl, is_owner=True)
-    device = target.of_device(jax.local_devices()[0])
-    return loaded, formats.place(own, formats.layouts(own, device), is_owner=True)
-
-
-def prepare(params: Params, how: str | None, impl: str) -> Params:
-    """Returns params quantized if `how` says so, and laid out for a CPU unless `impl` is named.
-
-    "gguf" was for the file that the first ones came from: others are taken as they are.
-    """
-    if how not in (None, "gguf"):
-        from jinfer.quant.on_load import quantize_params
-
-        params = quantize_params(params, how)
-    return lay_out(params) if impl == "auto" else params
 
 
 def take_tokenizer(
@@ -349,11 +285,11 @@ def _num_pages(
     gpu_memory_utilization: float,
     kv_cache_memory_bytes: int | None,
     num_gpu_blocks_override: int | None,
-    linear_impl: str,
 ) -> int:
     """Sizes the KV pool, and with it that of a drafting model: both have as many pages."""
     stored = kv_cache.as_stored(config, dtype)
     page_bytes = memory.page_bytes(stored, page_size, dtype)
+    jax.block_until_ready(params)  # copies made while they were placed count, too
     stats = jax.local_devices()[0].memory_stats() or {}
     if num_gpu_blocks_override is not None:
         limit = stats.get("bytes_limit", memory.host_memory_bytes())
@@ -370,7 +306,6 @@ def _num_pages(
             used_bytes += drafter.num_weight_bytes(params)
         # Others may live there, too: a trainer with its optimizer, another engine.
         used_bytes = max(used_bytes, stats.get("bytes_in_use", 0))
-        used_bytes += qkernels.added_bytes(params, impl=linear_impl)
         kv_cache_memory_bytes = memory.kv_budget_bytes(
             device_bytes=stats.get("bytes_limit"),
             used_bytes=used_bytes,

@@ -14,6 +14,7 @@ from jinfer.kv import cache as kv_cache
 from jinfer.kv.cache import KVCache
 from jinfer.linear.weight import array_bytes
 from jinfer.models.model import Model
+from pallas_kernels.target import Target
 
 
 class Drafter:
@@ -21,7 +22,7 @@ class Drafter:
 
     Args:
       model: of the target's vocabulary.
-      params: its weights, laid out as the device wants them.
+      params: its weights, placed.
       follow: makes its weights of new ones of the target, whose KV cache it then shares; None: it
         is another model, with a KV cache of its own.
     """
@@ -50,12 +51,12 @@ class Drafter:
         leaves = jax.tree.leaves(self.params)
         return sum(array_bytes(leaf) for leaf in leaves if id(leaf) not in shared)
 
-    def make_kv(self, cache: CacheConfig) -> KVCache | None:
+    def make_kv(self, cache: CacheConfig, target: Target) -> KVCache | None:
         """Returns an empty KV cache of its own, of which nothing is fed; None if it has none."""
         if not self.has_own_kv:
             return None
         self.fed = FedPages(cache.num_pages, cache.page_size)
-        return kv_cache.init(self.model.config, cache)
+        return kv_cache.init(self.model.config, cache, target)
 
     def update_weights(self, params: Params) -> None:
         """Follows the target's new weights, if it is made of them."""

@@ -17,13 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from jinfer.config.memory import format_size
 from jinfer.engine.device import buckets
 from jinfer.engine.pages.costs import TransferCosts
 from jinfer.engine.pages.pool import PageError
 from jinfer.kv.cache import KVCache
+from jinfer.linear.placement import Placement
 from jinfer.steps import pool
 
 logger = logging.getLogger(__name__)
@@ -38,14 +38,11 @@ class HostPages:
 
     Args:
       num_slots: how many.
-      device: where the pool lies.
+      placement: of the pool.
     """
 
-    def __init__(self, num_slots: int, device: Any = None) -> None:
-        device = device or jax.local_devices()[0]
-        kinds = {m.kind for m in device.addressable_memories()}
-        self.memory_kind = "pinned_host" if "pinned_host" in kinds else "numpy"
-        self._on_device = SingleDeviceSharding(device)
+    def __init__(self, num_slots: int, placement: Placement) -> None:
+        self._placement = placement
         self._slots: list[Any] = [None] * num_slots  # what `kv_cache.read_pages` gives of a page
         self._blank: Any = None  # a page of zeros on the device, to fill up batches with
 
@@ -58,7 +55,7 @@ class HostPages:
         """
         for i, part in enumerate(_batches(moves)):
             contents = pool.read_pages(kv, _page_ids([page for page, _ in part], kv.num_pages))
-            contents = self._to_host(contents[: len(part)])
+            contents = self._placement.to_host(contents[: len(part)])
             for (_, slot), content in zip(part, contents, strict=True):
                 self._slots[slot] = content
             if i % MAX_BATCHES_UNDER_WAY == MAX_BATCHES_UNDER_WAY - 1:
@@ -92,7 +89,9 @@ class HostPages:
         """Compiles what `save` and `load` need; the pool, which is donated, stays as it was."""
         if self._slots:
             for size in SIZES:
-                contents = self._to_host(pool.read_pages(kv, _page_ids([], kv.num_pages, size)))
+                contents = self._placement.to_host(
+                    pool.read_pages(kv, _page_ids([], kv.num_pages, size))
+                )
                 kv = self._write(kv, contents, [kv.num_pages] * size)
         return kv
 
@@ -106,7 +105,9 @@ class HostPages:
         for size in (1, PAGE_BATCH) * 3:
             jax.block_until_ready(kv)
             begin = time.perf_counter()
-            contents = self._to_host(pool.read_pages(kv, _page_ids([], kv.num_pages, size)))
+            contents = self._placement.to_host(
+                pool.read_pages(kv, _page_ids([], kv.num_pages, size))
+            )
             jax.block_until_ready(contents)
             seconds["save", size].append(time.perf_counter() - begin)
             begin = time.perf_counter()
@@ -125,7 +126,7 @@ class HostPages:
         logger.info(
             "host tier: %d pages of %d tokens, %s of %s memory; a page takes %.2f ms there, "
             "%.2f ms back",
-            *(num_slots, page_size, format_size(num_bytes), self.memory_kind),
+            *(num_slots, page_size, format_size(num_bytes), self._placement.host_memory_kind),
             *(1e3 * costs.save_page_s, 1e3 * costs.load_page_s),
         )
         return costs, kv
@@ -136,14 +137,9 @@ class HostPages:
         size = buckets.fit(SIZES, len(pages))
         if self._blank is None:
             [self._blank] = pool.read_pages(kv, _page_ids([], kv.num_pages, 1))
-        contents = list(jax.device_put(list(contents), self._on_device))
+        contents = list(self._placement.from_host(list(contents)))
         contents += [self._blank] * (size - len(contents))
         return pool.write_pages(kv, contents, _page_ids(pages, kv.num_pages))
-
-    def _to_host(self, contents: Sequence[Any]) -> Sequence[Any]:
-        if self.memory_kind == "numpy":
-            return jax.device_get(contents)
-        return jax.device_put(contents, self._on_device.with_memory_kind(self.memory_kind))
 
 
 def _batches(moves: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:

@@ -30,13 +30,12 @@ from jinfer.engine.plan import PageMoves, Plan
 from jinfer.engine.request import Request
 from jinfer.kv import cache as kv_cache
 from jinfer.kv.cache import KVCache
-from jinfer.linear import layouts as formats
-from jinfer.linear import prepared as qkernels
+from jinfer.linear import placement
+from jinfer.linear.placement import Placement
 from jinfer.models.model import Model
 from jinfer.sampling.state import RowSetup, init_state, pack_row
 from jinfer.steps import beam, decode, forward, logprobs, tree, verify
 from jinfer.steps import draft as draft_steps
-from jinfer.steps import params as weights
 from jinfer.steps import pool as pool_steps
 from jinfer.steps.blocks import StepOutput
 from jinfer.steps.inputs import Pool, StepInputs, Weights
@@ -49,15 +48,14 @@ COPY_BATCH = 4  # likewise copies, through a buffer of so many pages
 
 
 class Runner:
-    """Executes plans on the default device.
+    """Executes plans on the device of the weights.
 
     Args:
       model: the model.
-      params: its weights; used as they are, no copy, but for numpy's arrays and for quantized
-        ones where kernels want them laid out anew. All lies on the device of the first.
+      params: its weights, placed; pool and state come to the same device.
       cache: size of the KV pool.
       config: engine limits.
-      heads: Medusa heads, if `config.speculation` is with them.
+      heads: Medusa heads, placed, if `config.speculation` is with them.
       drafter: drafts inside the steps, for the methods of speculation that have one.
     """
 
@@ -71,30 +69,31 @@ class Runner:
         drafter: Drafter | None = None,
     ) -> None:
         self.model = model
-        self.device = weights.device_of(params)
-        params = qkernels.prepare_params(params, impl=config.linear_impl)
-        self.params = weights.bind(params, self.device)
-        self._formats = formats.of(self.params)
+        self.placement = Placement.of(params, config.linear_impl)
+        self.params = params
+        self._formats = placement.formats_of(params)
         self.cache = cache
         self.config = config
         self.drafter = drafter
-        if drafter is not None:
-            drafter.params = weights.bind(drafter.params, self.device)
         self._note_weights()
         self.packer = Packer(config, cache)
         self.vocab_size = model.config.vocab_size
         self.top_k = min(config.max_logprobs, self.vocab_size)
-        self._heads = None if heads is None else weights.bind(heads, self.device)
+        self._heads = heads
         self.reset()
 
     def reset(self) -> None:
         """Makes an empty pool; the old one goes first."""
         self.__dict__.pop("pool", None)
-        kv = kv_cache.init(self.model.config, self.cache)
-        draft_kv = None if self.drafter is None else self.drafter.make_kv(self.cache)
+        kv = kv_cache.init(self.model.config, self.cache, self.placement.target)
+        draft_kv = (
+            None
+            if self.drafter is None
+            else self.drafter.make_kv(self.cache, self.placement.target)
+        )
         state = init_state(self.config.max_num_seqs, self.vocab_size)
-        self.host = HostPages(self.config.num_host_pages, self.device)
-        self.pool: Pool = weights.bind(Pool(kv, state, draft_kv), self.device)
+        self.host = HostPages(self.config.num_host_pages, self.placement)
+        self.pool: Pool = self.placement.bind(Pool(kv, state, draft_kv))
 
     @property
     def buckets(self) -> Buckets:
@@ -352,16 +351,13 @@ class Runner:
         logprobs.log_softmax(out.logits)
 
     def update_weights(self, params: Params) -> None:
-        """Serves `params` from the next step on, laid out like the present ones.
+        """Serves placed `params` from the next step on, in the formats of the present ones.
 
         Raises:
-          ValueError: their tree, shapes or dtypes differ from the present weights', or an array
-            was donated or deleted.
+          ValueError: their tree, shapes or dtypes differ from the present weights'.
         """
-        params = weights.bind(params, self.device)
-        params = qkernels.prepare_params(params, impl=self.config.linear_impl)
-        weights.check_alike(self.params, params)
-        params = formats.like(params, self._formats)
+        placement.check_alike(self.params, params)
+        params = placement.in_formats(params, self._formats)
         if self.drafter is not None:
             self.drafter.update_weights(params)
         self.params = params
@@ -369,7 +365,7 @@ class Runner:
 
     def check_weights(self) -> None:
         """Raises ValueError, naming it, if a weight was donated or deleted since it came."""
-        weights.check_alive(self._weights)
+        placement.check_alive(self._weights)
 
     def _note_weights(self) -> None:
         drafts = None if self.drafter is None else self.drafter.params

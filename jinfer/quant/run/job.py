@@ -23,7 +23,7 @@ from jinfer.checkpoints.save import check_export, check_free, save_folder
 from jinfer.config.fields import require
 from jinfer.config.quant_format import QFormat
 from jinfer.config.typing import Params
-from jinfer.linear.qlayout import lay_out
+from jinfer.linear.placement import widen_on_cpu
 from jinfer.linear.qtensor import QTensor
 from jinfer.linear.weight import array_bytes, format_of, weights
 from jinfer.models.model import Model
@@ -138,7 +138,7 @@ def run_job(
     start = time.perf_counter()
     quality: dict[str, Evaluation] = {}
     if job.held_out is not None:
-        found = evaluate_both(model, lay_out(quantized), params, job.held_out)
+        found = evaluate_both(model, widen_on_cpu(quantized), params, job.held_out)
         quality = {"float": found[1], "quantized": found[0]}
         seconds["evaluate"] = time.perf_counter() - start
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_models import HF_COMMON, HF_FAMILIES
 
 from jinfer.checkpoints.families import (
     assemble,
@@ -21,44 +22,6 @@ from jinfer.checkpoints.families import (
 )
 from jinfer.config.model import ModelConfig
 from jinfer.linear import qtensor
-
-COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": False},
-    "llama_with_biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {},
-    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 32, "num_hidden_layers": 3},
-    "gemma3_text": {
-        "sliding_window": 8,
-        "query_pre_attn_scalar": 32,
-        "num_hidden_layers": 7,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-    },
-    "phi3": {"original_max_position_embeddings": 128, "tie_word_embeddings": False},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "norm_topk_prob": True,
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +45,7 @@ class Tiny:
 
 
 def make_tiny(family: str, **changes: Any) -> Tiny:
-    hf = {"model_type": family, **COMMON, **FAMILIES[family], **changes}
+    hf = {"model_type": family, **HF_COMMON, **HF_FAMILIES[family], **changes}
     config = config_from_hf(hf)
     rng = np.random.default_rng(0)
     flat = {
@@ -126,7 +89,7 @@ def tiny() -> Callable[..., Tiny]:
     return make_tiny
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted(HF_FAMILIES))
 def any_tiny(request: pytest.FixtureRequest) -> Tiny:
     return make_tiny(request.param)
 

@@ -308,7 +308,7 @@ def test_a_seeded_bug_of_the_host_tier_is_seen(engines, mutate, monkeypatch):
         scenario(tiered, alone)
     mutate(monkeypatch)
     tiered.reset_prefix_cache()
-    tiered._runner.host = HostPages(NUM_HOST_PAGES)
+    tiered._runner.host = HostPages(NUM_HOST_PAGES, tiered._runner.placement)
     with pytest.raises((AssertionError, RuntimeError, TypeError)):
         for _ in range(2):
             scenario(tiered, alone)

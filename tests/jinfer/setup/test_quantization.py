@@ -11,7 +11,7 @@ from tiny_models import hf_llama, make_config
 from jinfer import LLM, SamplingParams, load
 from jinfer.checkpoints.save import save_folder
 from jinfer.config import memory
-from jinfer.linear.qlayout import lay_out
+from jinfer.linear.placement import widen_on_cpu
 from jinfer.linear.qtensor import QTensor, dequantize
 from jinfer.models.model import Model
 from jinfer.quant.on_load import quantize_params
@@ -78,7 +78,7 @@ def test_a_folder_is_quantized_while_it_loads(params, tmp_path, name):
         LLM(MODEL, params=params, quantization=name, **options),
     ):
         served = jax.tree.leaves(served._runner.params)
-        for a, b in zip(served, jax.tree.leaves(lay_out(expected)), strict=True):
+        for a, b in zip(served, jax.tree.leaves(widen_on_cpu(expected)), strict=True):
             np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"layers.0.attn.[kq] is quantized already"):
         quantize_params(loaded, name)
@@ -131,5 +131,5 @@ def test_experts_are_quantized_too():
     assert layer["down"]["w"].shape == (4, 32, 64) and not isinstance(layer["router"]["w"], QTensor)
     tokens = jnp.asarray(PROMPTS[:1])
     np.testing.assert_allclose(
-        model.logits(lay_out(quantized), tokens), model.logits(quantized, tokens), atol=1e-5
+        model.logits(widen_on_cpu(quantized), tokens), model.logits(quantized, tokens), atol=1e-5
     )

@@ -22,7 +22,7 @@ from jinfer.checkpoints.load import open_checkpoint
 from jinfer.checkpoints.save import save_folder
 from jinfer.config.quant_format import QFormat
 from jinfer.linear import qtensor
-from jinfer.linear.qlayout import lay_out
+from jinfer.linear.placement import widen_on_cpu
 from jinfer.linear.qtensor import QTensor
 from jinfer.models.model import Model
 from jinfer.quant.methods.rtn import with_static_inputs
@@ -159,7 +159,9 @@ def test_experts_in_mixed_forms_are_those_decoded_one_by_one(
     _, expected = load(plain)
     assert_same_model(params, expected, dense)
     logits = logits_of(model.config)
-    np.testing.assert_allclose(logits(lay_out(params), TOKENS), logits(expected, TOKENS), atol=1e-4)
+    np.testing.assert_allclose(
+        logits(widen_on_cpu(params), TOKENS), logits(expected, TOKENS), atol=1e-4
+    )
     stacks = [params["layers"][0]["mlp"][part]["w"] for part in ("gate", "up", "down")]
     found = {str(w.fmt) if isinstance(w, QTensor) else None for w in stacks}
     assert found == {held}

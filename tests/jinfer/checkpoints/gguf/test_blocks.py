@@ -11,8 +11,9 @@ from jinfer import load
 from jinfer.checkpoints.gguf.blocks import FORMATS, qtensor_of, read_blocks
 from jinfer.checkpoints.gguf.kquants import encode_rows
 from jinfer.checkpoints.gguf.write import write_gguf
+from jinfer.linear.placement import Placement
 from jinfer.models.model import Model
-from jinfer.setup.options import prepare, take_model
+from jinfer.setup.weights import place, take_model
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -62,5 +63,10 @@ def test_gguf_is_for_gguf_files(tiny, write_hf, tmp_path):
         take_model(
             Model(made.config), made.params, "auto", None, quantization="gguf", linear_impl="auto"
         )
-    params = made.params
-    assert prepare(params, "gguf", "xla") is params
+    placement = Placement.of(made.params, "xla")
+    for before, after in zip(
+        jax.tree.leaves(bound := placement.bind(made.params)),
+        jax.tree.leaves(place(bound, placement, "gguf")),
+        strict=True,
+    ):
+        assert after is before

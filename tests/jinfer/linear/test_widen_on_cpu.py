@@ -7,7 +7,7 @@ import pytest
 
 from jinfer.config.quant_format import QFormat
 from jinfer.linear import ops
-from jinfer.linear.qlayout import lay_out
+from jinfer.linear.placement import widen_on_cpu
 from jinfer.linear.qtensor import QTensor, dequantize, quantize
 from jinfer.quant.methods.rtn import with_static_inputs
 
@@ -28,7 +28,7 @@ def make(text, w=W):
 )
 def test_weight_only_formats_become_the_floats_they_stand_for(text):
     x = make(text)
-    out = lay_out({"w": x, "b": W})
+    out = widen_on_cpu({"w": x, "b": W})
     np.testing.assert_array_equal(out["w"], dequantize(x))
     assert out["w"].dtype == jnp.float32 and out["b"] is W
 
@@ -46,7 +46,7 @@ def test_weight_only_formats_become_the_floats_they_stand_for(text):
 )
 def test_formats_with_quantized_inputs_multiply_to_the_same_bits(text, dtype):
     x = make(text)
-    out = lay_out(x)
+    out = widen_on_cpu(x)
     assert isinstance(out, QTensor) and out.q.dtype == dtype and out.shape == x.shape
     np.testing.assert_array_equal(linear(X, out), linear(X, x))
 
@@ -55,11 +55,11 @@ def test_a_permuted_weight_is_put_back_in_order():
     perm = jnp.asarray(RNG.permutation(96), jnp.int32)
     plain = make("int4-g32", W[perm])
     x = QTensor(plain.q, plain.scale, None, None, perm, plain.fmt)
-    np.testing.assert_array_equal(lay_out(x)[perm], dequantize(plain))
+    np.testing.assert_array_equal(widen_on_cpu(x)[perm], dequantize(plain))
 
 
 def test_weights_that_would_not_fit_as_floats_stay_as_they_are(caplog):
     params = {"w": make("int4-g32")}
-    assert lay_out(params, dense_bytes=4 * W.size - 1) is params
+    assert widen_on_cpu(params, dense_bytes=4 * W.size - 1) is params
     assert "slow on CPUs" in caplog.text
-    assert isinstance(lay_out(params, dense_bytes=4 * W.size)["w"], jax.Array)
+    assert isinstance(widen_on_cpu(params, dense_bytes=4 * W.size)["w"], jax.Array)

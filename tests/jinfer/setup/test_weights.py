@@ -271,7 +271,7 @@ def test_layers_may_be_a_list(shared_llm):
 TWO_DEVICES = """
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from test_params import MODEL, answer, compile_counter, expected, init, make_llm
+from test_weights import MODEL, answer, compile_counter, expected, init, make_llm
 
 first, second = jax.devices()
 split = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))

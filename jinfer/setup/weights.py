@@ -1,0 +1,95 @@
+"""The model and the weights that an `LLM` serves: taken from the caller or loaded, then placed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from jinfer.config.fields import shown
+from jinfer.config.typing import Params
+from jinfer.linear.placement import Placement
+from jinfer.linear.weight import flatten_weights, is_weight
+from jinfer.models.inputs import examine
+from jinfer.models.model import Model
+from jinfer.steps.tracing import refuse_tracing
+
+SERVED_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def take_model(
+    model: str | os.PathLike[str] | Model,
+    params: Params | None,
+    dtype: str,
+    revision: str | None,
+    *,
+    quantization: str | None,
+    linear_impl: str,
+) -> tuple[Model, Params]:
+    """Returns the model and weights that `LLM` was given, or loads them; the weights are placed.
+
+    Raises:
+      ValueError: a Model came without weights, or weights with a path.
+    """
+    if isinstance(model, Model):
+        if quantization == "gguf":
+            raise ValueError("quantization 'gguf' keeps the types of a GGUF file: pass its path")
+        if revision is not None:
+            raise ValueError(
+                f"revision={shown(revision)} is for names on the hub, this one is in memory"
+            )
+        params = examine_params(model, params)
+        own_dtype = str(params["embed"]["w"].dtype)
+        if dtype not in ("auto", own_dtype):
+            raise ValueError(
+                f"dtype={dtype!r}: the params of a Model are served as they are, in {own_dtype}; "
+                f"cast them, or drop dtype"
+            )
+        return model, place(params, Placement.of(params, linear_impl), quantization)
+    if params is not None:
+        raise ValueError("params go with a Model; a path or name brings its own")
+    from jinfer.quant.on_load import load
+
+    loaded, own = load(
+        model,
+        dtype=None if dtype == "auto" else dtype,
+        revision=revision,
+        quantization=quantization,
+    )
+    return loaded, Placement.of(own, linear_impl).place(own, is_owner=True)
+
+
+def examine_params(model: Model, params: Any) -> dict[str, Any]:
+    """Returns a caller's weights as plain dicts and a tuple of layers.
+
+    Args:
+      model: whose they are.
+      params: a tree as `Model.init` makes it, or quantized.
+
+    Raises:
+      ValueError, TypeError: as `examine`; a float is of a dtype that is not served, or an array
+        was donated or deleted.
+    """
+    refuse_tracing()
+    if params is None:
+        raise ValueError("a Model needs its weights: pass params=")
+    params = examine(model, params)
+    for path, leaf in flatten_weights(params):
+        if not is_weight(leaf) and leaf.dtype.name not in SERVED_DTYPES:
+            name = "".join(map(str, path))
+            raise ValueError(
+                f"params{name} must be of {', '.join(SERVED_DTYPES)}, got {leaf.dtype}: cast it"
+            )
+    return params
+
+
+def place(params: Params, placement: Placement, quantization: str | None) -> Params:
+    """Returns examined weights placed, quantized first if `quantization` says so.
+
+    "gguf" was for the file that the first weights came from: others are taken as they are.
+    """
+    params = placement.bind(params)
+    if quantization not in (None, "gguf"):
+        from jinfer.quant.on_load import quantize_params
+
+        params = quantize_params(params, quantization)
+    return placement.place(params)
