@@ -4,7 +4,11 @@ Every block of README, docs/start and docs/how-to runs as it stands, in the orde
 one folder a page. A block that cannot run here names a reason of `pages.REASONS`.
 """
 
+import dataclasses
+import importlib
+import inspect
 import io
+import pkgutil
 import re
 import runpy
 import shlex
@@ -15,8 +19,10 @@ from pathlib import Path
 import pages
 import pytest
 
+from jinfer import LLM, SamplingParams
 from jinfer.cli.main import COMMANDS, build_parser
 from jinfer.cli.main import main as jinfer
+from jinfer.config import refusals
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -50,6 +56,24 @@ def test_every_command_that_is_shown_can_be_read(page):
 def test_every_command_is_shown():
     shown = {line.split()[1] for page in PAGES for line in jinfer_commands(page)}
     assert shown == set(COMMANDS)
+
+
+TODAYS = [page for page in PAGES if page.name != "log.md"]  # whose rows name what was there then
+
+
+@pytest.mark.parametrize("page", TODAYS, ids=name_of)
+def test_files_and_modules_that_a_page_names_are_there(page):
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for path in re.findall(r"`((?:[a-z_.]+/)+[A-Za-z0-9_.-]*)`", text):
+        found = [top / end for top in (ROOT, ROOT / "jinfer") for end in (path, f"{path}.py")]
+        is_pattern = any(word in path for word in ("NAME", "OP", "nimbus"))
+        assert is_pattern or any(place.exists() for place in found), path
+    for dotted in re.findall(r"`((?:jinfer|pallas_kernels)(?:\.\w+)+)(?:\(.*?)?`", text):
+        target = pkgutil.resolve_name(dotted.partition(".")[0])
+        for name in dotted.split(".")[1:]:
+            if not hasattr(target, name):
+                importlib.import_module(f"{target.__name__}.{name}")
+            target = getattr(target, name)
 
 
 def test_the_benchmark_page_is_made_from_the_results():
@@ -114,3 +138,29 @@ def test_what_cannot_run_says_why(page):
         assert block.reason is None or block.reason in pages.REASONS, f"{page}:{block.line}"
     marks = len(re.findall("<!-- not run", page.read_text()))
     assert marks == sum(block.reason is not None for block in pages.blocks(page))
+
+
+def rows_below(page: Path, heading: str) -> list[tuple[list[str], str]]:
+    """Returns (names in the first cell, second cell) of the table below a heading."""
+    section = page.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", section, re.MULTILINE)
+    return [(re.findall(r"`([a-z_]+)`", names), here) for names, here in rows]
+
+
+def test_the_page_for_users_of_vllm_says_what_is_refused():
+    page = DOCS / "how-to" / "from-vllm.md"
+    own = {
+        "Arguments of `LLM`": set(inspect.signature(LLM.__init__).parameters),
+        "Fields of `SamplingParams`": {field.name for field in dataclasses.fields(SamplingParams)},
+    }
+    refused = {
+        "Arguments of `LLM`": refusals.LLM_ARGUMENTS,
+        "Fields of `SamplingParams`": refusals.SAMPLING_FIELDS,
+    }
+    for heading, fields in own.items():
+        rows = rows_below(page, heading)
+        assert len(rows) >= 8, heading
+        for names, here in rows:
+            for name in names:
+                assert here.startswith("refused") == (name in refused[heading]), (name, here)
+                assert here.startswith("the same") == (name in fields), (name, here)

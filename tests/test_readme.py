@@ -1,4 +1,4 @@
-"""The two commands of the README that .ci/run runs; tests/test_docs.py runs the rest of the page."""
+"""The two commands of the README that .ci/run runs; tests/test_docs.py runs the others."""
 
 import re
 from pathlib import Path
