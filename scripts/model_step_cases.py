@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,13 +19,11 @@ from jinfer.config import memory
 from jinfer.config.cache import CacheConfig
 from jinfer.config.engine import EngineConfig
 from jinfer.config.quant_format import QFormat
-from jinfer.engine.device.packing import Packer
+from jinfer.engine.device.programs import EngineSpec, Program, largest_steps
 from jinfer.kv import cache as kv_cache
 from jinfer.linear import placement, qtensor, weight
 from jinfer.models.model import Model
-from jinfer.sampling.state import init_state
-from jinfer.steps import decode, forward
-from jinfer.steps.inputs import Pool
+from jinfer.steps.inputs import Weights
 from pallas_kernels import hlo
 from pallas_kernels.compile_only import CompileCase
 from pallas_kernels.target import Target
@@ -62,11 +59,12 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
         resident = weight.num_bytes((params, kv))
         if resident + MAX_TEMP_BYTES > HBM_BYTES[target.name]:
             continue
-        make = functools.partial(_case, model, params, placement.layouts(params, target), name)
-        for num_seqs in DECODE_SEQS[-1:] if quick else DECODE_SEQS:
-            cases.append(make("decode", *decode_call(model, kv, num_seqs)))
-        for num_tokens in PREFILL_TOKENS[-1:] if quick else PREFILL_TOKENS:
-            cases.append(make("prefill", *prefill_call(model, kv, num_tokens)))
+        layouts = placement.layouts(params, target)
+        sizes = [("decode", num_seqs, num_seqs) for num_seqs in DECODE_SEQS]
+        sizes += [("forward", PREFILL_SEQS, num_tokens) for num_tokens in PREFILL_TOKENS]
+        for kind, *limits in [sizes[1], sizes[-1]] if quick else sizes:
+            program = largest_step(model, params, cache, kind, *limits)
+            cases.append(_case(program, name, layouts))
     return tuple(cases)
 
 
@@ -85,55 +83,36 @@ def abstract_params(model: Model, linears: str | None) -> Any:
     return jax.eval_shape(make, model.abstract_params(jnp.bfloat16))
 
 
-def decode_call(model: Model, kv: Any, num_seqs: int) -> tuple[str, Callable[..., Any], tuple]:
-    def call(params: Any, pool: Any, inputs: Any) -> Any:
-        return decode.decode_loop(model, params, pool, inputs, max_steps=DECODE_STEPS)
-
-    inputs = _packer(kv, num_seqs).decode(num_seqs)
-    return f"S={num_seqs} steps={DECODE_STEPS}", call, (_pool(model, kv, num_seqs), inputs)
-
-
-def prefill_call(model: Model, kv: Any, num_tokens: int) -> tuple[str, Callable[..., Any], tuple]:
-    def call(params: Any, pool: Any, inputs: Any) -> Any:
-        return forward.forward_step(model, params, pool, inputs)
-
-    inputs = _packer(kv, PREFILL_SEQS).ragged(num_tokens, PREFILL_SEQS)
-    return f"T={num_tokens} S={PREFILL_SEQS}", call, (_pool(model, kv, PREFILL_SEQS), inputs)
-
-
-def _packer(kv: Any, num_seqs: int) -> Packer:
+def largest_step(
+    model: Model, params: Any, cache: CacheConfig, kind: str, num_seqs: int, num_tokens: int
+) -> Program:
+    """Returns the largest step of a kind that an engine of these limits can need."""
     config = EngineConfig(
         max_model_len=MAX_TOKENS,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=max(PREFILL_TOKENS),
+        max_num_batched_tokens=num_tokens,
+        num_decode_steps=DECODE_STEPS,
     )
-    return Packer(config, CacheConfig(num_pages=kv.num_pages, page_size=kv.page_size))
+    steps = largest_steps(EngineSpec(model, config, cache, Weights(params, None)))
+    return next(step for step in steps if step.kind == kind)
 
 
-def _pool(model: Model, kv: Any, num_rows: int) -> Pool:
-    make = functools.partial(init_state, num_rows, model.config.vocab_size)
-    return Pool(kv, jax.eval_shape(make))
-
-
-def _case(
-    model: Model,
-    params: Any,
-    layouts: Any,
-    variant: str,
-    kind: str,
-    shape: str,
-    call: Callable[..., Any],
-    rest: tuple,
-) -> CompileCase:
-    kv = rest[0].kv
+def _case(program: Program, variant: str, layouts: Any) -> CompileCase:
+    model, params, pool, inputs = program.args
     weights = {w.shape for w in weight.weights(params) if weight.is_weight(w)}
+    names = {"decode": f"decode {program.sizes} steps={DECODE_STEPS}"}
+
+    def call(params: Any, pool: Any, inputs: Any) -> Any:
+        return program.fn(model, params, pool, inputs, **program.static)
+
     return CompileCase(
-        name=f"{MODEL} x{model.config.num_layers} {variant}, {kind} {shape}",
+        name=f"{MODEL} x{model.config.num_layers} {variant}, "
+        + names.get(program.kind, f"prefill {program.sizes}"),
         fn=jax.jit(call, donate_argnums=1),
-        abstract_args=(params, *rest),
+        abstract_args=(params, pool, inputs),
         max_temp_bytes=MAX_TEMP_BYTES,
-        never_written=hlo.dense_types(*weights) + kv_write_cases.dense_copies(kv),
-        min_alias_bytes=weight.num_bytes(kv),
-        never_copied=kv_write_cases.hlo_types(kv),
+        never_written=hlo.dense_types(*weights) + kv_write_cases.dense_copies(pool.kv),
+        min_alias_bytes=weight.num_bytes(pool.kv),
+        never_copied=kv_write_cases.hlo_types(pool.kv),
         layouts=layouts,
     )

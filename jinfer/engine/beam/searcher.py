@@ -20,6 +20,7 @@ from jinfer.config.sampling_params import SamplingParams
 from jinfer.engine.beam.hypotheses import Candidate, Finished, Search, num_pages
 from jinfer.engine.device import buckets
 from jinfer.engine.device.packing import BeamRow, Chunk
+from jinfer.engine.device.programs import BeamSizes
 from jinfer.engine.engine import Engine
 from jinfer.engine.request import Request
 from jinfer.sampling.state import pack_bits
@@ -87,6 +88,11 @@ class BeamSearcher:
         self._num_failed_steps = engine.num_failed_steps
         self._has_failed = False
         self.is_stuck = False  # whether the last step could start no search and none was under way
+
+    @property
+    def sizes(self) -> BeamSizes:
+        """What its programs depend on beside the engine."""
+        return BeamSizes(self.params.beam_width, self._num_candidates, self._sizes)
 
     def add(
         self,

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+from jinfer.engine.device import programs
 from jinfer.engine.device.runner import Runner
-from jinfer.steps import decode, forward
 from pallas_kernels import dispatch
 
 
 def explain(runner: Runner) -> dispatch.Decisions:
-    """Returns the decisions of the largest decode step and of the largest ragged step."""
-    config, sizes, packer = runner.config, runner.buckets, runner.packer
-    decisions = dispatch.explain(
-        decode.decode_loop,
-        *(runner.model, runner.params, runner.pool, packer.decode(sizes.decode[-1])),
-        max_steps=config.num_decode_steps,
-        impl=config.attention_impl,
-    )
-    ragged = dispatch.explain(
-        forward.forward_step,
-        *(runner.model, runner.params, runner.pool),
-        packer.ragged(sizes.tokens[-1], sizes.seqs[-1]),
-        impl=config.attention_impl,
-    )
-    return dispatch.Decisions(dict.fromkeys((*decisions, *ragged)))
+    """Returns the decisions of the largest step of each kind."""
+    found: dict[dispatch.Decision, None] = {}
+    for step in programs.largest_steps(runner.spec):
+        found |= dict.fromkeys(dispatch.explain(step.fn, *step.args, **step.static))
+    return dispatch.Decisions(found)
 
 
 def check_named(runner: Runner) -> None:

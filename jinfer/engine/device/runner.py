@@ -17,13 +17,20 @@ import numpy as np
 
 from jinfer.config.cache import CacheConfig
 from jinfer.config.engine import EngineConfig
-from jinfer.config.sampling_params import SamplingParams
 from jinfer.config.typing import Params
-from jinfer.engine.device import results
+from jinfer.engine.device import programs, results
 from jinfer.engine.device.buckets import Buckets
+from jinfer.engine.device.calls import Call, Calls
 from jinfer.engine.device.drafter import Drafter
 from jinfer.engine.device.host_pages import HostPages
 from jinfer.engine.device.packing import Chunk, Packed, Packer
+from jinfer.engine.device.programs import (
+    CLEAR_BATCH,
+    COPY_BATCH,
+    BeamSizes,
+    EngineSpec,
+    Program,
+)
 from jinfer.engine.device.results import Launched, StepResult
 from jinfer.engine.pages.costs import TransferCosts
 from jinfer.engine.plan import PageMoves, Plan
@@ -33,18 +40,14 @@ from jinfer.kv.cache import KVCache
 from jinfer.linear import placement
 from jinfer.linear.placement import Placement
 from jinfer.models.model import Model
-from jinfer.sampling.state import RowSetup, init_state, pack_row
-from jinfer.steps import beam, decode, forward, logprobs, tree, verify
-from jinfer.steps import draft as draft_steps
+from jinfer.sampling.state import init_state, pack_row
+from jinfer.steps import logprobs
 from jinfer.steps import pool as pool_steps
 from jinfer.steps.blocks import StepOutput
 from jinfer.steps.inputs import Pool, StepInputs, Weights
 from jinfer.steps.tracing import refuse_tracing
 
 logger = logging.getLogger(__name__)
-
-CLEAR_BATCH = 16  # pages that one program clears; fewer are padded
-COPY_BATCH = 4  # likewise copies, through a buffer of so many pages
 
 
 class Runner:
@@ -77,6 +80,7 @@ class Runner:
         self.drafter = drafter
         self._note_weights()
         self.packer = Packer(config, cache)
+        self._calls = Calls(model, config, None if drafter is None else drafter.model)
         self.vocab_size = model.config.vocab_size
         self.top_k = min(config.max_logprobs, self.vocab_size)
         self._heads = heads
@@ -153,10 +157,7 @@ class Runner:
             eos_token_ids=request.eos_token_ids,
             bad_words_token_ids=request.bad_words_token_ids,
         )
-        self._set_row(request.row, setup)
-
-    def _set_row(self, row: Any, setup: RowSetup) -> None:
-        state = pool_steps.reset_row(self.pool.state, _int32(row), setup)
+        state = pool_steps.reset_row(self.pool.state, _int32(request.row), setup)
         self.pool = dataclasses.replace(self.pool, state=state)
 
     # ------------------------------------------------------------------ launching
@@ -182,7 +183,7 @@ class Runner:
 
     def _run_ragged(self, packed: Packed, *, is_fed: bool) -> StepOutput:
         if self.packer.is_tree:
-            return self._verify_tree(packed.inputs)
+            return self._verify_tree(packed.inputs, packed.max_drafts)
         if packed.max_drafts:
             return self._verify(packed.inputs, packed.max_drafts)
         return self._forward(packed.inputs, is_fed=is_fed)
@@ -206,70 +207,32 @@ class Runner:
 
     # ------------------------------------------------------------------ steps
 
+    def _run(self, call: Call, inputs: StepInputs) -> Any:
+        output, self.pool = call(self._weights, self.pool, inputs)
+        return output
+
     def _feed(self, inputs: StepInputs) -> None:
         """Has a drafter with a KV cache of its own compute a step's tokens, before that step."""
-        if self.drafter is None or self.pool.draft_kv is None:
-            return
-        # The program needs the batch alone.
-        _, self.pool = draft_steps.feed_step(
-            *(self.drafter.model, self.drafter.params, self.pool, StepInputs(inputs.batch)),
-            impl=self.config.attention_impl,
-        )
+        if self.pool.draft_kv is not None:
+            self._run(self._calls.feed(), StepInputs(inputs.batch))
 
     def _forward(self, inputs: StepInputs, *, is_fed: bool = True) -> StepOutput:
         if is_fed:
             self._feed(inputs)
-        out, self.pool = forward.forward_step(
-            *(self.model, self.params, self.pool, inputs), impl=self.config.attention_impl
-        )
-        return out
+        return self._run(self._calls.forward(), inputs)
 
     def _decode(self, inputs: StepInputs) -> StepOutput:
-        out, self.pool = decode.decode_loop(
-            *(self.model, self.params, self.pool, inputs),
-            max_steps=self.config.num_decode_steps,
-            impl=self.config.attention_impl,
-        )
-        return out
+        return self._run(self._calls.decode(), inputs)
 
     def _verify(self, inputs: StepInputs, max_drafts: int) -> StepOutput:
-        impl = self.config.attention_impl
-        if self.drafter is not None:
-            both = Weights(self.params, self.drafter.params)
-            out, self.pool = draft_steps.draft_step(
-                *(self.model, both, self.pool, inputs),
-                drafter=self.drafter.model,
-                max_drafts=max_drafts,
-                impl=impl,
-            )
-            return out
-        out, self.pool = verify.verify_step(
-            *(self.model, self.params, self.pool, inputs), max_drafts=max_drafts, impl=impl
-        )
-        return out
+        return self._run(self._calls.verify(max_drafts), inputs)
 
-    def _verify_tree(self, inputs: StepInputs) -> StepOutput:
-        speculation = self.config.speculation
-        assert speculation is not None and inputs.parents is not None
-        has_drafts = inputs.parents.shape[0] > 1
-        out, self.pool = tree.tree_step(
-            *(self.model, Weights(self.params, self._heads), self.pool, inputs),
-            max_depth=speculation.max_depth if has_drafts else 0,
-            num_ranks=speculation.num_ranks,
-            typical=speculation.typical,
-            impl=self.config.attention_impl,
-        )
-        return out
+    def _verify_tree(self, inputs: StepInputs, max_drafts: int) -> StepOutput:
+        return self._run(self._calls.tree(max_drafts), inputs)
 
     def continue_beams(self, inputs: StepInputs, *, num_beams: int, k: int) -> tuple[Any, ...]:
         """Dispatches a step of beam search; returns what `best_continuations` does."""
-        out, self.pool = beam.beam_step(
-            *(self.model, self.params, self.pool, inputs),
-            num_beams=num_beams,
-            k=k,
-            impl=self.config.attention_impl,
-        )
-        return out
+        return self._run(self._calls.beams(num_beams, k), inputs)
 
     def _launched(self, plan: Plan, out: StepOutput, prompt_targets: Any) -> Launched:
         """Dispatches what the plan's requests want beside tokens."""
@@ -300,55 +263,35 @@ class Runner:
 
     # ------------------------------------------------------------------ warming up
 
-    def warmup(self) -> float:
-        """Compiles every program that a plan can need; returns the seconds it took.
+    def programs(self, beams: BeamSizes | None = None) -> tuple[Program, ...]:
+        """Returns every program that requests, and beam searches of some sizes, can need."""
+        return programs.programs(self.spec, beams)
 
-        The programs run once with nothing but padding, which leaves pool and state as they were.
-        """
+    @property
+    def spec(self) -> EngineSpec:
+        """What its programs depend on."""
+        drafter = self.drafter
+        return EngineSpec(
+            *(self.model, self.config, self.cache, self._weights),
+            drafter=None if drafter is None else drafter.model,
+            has_draft_kv=drafter is not None and drafter.has_own_kv,
+            target=self.placement.target,
+            device=self.placement.device,
+        )
+
+    def warmup(self) -> float:
+        """Compiles every program that a plan can need; returns the seconds it took."""
         refuse_tracing()
         begin = time.perf_counter()
-        self._warm_steps()
-        nowhere = self.cache.num_pages
-        self.move_pages(PageMoves(cleared=(nowhere,), copied=((0, nowhere, 0),)))
-        self._set_kv(self.host.warmup(self.pool.kv))
-        setup = pack_row(SamplingParams(), [0], [], vocab_size=self.vocab_size)
-        self._set_row(self.config.max_num_seqs, setup)
-        jax.block_until_ready(self.pool)
+        programs.compile_all(self.programs())
         return time.perf_counter() - begin
 
-    def _warm_steps(self) -> None:
-        packer, sizes = self.packer, self.buckets
-        may_rest = self.config.speculation is not None and self.config.speculation.adaptive
-        for size in sizes.decode:
-            if may_rest or not packer.is_tree:
-                self._warm_logprobs(self._decode(packer.decode(size)))
-            for max_drafts in sizes.drafts:
-                self._warm_verification(packer.verification(max_drafts, size), max_drafts)
-        for num_tokens in sizes.tokens:
-            for size in sizes.seqs:
-                if packer.is_tree:
-                    out = self._warm_verification(packer.verification(0, size, num_tokens), 0)
-                else:
-                    if sizes.drafts:
-                        most = sizes.drafts[-1]
-                        inputs = packer.verification(most, size, num_tokens)
-                        self._warm_verification(inputs, most)
-                    out = self._forward(packer.ragged(num_tokens, size))
-                    self._warm_logprobs(out)
-                targets: Any = np.zeros(num_tokens, np.int32)
-                assert out.hidden is not None
-                logprobs.prompt_logprobs(self.model, self.params, out.hidden, targets, k=self.top_k)
-                logprobs.prompt_log_softmax(self.model, self.params, out.hidden)
+    # ------------------------------------------------------------------ weights
 
-    def _warm_verification(self, inputs: StepInputs, max_drafts: int) -> StepOutput:
-        is_tree = self.packer.is_tree
-        out = self._verify_tree(inputs) if is_tree else self._verify(inputs, max_drafts)
-        self._warm_logprobs(out)
-        return out
-
-    def _warm_logprobs(self, out: StepOutput) -> None:
-        logprobs.top_logprobs(out.logits, out.tokens, k=self.top_k)
-        logprobs.log_softmax(out.logits)
+    @property
+    def _weights(self) -> Weights:
+        drafter = self._heads if self.drafter is None else self.drafter.params
+        return Weights(self.params, drafter)
 
     def update_weights(self, params: Params) -> None:
         """Serves placed `params` from the next step on, in the formats of the present ones.
@@ -365,13 +308,13 @@ class Runner:
 
     def check_weights(self) -> None:
         """Raises ValueError, naming it, if a weight was donated or deleted since it came."""
-        placement.check_alive(self._weights)
+        placement.check_alive(self._served)
 
     def _note_weights(self) -> None:
         drafts = None if self.drafter is None else self.drafter.params
         trees = (self.params, drafts)
         flat = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in trees]
-        self._weights = [pair for pairs in flat for pair in pairs]
+        self._served = [pair for pairs in flat for pair in pairs]
 
 
 def _int32(value: Any) -> Any:
