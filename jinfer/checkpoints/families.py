@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints in our terms: config.json -> ModelConfig, tensor names <-> params paths.
+"""Maps Hugging Face checkpoints: config.json -> ModelConfig, tensor names <-> paths of params.
 
-Knows nothing of files. A loader streams a checkpoint through it, one tensor in memory at a time:
+A loader maps one tensor after the other, so that only one is in memory:
 
     config = config_from_hf(json.load(open("config.json")))
     missing = dict(expected_shapes(config))      # {("layers", 0, "attn", "q", "w"): (D, N*H), ...}
@@ -13,9 +13,8 @@ Knows nothing of files. A loader streams a checkpoint through it, one tensor in 
                 flat[place.path][place.expert] = piece
     params = unflatten(flat, config)
 
-`tensor_names` and `assemble` go the other way, for export. Unknown architectures and unknown
-tensors raise. Checkpoints of another format (GGUF, GPTQ, ...) spell their tensors in Hugging Face
-names first.
+`tensor_names` and `assemble` are the inverse, for export. Unknown architectures and unknown tensors
+raise. Readers of other formats (GGUF, GPTQ, ...) translate tensor names to Hugging Face's first.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where one checkpoint tensor, or a part of it, goes.
+    """Target of a checkpoint tensor or of a part of it.
 
     Attributes:
       path: the parameter.
@@ -78,8 +77,7 @@ def expected_shapes(config: ModelConfig) -> Mapping[Path, tuple[int, ...]]:
 
 
 def is_linear(path: Path) -> bool:
-    """Whether a parameter is the weight of a linear inside a block, routers aside: what gets
-    quantized."""
+    """Whether a parameter is the weight of a linear of a block, without routers."""
     return path[0] == "layers" and path[-1] == "w" and path[-2] in LINEARS
 
 
@@ -91,7 +89,7 @@ _EXPERT_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
 def placements(config: ModelConfig, name: str) -> tuple[Placement, ...]:
-    """Returns where the checkpoint tensor `name` goes: several places if fused, none if not needed.
+    """Returns the targets of checkpoint tensor `name`: several if it is fused, none if not needed.
 
     Accepts every spelling that Hugging Face has used: prefixes `model.`, `language_model.model.`,
     `model.language_model.` or none; experts one by one (`experts.3.w1.weight`,
@@ -137,7 +135,7 @@ def _top_level(name: str) -> tuple[Placement, ...]:
 
 
 def _in_layer(config: ModelConfig, name: str, *, is_moe: bool) -> tuple[Placement, ...]:
-    """Places of `name`, a tensor's name within its layer; paths start within the layer too."""
+    """Returns the targets of a tensor by its name within a layer, as paths within the layer."""
     norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
     if config.post_norms:  # Gemma means another place by the second name
         norms |= {
@@ -194,7 +192,7 @@ def _in_experts(config: ModelConfig, name: str) -> tuple[Placement, ...]:
 
 
 def _gated(name: str, width: int) -> tuple[Placement, ...]:
-    """Places of the three projections of an MLP whose hidden layer is `width` wide."""
+    """Returns the targets of the three projections of an MLP of hidden width `width`."""
     module, _, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias"):
         return ()
@@ -211,7 +209,7 @@ def _gated(name: str, width: int) -> tuple[Placement, ...]:
 
 
 def _layer_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
-    """The tensors of one layer in the spelling that the family's published checkpoints have."""
+    """Returns the names of a layer's tensors as the family's published checkpoints spell them."""
     fused = config.family == "phi3"
     linears: list[tuple[str, bool]] = []  # module, has bias
     if fused:
@@ -245,9 +243,9 @@ def _layer_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=8)
 def tensor_names(config: ModelConfig) -> tuple[str, ...]:
-    """Returns the names of a published checkpoint's tensors: what a writer writes.
+    """Returns the names of a published checkpoint's tensors, as a writer writes them.
 
-    Each parameter is covered exactly once. Use `placements` for what a name holds.
+    They cover each parameter exactly once; `placements` maps them.
     """
     names = ["model.embed_tokens.weight"]
     for layer in range(config.num_layers):

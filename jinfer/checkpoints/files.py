@@ -1,4 +1,4 @@
-"""What is said when a file cannot be written: which, why, and what is left of it."""
+"""Errors of files that cannot be written: which file, why, and what is left of it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], *, left: str) -> Iterator[None]:
-    """Names a path, and what is left there, in errors of a disk that is full or fails.
+    """Adds the path, and what is left of the output, to errors of a full or failing disk.
 
-    Python names no file when a write fails, and libraries raise errors of their own, which say only
-    what the system said.
+    Python's errors of failed writes name no file, and libraries raise errors of their own with the
+    system's message alone.
 
     Args:
-      path: of what is written, as the user knows it.
-      left: what is left behind, and how to go on.
+      path: the output, as the user named it.
+      left: what is left of it, and how to continue.
 
     Raises:
       OSError: writing failed, with `path` as its filename. Errors that name a file pass unchanged.
@@ -39,5 +39,5 @@ def writing(path: str | os.PathLike[str], *, left: str) -> Iterator[None]:
 
 
 def _disk_error(error: Exception) -> int | None:
-    """The number of the system error whose words a library's error quotes; None: it quotes none."""
+    """Returns the errno whose message a library's error quotes; None if it quotes none."""
     return next((n for n in _DISK_ERRORS if os.strerror(n) in str(error)), None)

@@ -1,7 +1,7 @@
-"""Tensors of an open checkpoint -> params on the device, one parameter in host memory at a time.
+"""Fills params on the device from an open checkpoint, one parameter in host memory at a time.
 
-Knows no file format: a checkpoint is anything with the members of `Checkpoint`, its tensors under
-Hugging Face names and in Hugging Face layout ([O, I]).
+A checkpoint is anything with the members of `Checkpoint`: tensors under Hugging Face names and in
+Hugging Face's layout ([O, I]).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoint(Protocol):
-    """What `fill` needs to know of a checkpoint.
+    """Interface of an open checkpoint.
 
     Attributes:
       path: named in messages.
-      config: with `tie_word_embeddings` and the bias flags as the tensors say.
-      hf: the same as a config.json, for those who write one.
-      dtype: one of `DTYPES`: what the weights are meant to be computed in.
-      shapes: Hugging Face name -> shape, for every tensor that is not to be skipped.
+      config: with `tie_word_embeddings` and the bias flags that match the tensors.
+      hf: the same as a config.json, for writers.
+      dtype: one of `DTYPES`, the dtype in which the weights are to be computed.
+      shapes: Hugging Face name -> shape of every tensor that is loaded.
     """
 
     path: pathlib.Path
@@ -54,19 +54,19 @@ class Checkpoint(Protocol):
     shapes: Mapping[str, tuple[int, ...]]
 
     def read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
-        """Returns a tensor, in `dtype` if it must be converted anyway, else as stored."""
+        """Returns a tensor as stored, or in `dtype` if reading converts it."""
         ...
 
     def read_quantized(self, name: str) -> Weight | None:
-        """Returns a weight that is stored quantized, [I, O]; None: the tensor is a plain one."""
+        """Returns a weight [I, O] that is stored quantized; None for a plain tensor."""
         ...
 
     def label(self, name: str) -> str:
-        """Returns what the file itself calls a tensor of `shapes`, for messages."""
+        """Returns the file's own name of a tensor of `shapes`, for messages."""
         ...
 
     def spell(self, path: Path, expert: int = 0) -> str:
-        """Returns the name that the tensor for a parameter (of that expert) has in such files."""
+        """Returns the file's own name of the tensor for a parameter (of that expert)."""
         ...
 
 
@@ -91,7 +91,7 @@ def resolve_dtype(dtype: Any, stored: str) -> np.dtype[Any]:
 
 
 Quantizer: TypeAlias = Callable[[str, jax.Array | QTensor], QTensor]
-"""What is done to each linear of a block while loading; gets its name, "layers.0.attn.q"."""
+"""Called with the name ("layers.0.attn.q") and weight of each linear while loading."""
 
 
 def fill(
@@ -99,8 +99,8 @@ def fill(
 ) -> dict[str, Any]:
     """Returns the params of `checkpoint.config`, every leaf on the default device in `dtype`.
 
-    Weights that the checkpoint keeps quantized become QTensor leaves, whose scales stay as stored.
-    Those that `quantize` makes are made one by one, from f32: no two are there in float at once.
+    Quantized weights of the checkpoint become QTensor leaves with their stored scales. `quantize`
+    gets one f32 weight at a time, so that no two are in memory in float.
 
     All names and shapes are checked before the first tensor is read.
 
@@ -126,8 +126,8 @@ def fill(
         leaves[path] = quantize(name, leaf) if quantize is not None and is_rounded else leaf
     if mixed:
         _log.warning(
-            "%s: experts of one layer that no quantized format holds together are held in float, "
-            "which takes more memory: %d stacks, the first %s",
+            "%s: experts of a layer whose formats cannot be stacked are kept in float, which takes "
+            "more memory: %d stacks, the first %s",
             checkpoint.path,
             len(mixed),
             mixed[0],
@@ -140,7 +140,7 @@ Pieces: TypeAlias = list[tuple[str, Placement]]
 
 
 def forms_of(pieces: Pieces, weights: Sequence[Weight | None]) -> dict[int, QFormat | None]:
-    """Returns the format of each expert; None: float, or to be held so."""
+    """Returns the format of each expert; None for float."""
     return {
         place.expert or 0: format_of(weight)
         for (_, place), weight in zip(pieces, weights, strict=True)
@@ -148,7 +148,7 @@ def forms_of(pieces: Pieces, weights: Sequence[Weight | None]) -> dict[int, QFor
 
 
 def places_of(config: ModelConfig, name: str, where: str) -> tuple[Placement, ...]:
-    """Returns where a tensor goes; raises ValueError, naming the checkpoint too, if nowhere."""
+    """Returns the targets of a tensor; raises ValueError, naming the checkpoint, if unknown."""
     try:
         return placements(config, name)
     except ValueError as error:
@@ -212,7 +212,7 @@ def _check_shape(
 def _load(
     checkpoint: Checkpoint, pieces: Pieces, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> tuple[jax.Array | QTensor, dict[int, QFormat | None]]:
-    """A parameter, and the formats of its pieces as `forms_of`; none if all are plain tensors."""
+    """Returns a parameter, and the formats of its pieces; none if all are plain tensors."""
     weights = [checkpoint.read_quantized(name) for name, _ in pieces]
     if all(weight is None for weight in weights):
         return _load_plain(checkpoint, pieces, shape, dtype), {}
@@ -222,7 +222,7 @@ def _load(
 def _load_plain(
     checkpoint: Checkpoint, pieces: Pieces, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> jax.Array:
-    """A parameter whose pieces are plain tensors."""
+    """Returns a parameter whose pieces are plain tensors."""
     name, place = pieces[0]
     transpose = place.transpose
     if place.expert is None:
@@ -248,9 +248,9 @@ def _load_quantized(
     weights: Sequence[Weight | None],
     dtype: np.dtype[Any],
 ) -> jax.Array | QTensor:
-    """A parameter of which at least one piece is quantized; None in `weights`: that one is not.
+    """Returns a parameter with quantized pieces; pieces that are None in `weights` are plain.
 
-    What no QTensor holds as one becomes float, each piece by itself.
+    Pieces that cannot form one QTensor become float one by one.
     """
     cut = [
         None if weight is None else _cut_outputs(weight, place)
@@ -274,7 +274,7 @@ def _dense(
     weight: Weight | None,
     dtype: np.dtype[Any],
 ) -> jax.Array:
-    """[I, O] of one piece, by itself."""
+    """Returns one piece [I, O]."""
     if isinstance(weight, QTensor):
         return dequantize(weight).astype(dtype)
     if isinstance(weight, Dense):
@@ -285,7 +285,7 @@ def _dense(
 
 
 def _cut_outputs(weight: Weight, place: Placement) -> Weight:
-    """The outputs of a fused projection that belong to one parameter."""
+    """Returns the outputs of a fused projection that belong to one parameter."""
     if place.rows is None:
         return weight
     start, stop = place.rows

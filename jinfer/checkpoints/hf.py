@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors, one file or several; no torch."""
+"""Opens Hugging Face folders: config.json and safetensors, without torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _EMBEDDING_NAMES = (
 
 
 def read_hf_config(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Returns a folder's config, with the ends of generation_config.json, and its config.json.
+    """Returns a folder's config, with generation_config.json's end tokens, and its config.json.
 
     Raises:
       FileNotFoundError: there is no config.json.
@@ -61,9 +61,9 @@ def generation_files(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def with_generation_ends(config: ModelConfig, folder: pathlib.Path) -> ModelConfig:
-    """Returns the config with the ends that a folder's generation_config.json states, if it does.
+    """Returns the config with the end tokens of a folder's generation_config.json, if it has any.
 
-    They go before all others: transformers' `generate` stops there.
+    They take precedence, as in transformers' `generate`.
     """
     generation = folder / GENERATION
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
@@ -78,10 +78,10 @@ def with_generation_ends(config: ModelConfig, folder: pathlib.Path) -> ModelConf
 
 
 def quantization_config(folder: pathlib.Path, hf: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns what a folder says of its quantization, in config.json or beside it; None: nothing.
+    """Returns a folder's quantization config, from config.json or another file; None if absent.
 
     Raises:
-      ValueError: only a file of a tool that is not supported says it.
+      ValueError: it is in a file of an unsupported tool.
     """
     holders = (hf, hf.get("text_config") or {})
     stated = [
@@ -112,7 +112,7 @@ _log = logging.getLogger(__name__)
 
 
 class HFCheckpoint:
-    """A Hugging Face folder as a `Checkpoint`: tensors are mapped one by one, never held.
+    """A Hugging Face folder as a `Checkpoint`; tensors are memory-mapped one by one.
 
     Raises:
       FileNotFoundError: no config.json, or a shard is missing.
@@ -146,7 +146,7 @@ class HFCheckpoint:
         self._quantized = self._find_quantized(stated)
         taken = self._quantized.taken if self._quantized is not None else set()
         self.kv_scales: dict[int, dict[str, np.ndarray]] = {}
-        self._apart: dict[str, StoredTensor] = {}  # what is no weight of the model
+        self._apart: dict[str, StoredTensor] = {}  # tensors that are no weights of the model
         for name, tensor in list(self._tensors.items()):
             if name in taken:
                 continue
@@ -176,11 +176,11 @@ class HFCheckpoint:
 
     @property
     def quantized_names(self) -> tuple[str, ...]:
-        """Names of the weights stored quantized: those that `read_quantized` knows."""
+        """Names of the weights that are stored quantized."""
         return () if self._quantized is None else tuple(self._quantized.shapes)
 
     def plain_tensors(self) -> dict[str, StoredTensor]:
-        """All other tensors, as they lie in the files; also those that `shapes` leaves out."""
+        """All other tensors as stored, including those that `shapes` leaves out."""
         taken = self._quantized.taken if self._quantized is not None else set()
         return {n: t for n, t in {**self._tensors, **self._apart}.items() if n not in taken}
 
@@ -198,7 +198,7 @@ class HFCheckpoint:
         return dataclasses.replace(config, static_kv=static)
 
     def _check_layers(self, config: ModelConfig) -> None:
-        """Raises ValueError if the config has more layers than the files; before any are built."""
+        """Raises ValueError if the config has more layers than the files."""
         found = {match[1] for name in self._tensors if (match := _LAYER.search(name))}
         if config.num_layers > len(found):
             raise ValueError(
@@ -220,8 +220,7 @@ class HFCheckpoint:
         return QuantizedModules(stated, tensors, lambda name: tensors[name].read(), str(self.path))
 
     def _is_empty_bias(self, config: ModelConfig, name: str) -> bool:
-        """Whether a tensor is one of the zeros that AutoGPTQ wrote as biases of every linear,
-        those of models without biases too."""
+        """Whether a tensor is a zero bias that AutoGPTQ writes even for models without biases."""
         weight = name.removesuffix("bias") + "weight"
         if self._quantized is None or weight not in self._quantized.shapes or weight == name:
             return False
@@ -232,9 +231,9 @@ class HFCheckpoint:
         return False
 
     def _untangle_head(self, config: ModelConfig) -> ModelConfig:
-        """Whether a head that is said to be tied is: tools write that matrix once or twice.
+        """Whether a head that the config calls tied is tied: some tools store the matrix twice.
 
-        One that is said to be untied must be there: files of encoders lack it.
+        An untied head must be stored; files of encoders lack it.
         """
         if not config.tie_word_embeddings:
             return config

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face -> ModelConfig, in the spellings of transformers 4 and 5; no jax."""
+"""Translates Hugging Face's config.json, of transformers 4 or 5, into a ModelConfig."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jinfer.checkpoints.hf_fields import FIELDS, FIELDS_OF, ROPE_FIELDS, check_f
 from jinfer.config.fields import require
 from jinfer.config.model import LayerType, ModelConfig, RopeConfig, RopeScaling
 
-# What transformers' config classes assume where config.json is silent (Gemma 3's often is).
+# Defaults of transformers' config classes for missing fields (Gemma 3's often omit some).
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -127,7 +127,7 @@ def config_from_hf(hf: Mapping[str, Any], source: str = "config.json") -> ModelC
 
     Args:
       hf: the parsed file. Of a multimodal Gemma 3, the text part is taken.
-      source: what errors begin with: where `hf` comes from.
+      source: where `hf` comes from; errors begin with it.
 
     Raises:
       ValueError: the architecture is unknown, a required field is missing or of the wrong kind, or
@@ -150,28 +150,11 @@ def _config(hf: Mapping[str, Any]) -> ModelConfig:
             f"{reprlib.repr(hf.get('architectures'))}); "
             f"supported model types: {', '.join(SUPPORTED)}, gemma3"
         )
-    get: dict[str, Any] = {**_COMMON, **_DEFAULTS[family], **hf}
-    if family == "qwen3_moe":  # transformers 5 writes the second spelling
-        stated = (hf.get(key) for key in ("num_experts", "num_local_experts"))
-        get["num_experts"] = next((count for count in stated if count is not None), 128)
-    for key in _REQUIRED:
-        require(get.get(key) is not None, f"this {family} model lacks the field {key!r}")
-    check_fields(get, FIELDS)
-    check_fields(get, FIELDS_OF.get(family, {}))
-    _reject_unsupported(family, get)
-
+    get = _fields(family, hf)
     num_heads = get["num_attention_heads"]
     head_dim = get["head_dim"] or get["hidden_size"] // num_heads
     layer_types, window = _layer_types(family, get)
     rope, rope_local = _ropes(family, get)
-    # Some of Gemma's files state a hidden_act too, which transformers passes over.
-    activation = get["hidden_act"]
-    if family in _GEMMAS:
-        activation = get["hidden_activation"] or _GEMMA["hidden_activation"]
-    require(
-        activation in _ACTIVATIONS,
-        f"unknown activation {activation!r}; supported: {', '.join(_ACTIVATIONS)}",
-    )
     is_gemma = family in _GEMMAS
     bias = bool(get.get("attention_bias", False))
     eos = get.get("eos_token_id")
@@ -189,7 +172,7 @@ def _config(hf: Mapping[str, Any]) -> ModelConfig:
         norm_plus_one=is_gemma,
         post_norms=is_gemma,
         qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text"),
-        activation=_ACTIVATIONS[activation],
+        activation=_ACTIVATIONS[_activation(family, get)],
         attention_bias=bias or family == "qwen2",
         attention_out_bias=bias,
         mlp_bias=bool(get.get("mlp_bias", False)),
@@ -209,8 +192,34 @@ def _config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _fields(family: str, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the checked fields, with the family's defaults for missing ones."""
+    get: dict[str, Any] = {**_COMMON, **_DEFAULTS[family], **hf}
+    if family == "qwen3_moe":  # transformers 5 writes the second spelling
+        stated = (hf.get(key) for key in ("num_experts", "num_local_experts"))
+        get["num_experts"] = next((count for count in stated if count is not None), 128)
+    for key in _REQUIRED:
+        require(get.get(key) is not None, f"this {family} model lacks the field {key!r}")
+    check_fields(get, FIELDS)
+    check_fields(get, FIELDS_OF.get(family, {}))
+    _reject_unsupported(family, get)
+    return get
+
+
+def _activation(family: str, get: Mapping[str, Any]) -> str:
+    # Some of Gemma's files have a hidden_act, too, which transformers ignores.
+    activation = get["hidden_act"]
+    if family in _GEMMAS:
+        activation = get["hidden_activation"] or _GEMMA["hidden_activation"]
+    require(
+        activation in _ACTIVATIONS,
+        f"unknown activation {activation!r}; supported: {', '.join(_ACTIVATIONS)}",
+    )
+    return activation
+
+
 def _reject_unsupported(family: str, get: Mapping[str, Any]) -> None:
-    """Options that transformers' own model of the family would ignore, or that we do not do."""
+    """Refuses options that transformers' model of the family ignores or that are not supported."""
     require(
         not get.get("use_bidirectional_attention"),
         "use_bidirectional_attention is set: an encoder; only causal decoders are supported",
@@ -313,10 +322,10 @@ def _ropes(family: str, get: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig 
 
 
 def _stated_rope(get: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope's own dict, under its newer or its older name; both must say the same.
+    """Returns the rope's own dict, under its newer or its older name; both must agree.
 
-    (transformers lets an older one that was added by hand take the newer one's place with all that
-    it holds, its theta included.)
+    (transformers lets an older one that was added by hand replace the newer one as a whole, theta
+    included.)
     """
     stated, old = (dict(get.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
     for rope, key in itertools.product((stated, old), ("full_attention", "sliding_attention")):
@@ -343,6 +352,23 @@ def _kind(stated: Mapping[str, Any]) -> Any:
     return stated.get("rope_type") or stated.get("type") or "default"
 
 
+def _original_max_position(
+    scaling: str, get: Mapping[str, Any], stated: Mapping[str, Any]
+) -> int | None:
+    """Returns the context that the model was trained on before its rope was scaled."""
+    max_position = get["max_position_embeddings"]
+    if scaling in ("llama3", "yarn", "longrope"):
+        # The field outside the rope's own dict takes precedence, as in transformers.
+        return (
+            get.get("original_max_position_embeddings")
+            or stated.get("original_max_position_embeddings")
+            or max_position
+        )
+    if scaling == "dynamic":
+        return max_position  # transformers 5 ignores the field
+    return None
+
+
 def _rope(
     family: str, get: Mapping[str, Any], stated: Mapping[str, Any], theta: float
 ) -> RopeConfig:
@@ -366,34 +392,20 @@ def _rope(
         family == "phi3" or partial == 1.0,
         f"partial_rotary_factor is {partial}, but {family} rotates whole heads",
     )
-    max_position = get["max_position_embeddings"]
-    original = None
-    if scaling in ("llama3", "yarn", "longrope"):
-        # Outside the rope's own dict it goes first, as in transformers.
-        original = (
-            get.get("original_max_position_embeddings")
-            or stated.get("original_max_position_embeddings")
-            or max_position
-        )
-    elif scaling == "dynamic":
-        original = max_position  # transformers 5 stretches from here, whatever else is stated
+    original = _original_max_position(scaling, get, stated)
     factor = stated.get("factor")
     if factor is None:
         require(
             scaling in ("none", "yarn", "longrope"),
             f"the {kind} rope scaling lacks 'factor'",
         )
-        factor = max_position / original if original else 1.0
-    for key in ("low_freq_factor", "high_freq_factor"):
-        require(
-            scaling != "llama3" or key in stated,
-            f"the llama3 rope scaling lacks {key!r}",
-        )
-    for key in ("short_factor", "long_factor"):
-        require(
-            scaling != "longrope" or key in stated,
-            f"the longrope rope scaling lacks {key!r}",
-        )
+        factor = get["max_position_embeddings"] / original if original else 1.0
+    needed = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "longrope": ("short_factor", "long_factor"),
+    }
+    for key in needed.get(scaling, ()):
+        require(key in stated, f"the {scaling} rope scaling lacks {key!r}")
     return RopeConfig(
         theta=float(stated.get("rope_theta") or theta),
         scaling=scaling,

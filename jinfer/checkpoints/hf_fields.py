@@ -1,6 +1,6 @@
-"""What the fields of a config.json may hold: one table, checked before anything reads them; no jax.
+"""Table of the fields of config.json and their allowed values, checked before they are read.
 
-Fields that the table does not have are not read and may hold anything.
+Fields outside the table are not read and may have any value.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TINY, _HUGE = 1e-30, 1e30  # a square, and its inverse, of what lies between is
 
 
 class Kind(NamedTuple):
-    """The values that a field may have: in words, and as a test."""
+    """Allowed values of a field: a description and a test."""
 
     name: str
     holds: Callable[[Any], bool]
@@ -127,7 +127,7 @@ FIELDS_OF: Mapping[str, Mapping[str, Kind]] = {
         "norm_topk_prob": _SWITCH,
     },
 }
-"""Fields of one family; others may hold there what they like."""
+"""Fields of one family; they are not checked for others."""
 
 _FACTORS = _list_of(_POSITIVE, "positive numbers")
 ROPE_FIELDS: Mapping[str, Kind] = {

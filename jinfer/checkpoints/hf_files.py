@@ -1,7 +1,7 @@
 """The files of a Hugging Face folder: JSON objects, the index and headers of safetensors.
 
-Other people write them: nothing of a file is believed before it is checked, and each failure is one
-line that names the file and the cause.
+Files may come from anywhere, so everything is checked before use, and each error is one line with
+the file and the cause.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MAX_NAME_BYTES = 255  # of a file, as file systems have it
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: `path` from byte `offset`, C order."""
+    """A stored tensor: in `path` from byte `offset` on, C order."""
 
     path: pathlib.Path
     dtype_name: str
@@ -70,8 +70,8 @@ def read_safetensors_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     """Returns the tensors of one .safetensors file.
 
     The safetensors library checks the header: types, sizes, and that the tensors cover the file
-    without overlap and hole. It lets through names that occur twice (of two such rows with one
-    range the last counts) and sizes of 2**62 beside a 0; both are refused here.
+    without overlap or gap. It accepts duplicate names (of two with one range the last is used) and
+    sizes of 2**62 beside a 0; both are refused here.
 
     Raises:
       FileNotFoundError: it is a folder.
@@ -120,7 +120,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _row(name: str, row: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    """Type, shape, begin and end of a tensor; raises what it may if a header has no such row."""
+    """Returns type, shape, begin and end of a tensor; raises any error for a malformed entry."""
     if len(name) > _MAX_TENSOR_NAME:
         raise ValueError(f"a tensor's name has {len(name)} characters")
     shape, (begin, end) = tuple(row["shape"]), row["data_offsets"]
@@ -133,11 +133,11 @@ def _row(name: str, row: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, 
 
 
 def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the weight files of a folder: those of its index, else the single one, else all.
+    """Returns the weight files of a folder: those of the index, else the single one, else all.
 
-    An index may name files of its folder alone, by their plain names. Such a file may be a link to
-    elsewhere: the hub's cache consists of links, and whoever makes one has access to the folder,
-    which the author of an index does not have.
+    An index may only name files of its folder, by plain names. Such a file may be a link: the hub's
+    cache consists of links. Creating one needs access to the folder, which the author of an index
+    does not have.
 
     Raises:
       FileNotFoundError: the index names a file that is not there.
@@ -164,7 +164,7 @@ def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _check_file_name(index: pathlib.Path, name: Any) -> None:
-    """Raises ValueError unless `name` can only mean a file directly in the folder of `index`."""
+    """Raises ValueError unless `name` is the plain name of a file in the folder of `index`."""
     if not isinstance(name, str):
         raise ValueError(
             f"{index} has a 'weight_map' that names other things than files: {reprlib.repr(name)}"

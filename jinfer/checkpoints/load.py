@@ -60,7 +60,7 @@ def _open_as_it_is(path_or_name: str | os.PathLike[str], revision: str | None) -
 def _open_gguf(
     given: str | os.PathLike[str], path: pathlib.Path, *, keeps_quantized: bool = False
 ) -> GGUFCheckpoint:
-    """Opens a GGUF file; if its folder was given, with the ends that it states beside."""
+    """Opens a GGUF file; if its folder was given, with the end tokens of other files there."""
     checkpoint = GGUFCheckpoint(path, keeps_quantized=keeps_quantized)
     folder = pathlib.Path(given).expanduser()
     if folder.is_dir():
@@ -72,7 +72,7 @@ def _open_gguf(
 def open_checkpoint(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None
 ) -> Checkpoint:
-    """Returns the checkpoint, its config and tensor table read, no tensor yet; raises as `load`."""
+    """Opens a checkpoint and reads its config and tensor table; raises as `load`."""
     path = locate(path_or_name, revision)
     if path is None:
         path = fetch_from_hub(os.fspath(path_or_name), revision, _WEIGHT_FILES)
@@ -82,7 +82,7 @@ def open_checkpoint(
 def load_config(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None
 ) -> ModelConfig:
-    """Returns a model's config: config.json is enough, of a hub name nothing more is fetched."""
+    """Returns a model's config; for a hub name only config.json is fetched."""
     path = locate(path_or_name, revision)
     if path is None:
         path = fetch_from_hub(os.fspath(path_or_name), revision, _CONFIG_FILES)

@@ -1,4 +1,4 @@
-"""Where a model lies: a folder or file on disk, the default model, or a name on the hub."""
+"""Finds a model: a folder or file on disk, the default model, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jinfer.config.fields import one_line
 def locate(
     path_or_name: str | os.PathLike[str], revision: str | None = None
 ) -> pathlib.Path | None:
-    """Returns the Hugging Face folder or the .gguf file meant; None for a name on the hub.
+    """Returns the local Hugging Face folder or .gguf file; None for a name on the hub.
 
-    A folder with exactly one .gguf file and no safetensors stands for that file. What exists on
-    disk goes before names.
+    A folder with exactly one .gguf file and no safetensors means that file. Paths that exist take
+    precedence over names.
 
     Raises:
       FileNotFoundError: it is spelled like a path and not there, or the default cannot be had.
@@ -38,10 +38,10 @@ def locate(
 
 
 def expanded(name: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns `name` as a path that can be asked for, "~" as the home it stands for.
+    """Returns `name` as a path, with "~" expanded.
 
     Raises:
-      FileNotFoundError: no file can have that name: it is too long, or of an unknown user.
+      FileNotFoundError: the name is too long for a file, or "~" is of an unknown user.
     """
     try:
         path = pathlib.Path(name).expanduser()
@@ -72,10 +72,10 @@ def _local(path: pathlib.Path) -> pathlib.Path:
 
 
 def fetch_from_hub(name: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
-    """Returns the local copy of a hub repository, fetching its files that match.
+    """Returns the local copy of a hub repository; fetches the files that match.
 
-    Neither folders in it nor "consolidated" weights, Mistral's own spelling of those beside:
-    nothing reads them, and they would be as many bytes again.
+    Subfolders and "consolidated" weights (Mistral's own copy of the others) are not fetched, since
+    nothing reads them.
 
     Raises:
       FileNotFoundError: there is no such repository, or it cannot be reached.

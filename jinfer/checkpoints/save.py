@@ -1,4 +1,4 @@
-"""Params, quantized or not, -> a Hugging Face folder in one of the formats that `load` reads."""
+"""Saves params, quantized or not, as a Hugging Face folder or GGUF file that `load` reads."""
 
 from __future__ import annotations
 
@@ -59,6 +59,23 @@ GGUF = "gguf"
 SHARD_BYTES = 4 * 2**30
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a folder holds besides the weights.
+
+    Attributes:
+      files: name -> content of other files, such as a report or the tokenizer's.
+      vocabulary: the tokenizer as metadata of a GGUF file.
+      kv_scales: {layer: {"k" or "v": scale}} of a KV cache (`HFCheckpoint.kv_scales`).
+      kv_scheme: their scheme (`HFCheckpoint.kv_scheme`); None: fp8.
+    """
+
+    files: Mapping[str, str | bytes] = dataclasses.field(default_factory=dict)
+    vocabulary: Mapping[str, Any] | None = None
+    kv_scales: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    kv_scheme: Scheme | None = None
+
+
 def save_folder(
     folder: str | os.PathLike[str],
     model: Model,
@@ -67,12 +84,9 @@ def save_folder(
     *,
     export: str = "native",
     dtype: str = "float16",
-    kv_scales: Mapping[int, Mapping[str, Any]] | None = None,
-    kv_scheme: Scheme | None = None,
-    files: Mapping[str, str | bytes] | None = None,
-    vocabulary: Mapping[str, Any] | None = None,
+    extras: Extras = Extras(),
 ) -> int:
-    """Writes config.json and safetensors, or one GGUF file; all or nothing.
+    """Writes config.json and safetensors, or one GGUF file; atomically.
 
     Args:
       folder: must not exist, or be empty.
@@ -80,12 +94,9 @@ def save_folder(
       params: its parameters; QTensor leaves go to `export`'s format, layers as a tuple.
       hf: config.json of the float model (`checkpoint.hf`).
       export: one of `EXPORTS`, or "gguf".
-      dtype: of float matrices, and of norms and biases that it holds exactly; those that it does
-        not, such as a norm into which scales were folded, stay f32.
-      kv_scales: {layer: {"k" or "v": scale}} of a KV cache (`HFCheckpoint.kv_scales`).
-      kv_scheme: what they are (`HFCheckpoint.kv_scheme`); None: fp8.
-      files: others to write beside, such as a report or the tokenizer's: name -> content.
-      vocabulary: the tokenizer as metadata of a GGUF file.
+      dtype: of float matrices, and of norms and biases that it represents exactly; others, such as
+        a norm into which scales were folded, are stored as f32.
+      extras: other content of the folder.
 
     Returns:
       Bytes written.
@@ -96,11 +107,11 @@ def save_folder(
     """
     _check_name(export)
     if export == GGUF:
-        require(not kv_scales, "a GGUF file has no place for scales of a KV cache")
+        require(not extras.kv_scales, "a GGUF file has no place for scales of a KV cache")
         with new_folder(pathlib.Path(folder)) as partial:
             held = _in_dtype(params, dtype)
-            write_gguf(partial / "model.gguf", model, held, tokenizer=vocabulary)
-            return _finish(partial, files)
+            write_gguf(partial / "model.gguf", model, held, tokenizer=extras.vocabulary)
+            return _finish(partial, extras.files)
     config = {k: v for k, v in hf.items() if k not in QUANTIZATION_KEYS}
     tied = model.config.tie_word_embeddings
     config |= {"tie_word_embeddings": tied, "dtype": dtype}
@@ -114,8 +125,13 @@ def save_folder(
     ]
     require(not different, f"this config.json does not describe the model: {different} differ")
     quantized = _quantized_modules(model, params)
-    require(bool(quantized) or not kv_scales, "scales of a KV cache go with quantized weights")
+    require(
+        bool(quantized) or not extras.kv_scales, "scales of a KV cache go with quantized weights"
+    )
     if quantized:
+        scheme = extras.kv_scheme
+        if scheme is None and extras.kv_scales:
+            scheme = scheme_for(extras.kv_scales.values())
         plain = (
             n for n in tensor_names(model.config) if n.removesuffix(".weight") not in quantized
         )
@@ -123,23 +139,23 @@ def save_folder(
             export,
             _outlines(quantized),
             skipped=skipped_linears(plain),
-            kv_scheme=kv_scheme or (scheme_for(kv_scales.values()) if kv_scales else None),
+            kv_scheme=scheme,
         )
     with new_folder(pathlib.Path(folder)) as partial:
         tensors = _tensors(model, params, quantized, export, dtype)
-        write_tensors(partial, itertools.chain(tensors, _kv_tensors(kv_scales or {})))
+        write_tensors(partial, itertools.chain(tensors, _kv_tensors(extras.kv_scales)))
         write_text(partial / "config.json", json.dumps(config, indent=2))
-        return _finish(partial, files)
+        return _finish(partial, extras.files)
 
 
-def _finish(folder: pathlib.Path, files: Mapping[str, str | bytes] | None) -> int:
-    for name, content in (files or {}).items():
+def _finish(folder: pathlib.Path, files: Mapping[str, str | bytes]) -> int:
+    for name, content in files.items():
         write_text(folder / name, content)
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _in_dtype(params: Params, dtype: str) -> Params:
-    """The float matrices outside QTensors rounded to `dtype`."""
+    """Rounds the float matrices outside QTensors to `dtype`."""
 
     def keep(x: Any) -> Any:
         if is_weight(x) or x.ndim < 2:
@@ -161,10 +177,10 @@ def quantization_config(
     skipped: tuple[str, ...] = (),
     kv_scheme: Scheme | None = None,
 ) -> dict[str, Any]:
-    """Returns what config.json says of quantized modules; their formats count, not their values.
+    """Returns the entry of config.json that describes quantized modules.
 
-    A head that is not quantized is skipped even where it is tied and no tensor of the file: other
-    libraries build a linear for it. The KV scheme is kept in every format.
+    A head that is not quantized is listed as skipped even where it is tied and not a tensor of the
+    file, since other libraries build a linear for it. Every format keeps the KV scheme.
     """
     if "lm_head" not in (*weights, *skipped):
         skipped = (*skipped, "lm_head")
@@ -173,22 +189,22 @@ def quantization_config(
 
 
 def skipped_linears(names: Iterable[str]) -> tuple[str, ...]:
-    """Modules of plain tensors that other libraries build as linears: told to leave them alone."""
+    """Returns the plain modules that other libraries build as linears and must not quantize."""
     modules = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
     return tuple(m for m in modules if not m.endswith(("norm", "embed_tokens")))
 
 
 def check_export(model: Model, params: Params, export: str) -> None:
-    """Finds out whether `export` could hold the QTensors of `params`, without writing them.
+    """Checks whether `export` can hold the QTensors of `params`, without writing them.
 
     Args:
       model: the model.
-      params: its parameters or stand-ins: only QTensors among the linears are looked at, equal ones
-        (the same object) once, and one expert of many.
+      params: its parameters. Only QTensors among the linears are checked: one object once, and one
+        expert of many.
       export: one of `EXPORTS`, or "gguf".
 
     Raises:
-      ValueError: it could not; the message names the first module.
+      ValueError: it cannot; the message names the first module.
     """
     _check_name(export)
     quantized = _quantized_modules(model, params)
@@ -213,18 +229,18 @@ def check_free(folder: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """A quantized weight in checkpoint terms: parts that the family fuses, or one expert's part."""
+    """A quantized tensor of a checkpoint: parts that the family fuses, or one expert's part."""
 
     parts: tuple[QTensor, ...]
     expert: int | None
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Equal for modules made of the same objects, whichever expert it is."""
+        """Key that is equal for modules made of the same objects, for any expert."""
         return (*map(id, self.parts), self.expert is None)
 
     def weight(self) -> QTensor:
-        """[I, O]; made anew each time, so that no second copy of all experts is held."""
+        """Returns [I, O], computed at each call so that no second copy of all experts is held."""
         return _join(self.parts, self.expert)
 
 
@@ -258,7 +274,7 @@ def _quantized_modules(model: Model, params: Params) -> dict[str, _Module]:
 
 
 def _outlines(modules: Mapping[str, _Module]) -> dict[str, QTensor]:
-    """Formats and shapes of modules, without values."""
+    """Returns the modules as shapes and formats, without values."""
     made: dict[tuple[Any, ...], QTensor] = {}
     for module in modules.values():
         if module.kind not in made:
@@ -318,7 +334,7 @@ def _getter(params: Params) -> Callable[[Path], Any]:
 
 
 def write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    """Shards of at most 4 GiB, one in memory at a time."""
+    """Writes shards of at most 4 GiB, with one in memory at a time."""
     from safetensors.numpy import save_file
 
     shards: list[list[str]] = []
@@ -356,7 +372,7 @@ def write_text(path: pathlib.Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside, which takes the name once it is complete and vanishes if it is not."""
+    """Yields a temporary folder: renamed to `folder` when complete, removed after an error."""
     check_free(folder)
     partial = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
     partial.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""`load_tokenizer`: a Hugging Face tokenizer for any model that `load` takes; no torch, no jax.
+"""Loads a Hugging Face tokenizer for any model that `load` takes, without torch.
 
-A GGUF file brings its vocabulary, merges or scores, token types and chat template as metadata; they
-are put together here as llama.cpp reads them.
+A GGUF file has vocabulary, merges or scores, token types and chat template in its metadata; they
+are combined here as llama.cpp reads them.
 """
 
 from __future__ import annotations
@@ -85,15 +85,14 @@ BYTE_LEVEL_SPLITS: dict[str, tuple[str, ...]] = {
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, _THREE_DIGITS),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", _THREE_DIGITS),
 }
-"""tokenizer.ggml.pre -> the expressions that cut a text before merging, each applied to the pieces
-that the one before it left."""
+"""tokenizer.ggml.pre -> expressions that split a text before merging, applied one after another."""
 
 # These start with bos unless the file says otherwise.
 _BOS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
 WHOLE_WORDS_FIRST = (*_BOS_FIRST, "glm4")
-"""Those that look a whole word up before they merge."""
+"""Pre-tokenizers that look up a whole word before they merge."""
 NFC = ("qwen2", "command-r", "mpt", "olmo")
-"""Those whose models compose a text (NFC) first. No file says so, and llama.cpp does not."""
+"""Models that normalize a text (NFC) first. No file says so, and llama.cpp does not."""
 
 
 def load_tokenizer(
@@ -120,7 +119,7 @@ def load_tokenizer(
             f"the tokenizer of {path_or_name} must have a number as model_max_length, got "
             f"{shown(longest)}"
         )
-    # How long a text may be is the engine's to say; transformers would warn of its own limit.
+    # The engine limits the length of a text; transformers would warn about its own limit.
     warned = getattr(tokenizer, "deprecation_warnings", {})
     warned["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
@@ -161,9 +160,9 @@ def _from_hf(name: str | os.PathLike[str], revision: str | None) -> PreTrainedTo
 
 
 def _check_sentencepiece(folder: pathlib.Path) -> None:
-    """Raises ValueError if a folder has sentencepiece's file alone and that library is missing.
+    """Raises ValueError if a folder has only sentencepiece's file and that library is missing.
 
-    transformers would ask for tiktoken, which cannot read it either.
+    transformers would ask for tiktoken, which cannot read the file.
     """
     file = folder / "tokenizer.model"
     if (folder / "tokenizer.json").is_file() or not file.is_file():
@@ -179,7 +178,7 @@ def _check_sentencepiece(folder: pathlib.Path) -> None:
 
 
 def _import_transformers() -> Any:
-    """Imports transformers, less its advice to install PyTorch: nothing here needs that."""
+    """Imports transformers and suppresses its advice to install PyTorch."""
     source = logging.getLogger("transformers")
 
     def is_news(record: logging.LogRecord) -> bool:
@@ -197,7 +196,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerBase:
     """Builds the tokenizer that a GGUF file describes.
 
     Raises:
-      ValueError: it describes none, or one whose kind or pre-tokenizer is unknown.
+      ValueError: it has none, or one of an unknown kind or pre-tokenizer.
     """
     get = _Getter(file)
     kind = get("model")
@@ -240,7 +239,7 @@ _NAMED_TOKENS = {
 
 
 class _Getter:
-    """tokenizer.ggml.* of a file."""
+    """Lookups of tokenizer.ggml.* in a file."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -265,7 +264,7 @@ def _chat_template(metadata: dict[str, Any]) -> Any:
 def _byte_level(
     get: _Getter, tokens: list[str], types: np.ndarray
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    """GPT-2's BPE over bytes; returns the tokenizer and whether a bos token is usual."""
+    """Returns a byte-level BPE tokenizer, and whether texts begin with bos by default."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = get("pre")
@@ -297,7 +296,7 @@ def _byte_level(
 
 
 def _merges(get: _Getter, tokens: list[str]) -> list[tuple[str, str]]:
-    """The merges of a file, less those whose result is no token: they can never apply."""
+    """Returns the merges of a file without those whose result is no token."""
     known = set(tokens)
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]
     return [
@@ -310,9 +309,9 @@ def _merges(get: _Getter, tokens: list[str]) -> list[tuple[str, str]]:
 def _sentencepiece(
     get: _Getter, tokens: list[str], types: np.ndarray
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    """BPE over characters, unknown ones as bytes: best-scored pair first, or by a list of merges.
+    """Returns a BPE tokenizer over characters, with unknown ones as bytes.
 
-    Gemma 4's files have the list, and no space before a text.
+    Merges follow the scores; Gemma 4's files have a list of merges, and no space before a text.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -340,10 +339,10 @@ def _sentencepiece(
 def _merges_from_scores(
     get: _Getter, tokens: list[str], types: np.ndarray
 ) -> list[tuple[str, str]]:
-    """Every way to put a token together from two others, best token first.
+    """Returns all merges of two tokens into another, best token first.
 
-    Sentencepiece merges the pair whose result has the highest score. In Gemma's files the scores do
-    not say that order, the token ids do.
+    Sentencepiece merges the pair whose result has the highest score. In Gemma's files the token ids
+    give that order, not the scores.
     """
     scores = get("scores")
     if scores is None or get.arch.startswith("gemma"):
@@ -363,14 +362,14 @@ def _merges_from_scores(
 def _add_whole_tokens(
     backend: tokenizers.Tokenizer, get: _Getter, tokens: list[str], types: np.ndarray
 ) -> None:
-    """Marks the tokens that are matched whole: control tokens (special) and user-defined ones."""
+    """Marks the tokens that are matched as a whole: control tokens and user-defined ones."""
     from tokenizers import AddedToken
 
     is_control = types == _CONTROL
-    for token in END_OF_TURN:  # files that mark these otherwise are mistaken
+    for token in END_OF_TURN:  # some files mark these wrongly
         if token in tokens:
             is_control[tokens.index(token)] = True
-    # Phi-3's templates put a line break after each role, which its special tokens swallow.
+    # Phi-3's templates put a line break after each role, which its special tokens strip.
     name = str(get.file.metadata.get("general.name", "")).lower()
     is_phi3 = get("model") == "llama" and ("phi-3" in name or "phi3" in name)
     keeps_space = ("<unk>", "<s>", "<|endoftext|>")

@@ -34,15 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Completes one prompt, or every line of a JSONL file.
 
-    With --prompt the text streams to stdout as it is made; one line on stderr sums up. With
-    --num-beams it is the likeliest one that a beam search finds, printed at its end.
+    With --prompt the text streams to stdout, followed by a one-line summary on stderr. With
+    --num-beams it is the likeliest text that a beam search finds, printed at the end.
 
     With --input and --output each input line is an object with one of "prompt" (continued as it
     is), "messages" (through the chat template) or "prompt_token_ids", and may have "id" (default:
     the line number) and "sampling_params" (over the flags). Results are appended in the order in
     which they finish, as {"line", "id", "key", "num_prompt_tokens", "outputs": [{"text",
-    "token_ids", "finish_reason", ...}]}. Killed at any moment and run again, the job goes on where
-    it was. Bad lines are reported, the rest is done, and the exit status is 1.
+    "token_ids", "finish_reason", ...}]}. A job that was killed continues where it was when it is
+    run again. Bad lines are reported and the others completed; the exit status is then 1.
     """
     sampling = flags.sampling_fields(args)
     beams = flags.make_beam_params(args)
@@ -105,15 +105,8 @@ def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
 
     from jinfer.config.sampling_params import RequestOutputKind
 
-    settings = {"model": args.model, "sampling": sampling}
-    for name in ("dtype", "quantization", "tokenizer", "revision", "max_model_len"):
-        settings[name] = getattr(args, name, None)
-    if hasattr(args, "kv_cache_dtype"):
-        settings["kv_cache_dtype"] = args.kv_cache_dtype
-    if getattr(args, "speculative_config", {}).get("acceptance") == "typical":  # lossy
-        settings["speculative_config"] = args.speculative_config
     flags.make_params(sampling)  # wrong flags fail at once, not on every line
-    with jsonl.Job(args.input, args.output, settings) as job:
+    with jsonl.Job(args.input, args.output, _settings(args, sampling)) as job:
         if job.num_done == job.num_lines:
             say(f"nothing to do: all {job.num_lines} lines are done")
             return 0
@@ -150,13 +143,30 @@ def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
                     on_progress=advance,
                 )
         except KeyboardInterrupt:
-            say(f"{args.output} holds whole lines; the same command goes on from there")
+            say(f"{args.output} has complete lines only; the same command continues from there")
             raise
         num_done = job.num_done + summary.num_done
         rate = format_rate(summary.num_output_tokens, time.perf_counter() - begin)
         say(f"{num_done} of {job.num_lines} lines done ({rate})")
         if job.num_appended:
-            say(f"{job.num_appended} lines came during the run: the same command does them")
+            say(f"{job.num_appended} lines came during the run; run the same command to do them")
+    return _report_failures(summary)
+
+
+def _settings(args: argparse.Namespace, sampling: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that the results of a job depend on; a changed one starts it anew."""
+    settings = {"model": args.model, "sampling": sampling}
+    for name in ("dtype", "quantization", "tokenizer", "revision", "max_model_len"):
+        settings[name] = getattr(args, name, None)
+    if hasattr(args, "kv_cache_dtype"):
+        settings["kv_cache_dtype"] = args.kv_cache_dtype
+    if getattr(args, "speculative_config", {}).get("acceptance") == "typical":  # lossy
+        settings["speculative_config"] = args.speculative_config
+    return settings
+
+
+def _report_failures(summary: jsonl.Summary) -> int:
+    """Names the lines that failed; returns the exit status."""
     if not summary.num_failed:
         return 0
     shown = ", ".join(map(str, summary.failed_lines))

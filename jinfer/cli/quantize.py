@@ -1,8 +1,9 @@
-"""`jinfer quantize`: a float model to a quantized folder, with a report of what it cost."""
+"""`jinfer quantize`: quantizes a float model into a folder and reports the loss of quality."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import time
 from typing import Any
@@ -38,34 +39,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-bits",
         type=float,
         metavar="BITS",
-        help="choose 3, 4, 5, 6 or 8 bits for each group of linears by what rounding it alone does "
-        "to the model, BITS a weight on average with scales; the rest of --format stays",
+        help="choose 3, 4, 5, 6 or 8 bits for each group of linears by the effect of rounding it, "
+        "on average BITS per weight including scales; the rest of --format is kept",
     )
     parser.add_argument("--export", default="native", choices=EXPORTS, help="of the files (native)")
+    _add_method_arguments(parser)
+    _add_text_arguments(parser)
+
+
+def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("method")
     options.add_argument(
         "--scales",
         choices=("extremes", "mse", "hessian"),
         default=argparse.SUPPRESS,
-        help="what sets each group's range: its extremes, a search for the least error of the "
-        "weights, or one for what GPTQ pays for them (hessian for gptq, else extremes)",
+        help="how each group's range is chosen: its extremes, the least error of the weights, or "
+        "that error as GPTQ weights it (hessian for gptq, else extremes)",
     )
     options.add_argument(
         "--order",
         choices=("none", "act", "group"),
         default=argparse.SUPPRESS,
-        help="of GPTQ's inputs (act)",
+        help="order in which GPTQ rounds inputs (act)",
     )
-    options.add_argument("--damp", type=float, default=argparse.SUPPRESS, help="GPTQ's (0.01)")
+    options.add_argument(
+        "--damp", type=float, default=argparse.SUPPRESS, help="damping of GPTQ (0.01)"
+    )
     options.add_argument(
         "--correct",
         type=float,
         default=argparse.SUPPRESS,
         metavar="STRENGTH",
-        help="GPTQ first moves weights to make up for quantized inputs, 0 .. 1 (0)",
+        help="how far GPTQ first moves weights to compensate for quantized inputs, 0 .. 1 (0)",
     )
     options.add_argument(
-        "--alpha", type=float, default=argparse.SUPPRESS, help="SmoothQuant's (0.5)"
+        "--alpha", type=float, default=argparse.SUPPRESS, help="alpha of SmoothQuant (0.5)"
     )
     options.add_argument(
         "--clip",
@@ -79,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="calibrate on quantized blocks (on; off for awq, as its authors do)",
     )
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--calibration",
@@ -86,42 +97,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text or JSONL, plain or .gz; self (default): text that the model generates",
     )
     text.add_argument("--num-sequences", type=int, help="(128)")
-    text.add_argument("--length", type=int, help="tokens a sequence (512, if the model has them)")
+    text.add_argument("--length", type=int, help="tokens per sequence (512, or the model's limit)")
     text.add_argument("--seed", type=int, help="(0)")
     text.add_argument(
         "--held-out",
         type=int,
         default=8,
         metavar="N",
-        help="further sequences to judge the result on (8); 0: none",
+        help="further sequences for the evaluation of the result (8); 0: none",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantizes a model block by block, judges it on held-out text and writes a folder.
+    """Quantizes a model block by block, evaluates it on held-out text and writes a folder.
 
-    The folder holds the weights, the tokenizer and quantization.json, .md and .svg. A killed run
-    goes on where it was when the same command is given again.
+    The folder holds the weights, the tokenizer and quantization.json, .md and .svg. A run that was
+    killed resumes when the same command is given again.
 
-    With --check it examines a folder, whoever made it: values that are not finite, inverted scales,
-    zero points of the wrong GPTQ version, weights that are not those of the float model. The exit
-    status is 1 if something is wrong.
+    With --check it examines a quantized folder of any origin for values that are not finite,
+    inverted scales, zero points of the wrong GPTQ version, and weights that differ from the float
+    model's. The exit status is 1 if something is wrong.
     """
     if args.check is not None:
         return _check(args)
     args.model = args.model or DEFAULT_MODEL
-    import jax
-
-    import jinfer
     from jinfer.checkpoints.fill import fill, resolve_dtype
-    from jinfer.checkpoints.hf import generation_files
+    from jinfer.quant.run.job import run_job
+
+    task = _prepare(args)
+    params = fill(task.checkpoint, resolve_dtype(None, task.checkpoint.dtype))
+    tokens, held_out = sequences(args, task.model, params, task.needs_text)
+    choices = []
+    if args.target_bits is not None:
+        task.recipe, choices = _choose_widths(args, task, params, tokens)
+    job = _make_job(args, task, tokens, held_out, choices)
+    num_layers = task.model.config.num_layers
+    with progress(num_layers, "quantizing", "layer", seconds=0) as bar:
+
+        def resume(num_done: int, folder: pathlib.Path) -> None:
+            say(f"{num_done} of {num_layers} layers are done: an earlier run left them in {folder}")
+            bar.update(num_done)
+
+        report = run_job(
+            job,
+            task.checkpoint,
+            task.model,
+            params,
+            on_layer=lambda i, rows: bar.update(),
+            on_resume=resume,
+        )
+    for line in report.summary():
+        say(line)
+    say(f"wrote {args.output}")
+    return 0
+
+
+@dataclasses.dataclass
+class _Task:
+    """What the flags ask for; with --target-bits, `recipe` is preliminary until widths are chosen.
+
+    Attributes:
+      method: the method of every linear that no rule names.
+      recipe, label: see `Job`.
+      checkpoint, model: the float model.
+      needs_text: whether calibration text is read.
+    """
+
+    method: Any
+    recipe: Any
+    label: str
+    checkpoint: Any
+    model: Any
+    needs_text: bool
+
+
+def _prepare(args: argparse.Namespace) -> _Task:
+    """Checks the flags against each other and the model, before weights or text are read."""
     from jinfer.checkpoints.load import open_checkpoint
     from jinfer.checkpoints.save import check_free
-    from jinfer.checkpoints.tokenizer import tokenizer_files
     from jinfer.models.model import Model
     from jinfer.quant import sensitivity
     from jinfer.quant.recipe import Recipe, make_method
-    from jinfer.quant.run.job import Job, check_job, check_source, run_job
+    from jinfer.quant.run.job import Job, check_job, check_source
     from jinfer.setup.options import enable_compilation_cache
 
     check_free(args.output)
@@ -143,58 +200,57 @@ def run(args: argparse.Namespace) -> int:
         sensitivity.check(model, method, args.target_bits)
         recipe = sensitivity.mixed(method)
         label = f"{args.method} {method.format} at {args.target_bits:g} bits"
-    # What cannot work is found before the weights are read and text is written.
     check_job(Job(output=args.output, recipe=recipe, label=label, export=args.export), model)
-    params = fill(checkpoint, resolve_dtype(None, checkpoint.dtype))
-    sequential = args.method != "awq" if args.sequential is None else args.sequential
     needs_text = recipe.needs_calibration or args.target_bits is not None
-    tokens, held_out = sequences(args, model, params, needs_text)
-    choices = []
-    if args.target_bits is not None:
-        with progress(4 * model.config.num_layers, "measuring", "group") as bar:
-            recipe, choices = sensitivity.choose(
-                model,
-                params,
-                method,
-                args.target_bits,
-                tokens[: -(-_MEASURED_TOKENS // args.length)],
-                on_unit=lambda _: bar.update(),
-            )
+    return _Task(method, recipe, label, checkpoint, model, needs_text)
+
+
+def _choose_widths(args: argparse.Namespace, task: _Task, params: Any, tokens: Any) -> Any:
+    """Returns the recipe and choices of --target-bits."""
+    from jinfer.quant import sensitivity
+
+    with progress(4 * task.model.config.num_layers, "measuring", "group") as bar:
+        return sensitivity.choose(
+            task.model,
+            params,
+            task.method,
+            args.target_bits,
+            tokens[: -(-_MEASURED_TOKENS // args.length)],
+            on_unit=lambda _: bar.update(),
+        )
+
+
+def _make_job(
+    args: argparse.Namespace, task: _Task, tokens: Any, held_out: Any, choices: Any
+) -> Any:
+    import jax
+
+    import jinfer
+    from jinfer.checkpoints.hf import generation_files
+    from jinfer.checkpoints.tokenizer import tokenizer_files
+    from jinfer.quant.run.job import Job
+
+    needs_calibration = task.recipe.needs_calibration
     calibration = {}
-    if recipe.needs_calibration:
+    if needs_calibration:
         calibration = {"source": args.calibration, "sequences": len(tokens)}
         calibration |= {"tokens each": args.length, "seed": args.seed}
-    job = Job(
+    files = tokenizer_files(args.model, args.revision) | generation_files(task.checkpoint.path)
+    return Job(
         output=args.output,
-        recipe=recipe,
-        label=label,
+        recipe=task.recipe,
+        label=task.label,
         export=args.export,
-        tokens=tokens if recipe.needs_calibration else None,
+        tokens=tokens if needs_calibration else None,
         calibration=calibration,
         held_out=held_out,
         held_out_source=f"{args.calibration}, not used for calibration",
-        is_sequential=sequential,
-        files=tokenizer_files(args.model, args.revision) | generation_files(checkpoint.path),
-        vocabulary=vocabulary(args, model) if args.export == "gguf" else None,
+        is_sequential=args.method != "awq" if args.sequential is None else args.sequential,
+        files=files,
+        vocabulary=vocabulary(args, task.model) if args.export == "gguf" else None,
         choices=choices,
         versions={"jinfer": jinfer.__version__, "jax": jax.__version__},
     )
-    with progress(model.config.num_layers, "quantizing", "layer", seconds=0) as bar:
-
-        def resume(num_layers: int, folder: pathlib.Path) -> None:
-            total = model.config.num_layers
-            say(f"{num_layers} of {total} layers are done: an earlier run left them in {folder}")
-            bar.update(num_layers)
-
-        report = run_job(
-            *(job, checkpoint, model, params),
-            on_layer=lambda i, rows: bar.update(),
-            on_resume=resume,
-        )
-    for line in report.summary():
-        say(line)
-    say(f"wrote {args.output}")
-    return 0
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -205,7 +261,7 @@ def _check(args: argparse.Namespace) -> int:
     unset = vars(parser.parse_args(["--check", str(args.check)]))
     for name, value in vars(args).items():
         if name not in ("model", "debug", "run") and value != unset.get(name):
-            raise ValueError(f"--{name.replace('_', '-')} is nothing to --check: drop it")
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --check: drop it")
     diagnosis = examine(args.check, args.model)
     for fact in diagnosis.facts:
         say(fact)
@@ -214,12 +270,12 @@ def _check(args: argparse.Namespace) -> int:
     if diagnosis.problems:
         say(f"error: {len(diagnosis.problems)} problems in {args.check}")
         return 1
-    say(f"{args.check} is sound")
+    say(f"{args.check} has no problems")
     return 0
 
 
 def _set_text_flags(args: argparse.Namespace, reads_text: bool) -> None:
-    """Puts in the defaults of the calibration text; refuses its flags where none is read."""
+    """Sets the defaults of the calibration text; refuses its flags if no text is read."""
     for name, value in _TEXT_FLAGS.items():
         if getattr(args, name) is not None and not reads_text:
             raise ValueError(
@@ -231,7 +287,7 @@ def _set_text_flags(args: argparse.Namespace, reads_text: bool) -> None:
 
 
 def check_sequences(args: argparse.Namespace, config: Any) -> None:
-    """Settles --length; raises ValueError for sequences that cannot be had, before any work.
+    """Sets --length, and raises ValueError for impossible sequences.
 
     Without a config, no sequence is read.
     """
@@ -244,10 +300,10 @@ def check_sequences(args: argparse.Namespace, config: Any) -> None:
 
 
 def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: bool) -> Any:
-    """Calibration and held-out sequences, i32 [n, T] and [m, T] or None.
+    """Returns calibration and held-out sequences, i32 [n, T] and [m, T], or None.
 
     The held-out ones depend on the text, --held-out, --length and --seed alone, so that methods
-    which calibrate and methods which do not are judged on the same tokens.
+    with and without calibration are evaluated on the same tokens.
     """
     wanted = args.num_sequences if calibrates else 0
     total = wanted + args.held_out
@@ -281,9 +337,9 @@ def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: boo
 
 
 def _own_text(model: Any, params: Any, num: int, length: int, seed: tuple[int, int]) -> Any:
-    """Samples sequences from the model itself, from its first token on; [num, length].
+    """Samples sequences [num, length] from the model itself, each from its first token on.
 
-    `seed` is the run's, and a number that tells its uses apart.
+    `seed` is the seed of the run and a number for this use of it.
     """
     import jax
     import jax.numpy as jnp
@@ -307,7 +363,7 @@ def _own_text(model: Any, params: Any, num: int, length: int, seed: tuple[int, i
 
 
 def vocabulary(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """The tokenizer as a GGUF file's metadata."""
+    """Returns the tokenizer as metadata of a GGUF file."""
     from jinfer.checkpoints.gguf.vocabulary import tokenizer_metadata
     from jinfer.checkpoints.gguf.write import architecture_of
     from jinfer.checkpoints.tokenizer import load_tokenizer

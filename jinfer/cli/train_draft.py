@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     from jinfer.checkpoints.families import config_from_hf
     from jinfer.checkpoints.load import open_checkpoint
-    from jinfer.checkpoints.save import save_folder
+    from jinfer.checkpoints.save import Extras, save_folder
     from jinfer.checkpoints.tokenizer import tokenizer_files
     from jinfer.models.model import Model
     from jinfer.training import draft as draft_training
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.output / "model"
     if not folder.exists():
         files = tokenizer_files(args.model)
-        save_folder(folder, draft, {**params, **weights}, hf, dtype="float32", files=files)
+        all_params, extras = {**params, **weights}, Extras(files=files)
+        save_folder(folder, draft, all_params, hf, dtype="float32", extras=extras)
     report = {"greedy": greedy, "sampled": sampled, "windows": len(data.held_tokens)}
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"on {report['windows']} windows kept apart, of {NUM_DRAFTS} drafts a step:")

@@ -1,4 +1,4 @@
-"""What a user asks of beam search; knows nothing of arrays, tokenizers or models."""
+"""Parameters of beam search."""
 
 from __future__ import annotations
 
@@ -28,27 +28,26 @@ EarlyStopping = bool | Literal["never"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """How the beams of one prompt are kept, ended and reported.
+    """Parameters of the beam search of one prompt.
 
-    The search is that of `transformers`. A step looks at the max(2, 1 + end tokens) * beam_width
+    The search is that of `transformers`. A step considers the max(2, 1 + end tokens) * beam_width
     best continuations of all beams. Those among the first beam_width that end a text are finished
     with the score
 
         sum of log probabilities / (output tokens, the end token included) ** length_penalty
 
-    and the best beam_width that end none go on. (vLLM counts the prompt's tokens, too.)
+    and the best beam_width that do not end a text are kept. (vLLM counts the prompt's tokens, too.)
 
     Attributes:
       beam_width: beams kept.
-      max_tokens: output tokens at most; fewer where the context ends.
-      ignore_eos: go on after the model's end tokens.
+      max_tokens: most output tokens; fewer where the context ends.
+      ignore_eos: continue after the model's end tokens.
       stop_token_ids: ids that end a text, besides the model's end tokens.
-      temperature: divides the logits; 0, the default of vLLM, leaves them as they are, as 1 does;
-        in (0, 0.01) it becomes 0.01.
+      temperature: divides the logits; 0, vLLM's default, means 1; values in (0, 0.01) become 0.01.
       length_penalty: above 0 favours long texts, below 0 short ones; in [-32, 32].
-      early_stopping: when the search ends, with beam_width finished texts at hand: True, at once;
-        False, when the best beam, were it to end here, is worse than all of them; "never", when it
-        cannot become better at any length.
+      early_stopping: when the search ends after beam_width texts are finished. True: at once.
+        False: when the best beam, if it ended now, would be worse than all of them. "never": when
+        it cannot become better at any length.
       num_return_sequences: at most beam_width; None = beam_width.
       allowed_token_ids: all other tokens are banned, without renormalising.
       include_stop_str_in_output: keep the end token in the text.

@@ -6,7 +6,7 @@ import dataclasses
 
 from jinfer.config.fields import require as require
 
-# Formats of K and V in the cache and the bits of a value; those below 16 have scales beside.
+# Formats of K and V in the cache and the bits of a value; those below 16 have scales.
 KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "int8": 8, "int4": 4}
 
 
@@ -14,10 +14,10 @@ _KV_NAMES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 
 def kv_format(name: str, field: str = "kv_cache_dtype") -> str:
-    """Returns the one name of a KV format that goes by several; `field` is what it is given for.
+    """Returns the canonical name of a KV format; `field` is named in errors.
 
     Raises:
-      ValueError: K and V cannot be kept so.
+      ValueError: the format is not supported for K and V.
     """
     found = _KV_NAMES.get(name, name) if isinstance(name, str) else name
     require(
@@ -29,7 +29,7 @@ def kv_format(name: str, field: str = "kv_cache_dtype") -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The paged KV pool: `num_pages` pages a layer, `page_size` tokens each.
+    """The paged KV pool: `num_pages` pages per layer, `page_size` tokens each.
 
     Attributes:
       dtype: format of K and V, see `KV_BITS`; fp8 and fp8_e4m3 become float8_e4m3fn.
@@ -49,10 +49,10 @@ class CacheConfig:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether every token and head has a scale beside its K and one beside its V."""
+        """Whether every token and head has a scale for K and one for V."""
         return KV_BITS[self.dtype] < 16
 
     @property
     def num_slots(self) -> int:
-        """Token places in one layer's share of the pool."""
+        """Token places per layer."""
         return self.num_pages * self.page_size

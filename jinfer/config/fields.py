@@ -1,6 +1,6 @@
-"""Reads single values that users give: of the kind that a field wants, or refused by its name.
+"""Reads and checks single values from users; errors name the field.
 
-Messages are one line of limited length, whatever was given: an array, a whole text.
+Messages are one line of limited length, even for arrays and long texts.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def read_float(name: str, value: Any) -> float:
 
 
 def read_bool(name: str, value: Any) -> bool:
-    """Returns a bool; everything else is refused, for a text "False" would be true."""
+    """Returns a bool; refuses everything else, since a text "False" would be true."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {shown(value)}")
     return value
@@ -96,9 +96,9 @@ def check_kinds(
     texts: Iterable[str] = (),
     optional: Iterable[str] = (),
 ) -> None:
-    """Raises ValueError for a value of another kind than its name says; optional ones may be None.
+    """Raises ValueError for a value of a wrong kind; optional ones may be None.
 
-    Python's own kinds alone: what is kept as it is must be hashable, and print as a number.
+    Only Python's own kinds, since values that are kept must be hashable and print as a number.
     """
     for kind, names in {"int": ints, "float": floats, "bool": flags, "str": texts}.items():
         for name in names:
@@ -202,7 +202,7 @@ def read_strings(name: str, value: Any) -> tuple[str, ...]:
 def check_keywords(
     owner: type, args: Sequence[Any], kwargs: Iterable[str], table: Mapping[str, str], example: str
 ) -> None:
-    """Checks what a dataclass is made with, before it would answer with a bare TypeError.
+    """Checks the arguments of a dataclass, for which it would raise a bare TypeError.
 
     Raises:
       TypeError: positional arguments.
@@ -218,7 +218,7 @@ def check_keywords(
 
 
 def _explain_unknown(owner: Any, name: str, table: Mapping[str, str]) -> str:
-    """Returns why `name` is no field of a dataclass, and what might be meant."""
+    """Returns why `name` is no field of a dataclass, with the nearest field."""
     start = f"{owner.__name__} has no field {name!r}"
     if name in table:
         return f"{start}: {table[name]}"

@@ -1,4 +1,4 @@
-"""Bytes that a model needs: weights, KV cache, one step's temporaries. Arithmetic only, no jax.
+"""Computes the bytes that a model needs: weights, KV cache, one step's temporaries.
 
 KV bytes = 2 (K and V) * layers * kv_heads * (head_dim * bytes a value + bytes a scale) * tokens
 """
@@ -60,7 +60,7 @@ class WeightShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `batch` sequences of `context` tokens need, in bytes; see `plan()`."""
+    """Bytes for `batch` sequences of `context` tokens; see `plan()`."""
 
     num_params: int
     weight_bytes: int

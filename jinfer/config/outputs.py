@@ -1,7 +1,7 @@
-"""What generation returns, under the names that vLLM's users know; knows nothing of the engine.
+"""Results of generation, with vLLM's names.
 
-Fields of vLLM that name features which do not exist here (encoder prompts, KV transfer) are absent
-rather than always None.
+Fields of vLLM for features that do not exist here (encoder prompts, KV transfer) are absent rather
+than always None.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class RequestMetrics:
       arrival_time: the request entered the waiting queue.
       first_scheduled_time: its first chunk was planned.
       first_token_time: its first token reached the host.
-      finished_time: it finished, for whatever reason.
+      finished_time: it finished, for any reason.
       num_preemptions: how often its pages were taken and its tokens recomputed.
       num_decode_steps, num_decode_tokens: (with speculation) steps after the prompt, and the
-        tokens that they brought.
-      num_drafted_tokens, num_accepted_tokens: (with speculation) drafts, and those that stood.
+        tokens that they yielded.
+      num_drafted_tokens, num_accepted_tokens: (with speculation) drafts, and accepted drafts.
       num_drafted_at, num_accepted_at: the same by position: the first drafts of all steps, the
         second ones, and so on.
     """
@@ -57,7 +57,7 @@ class RequestMetrics:
     num_accepted_at: list[int] = dataclasses.field(default_factory=list)
 
     def note_drafts(self, num_drafted: int, num_accepted: int) -> None:
-        """Counts the drafts of one step, of which the first `num_accepted` stood."""
+        """Counts the drafts of one step, of which the first `num_accepted` were accepted."""
         self.num_drafted_tokens += num_drafted
         self.num_accepted_tokens += num_accepted
         for counts in (self.num_drafted_at, self.num_accepted_at):
@@ -68,16 +68,16 @@ class RequestMetrics:
 
     @property
     def acceptance_at(self) -> tuple[float, ...]:
-        """Shares of the first, second, ... drafts that stood; empty without drafts.
+        """Shares of the first, second, ... drafts that were accepted; empty without drafts.
 
-        Drafts that were not reached because an earlier one fell have fallen.
+        Drafts after a rejected one count as rejected.
         """
         pairs = zip(self.num_accepted_at, self.num_drafted_at, strict=True)
         return tuple(accepted / max(1, drafted) for accepted, drafted in pairs)
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Tokens that a step brought on average, or None without speculation."""
+        """Average number of tokens per step, or None without speculation."""
         return self.num_decode_tokens / self.num_decode_steps if self.num_decode_steps else None
 
     @property
@@ -107,7 +107,7 @@ class CompletionOutput:
       logprobs: for each token a dict from token id to `Logprob`; None unless asked for.
       finish_reason: "stop", "length", "abort" or "error"; None while generation goes on.
       stop_reason: the stop string or stop token id that ended it; None for end of sequence.
-      error: what went wrong, with finish reason "error".
+      error: description of the error, with finish reason "error".
     """
 
     index: int
@@ -126,7 +126,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(kw_only=True)
 class RequestOutput:
-    """Everything about one prompt.
+    """Result of one prompt.
 
     Attributes:
       request_id: unique in the engine.
@@ -184,11 +184,11 @@ class BeamSearchSequence:
 
 @dataclasses.dataclass(kw_only=True)
 class BeamSearchOutput:
-    """What beam search found for one prompt.
+    """Result of beam search for one prompt.
 
     Attributes:
-      sequences: best first; fewer than asked for only where masks leave no more.
-      error: why there is none, where masks leave no text at all; None otherwise.
+      sequences: best first; fewer than requested only where masks leave no more.
+      error: the reason if masks leave no text at all; None otherwise.
     """
 
     sequences: list[BeamSearchSequence]

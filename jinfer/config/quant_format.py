@@ -1,4 +1,4 @@
-"""Number formats of quantized weights: what they are, and how their names are read and printed."""
+"""Number formats of quantized weights, and the parser and printer of their names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _FORMAT = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class QFormat:
-    """How a weight is stored and what its inputs go through; hashable, printed and parsed.
+    """Format of a weight and of its inputs; hashable, printed and parsed.
 
     Examples: int4-g128, int4-g64-asym, int8-channel:dyn, fp8-e4m3-block128:dyn, nf4-g64-dq.
 
@@ -56,10 +56,10 @@ class QFormat:
       kind: how a code is read: a signed integer, an fp8 number, or an index into a codebook.
       group: inputs that share a scale; CHANNEL (-1) all of them, TENSOR (0) one scale in all.
       symmetric: no zero point.
-      act: what happens to the inputs: None (kept in float); "dyn", one scale a token found on the
-        fly, amax / 127 (int8) or amax / 448 (fp8), one a token and group if block > 1; "dyn-full",
-        the same with amax / 127.5; "static", the scale stored beside the weight; "outlier",
-        LLM.int8(): "dyn", but features with any |x| >= 6 multiply in float.
+      act: quantization of the inputs: None (float); "dyn", one scale per token found at run time,
+        amax / 127 (int8) or amax / 448 (fp8), one per token and group if block > 1; "dyn-full",
+        the same with amax / 127.5; "static", the scale stored with the weight; "outlier",
+        LLM.int8(): "dyn", but features with any |x| >= 6 are multiplied in float.
       block: outputs that share a scale (fp8 blocks: group = block = 128).
       float_zero: the zero point is a float (HQQ, GGUF's minimum), not a code.
       double_quant: the scales themselves are 8-bit codes (bitsandbytes).

@@ -1,7 +1,7 @@
-"""Names of other engines' arguments that are not applied here: why, and what to use instead.
+"""Arguments of other engines that are not supported, with the reason and what to use instead.
 
-A refused name is taken at values that ask for nothing (None, and the default of the engine that it
-comes from), so that a script that spells out defaults runs.
+A refused name is accepted with values that change nothing (None, and the default of its engine), so
+that a script with explicit defaults runs.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any, NamedTuple
 
 
 class Refusal(NamedTuple):
-    """Why a name is not applied.
+    """Why a name is not supported.
 
     Attributes:
       reason: and what to use instead.
-      neutral: values that ask for nothing, besides None.
+      neutral: values that change nothing, besides None.
     """
 
     reason: str
     neutral: tuple[Any, ...] = ()
 
     def allows(self, value: Any) -> bool:
-        """Whether `value` asks for nothing."""
+        """Whether `value` changes nothing."""
         return value is None or any(_is_same(value, x) for x in self.neutral)
 
 
 def _is_same(value: Any, neutral: Any) -> bool:
-    """Whether two values are equal, and neither a bool unless both are; arrays never are."""
+    """Whether two values are equal and both or neither are bools; False for arrays."""
     is_number = isinstance(neutral, numbers.Real) and isinstance(value, numbers.Real)
     is_alike = is_number and isinstance(value, bool) == isinstance(neutral, bool)
     return (is_alike or type(value) is type(neutral)) and value == neutral

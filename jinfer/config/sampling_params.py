@@ -1,6 +1,6 @@
-"""What a user asks of sampling: every field is applied, or refused by name with the reason.
+"""Sampling parameters of a request; every field is applied, or refused by name with the reason.
 
-Knows nothing of arrays, tokenizers or models; `jinfer/sampling/process.py` applies these fields.
+`jinfer/sampling/process.py` applies these fields.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from jinfer.config.fields import (
 )
 
 MIN_TEMPERATURE = 0.01
-"""Temperatures in (0, 0.01) are raised to this: f32 logits divided by less lose their meaning."""
+"""Temperatures in (0, 0.01) are raised to this: f32 logits divided by less lose precision."""
 
 MAX_LOGIT_BIAS_VALUE = 100.0
 """Biases are clamped to plus or minus this, as the OpenAI API does."""
 
 MAX_REPETITION_PENALTY = 1e6
-"""Beyond this, and below its inverse, a logit times it may leave the range of f32."""
+"""Limit, also of the inverse, so that a logit times the penalty stays in the range of f32."""
 
 MAX_N = 16384
-"""Most samples of a request: each is queued as a sequence of its own."""
+"""Most samples of a request; each is queued as a sequence of its own."""
 
 MAX_TOP_K = 2**31 - 1
-"""Larger ones become this, which keeps the whole of any vocabulary."""
+"""Larger values become this, which keeps the whole of any vocabulary."""
 
 NO_TOKEN = -2
-"""Stands for a sampled token where a request's constraints leave none."""
+"""Takes the place of a sampled token where a request's constraints leave none."""
 
 
 class RequestOutputKind(enum.Enum):
-    """What each `RequestOutput` of a streamed request holds."""
+    """Content of each `RequestOutput` of a streamed request."""
 
     CUMULATIVE = 0  # everything so far
     DELTA = 1  # what is new since the last one
@@ -87,9 +87,9 @@ def _as_output_kind(value: Any) -> RequestOutputKind:
 class SamplingParams:
     """How one request is sampled, stopped and reported.
 
-    The order in which the distribution is shaped is in `sampling.process.process_logits`. Names
-    and defaults are those that users of other engines know. Everything is validated and normalised
-    here: greedy decoding (temperature 0) resets top_p, top_k and min_p, which cannot change it;
+    `sampling.process.process_logits` documents the order in which they are applied. Names and
+    defaults are those of other engines. Everything is validated and normalized here: greedy
+    decoding (temperature 0) resets top_p, top_k and min_p, which cannot change it;
     temperatures in (0, 0.01) become 0.01; top_k = -1 becomes 0; seed = -1 becomes None;
     logit_bias is clamped to +-100; lists become tuples without repetitions.
 
@@ -104,19 +104,19 @@ class SamplingParams:
       logit_bias: token id -> amount added to its logit.
       allowed_token_ids: all other tokens are banned.
       bad_words: words that the output never completes, wherever they begin in it.
-      min_tokens: end-of-sequence and stop ids are banned until so many tokens are out.
-      max_tokens: output tokens at most; None = to the end of the context.
+      min_tokens: end-of-sequence and stop ids are banned before this number of output tokens.
+      max_tokens: most output tokens; None = to the end of the context.
       stop: strings that end the text; need `detokenize`.
       stop_token_ids: ids that end it, besides the model's end tokens.
-      ignore_eos: go on after the model's end tokens.
-      seed: in [0, 2**64); the result then depends on nothing but the request; None = fresh.
-      logprobs: report so many most likely tokens beside each sampled one; 0 = the sampled one
+      ignore_eos: continue after the model's end tokens.
+      seed: in [0, 2**64); the result then depends on the request alone; None = random.
+      logprobs: number of most likely tokens to report with each sampled one; 0 = the sampled one
         alone; -1 = the whole vocabulary.
       prompt_logprobs: the same for the prompt's tokens.
-      detokenize: make text at all.
+      detokenize: whether to make text.
       skip_special_tokens, spaces_between_special_tokens, include_stop_str_in_output: of the text.
-      output_kind: what each streamed output holds.
-      skip_reading_prefix_cache: compute the whole prompt, cached or not, as `prompt_logprobs` does.
+      output_kind: content of each streamed output.
+      skip_reading_prefix_cache: compute the whole prompt even if cached, as for `prompt_logprobs`.
 
     Raises:
       ValueError: a value out of range, fields that contradict each other, or a name that is not
@@ -171,7 +171,7 @@ class SamplingParams:
     skip_clone: InitVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
-        """Explains unknown names before the dataclass would answer with a bare TypeError."""
+        """Explains unknown names, for which the dataclass would raise a bare TypeError."""
         example = "SamplingParams(temperature=0.8, max_tokens=64)"
         check_keywords(cls, args, kwargs, refusals.SAMPLING_NAMES, example)
         return super().__new__(cls)
@@ -188,7 +188,7 @@ class SamplingParams:
         self._check_contradictions()
 
     def _normalise(self) -> None:
-        """Brings every field to its one type; a wrong kind of value is refused here."""
+        """Converts every field to its type; refuses values of a wrong kind."""
 
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
@@ -287,12 +287,12 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is taken, with no chance involved."""
+        """Whether the most likely token is always taken."""
         return self.temperature == 0.0
 
     @classmethod
     def from_optional(cls, **kwargs: Any) -> SamplingParams:
-        """Builds from values of which None means "the default" (but max_tokens=None: no limit)."""
+        """Builds parameters from values; None is the default (of max_tokens: no limit)."""
         given: dict[str, Any] = {
             k: v for k, v in kwargs.items() if v is not None or k == "max_tokens"
         }
@@ -335,7 +335,7 @@ _REFUSED_IN_ORDER = [
 def child_seed(seed: int, index: int) -> int:
     """Returns the seed of sample `index` of a request with n samples, in [0, 2**64).
 
-    Sample 0 keeps the seed, so that the first of n equals the only one of n = 1; the others are
+    Sample 0 keeps the seed, so that the first of n samples equals the one of n = 1. The others are
     mixed (SplitMix64; Steele et al. 2014), so that seeds 7 and 8 with n = 2 share no sample.
     """
     if index == 0:

@@ -30,28 +30,28 @@ MAX_TREE_NODES = 63
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeculativeConfig:
-    """How several tokens are drafted and then verified in one step of the model.
+    """Speculative decoding: several tokens are drafted and then verified in one step of the model.
 
     Attributes:
-      method: "ngram": what mostly followed when the text ended alike. "self": the model
-        itself, its linears rounded to fewer bits, drafts in the same KV pages. "draft": another
-        model of the same vocabulary drafts. "medusa": a tree of the guesses of trained heads.
-        "lookahead": the model's own parallel guesses, as n-grams.
-      num_speculative_tokens: most drafts a sequence and step; those of a tree are its nodes.
-      adaptive: carry fewer drafts (a tree: none), or none, where steps with drafts are measured to
-        bring fewer tokens a second; otherwise all that there are.
-      prompt_lookup_max, prompt_lookup_min: ("ngram") tokens at the end of the text that are looked
-        for, as many as can be found.
-      format: ("self") of the rounded weights, as `LLM(quantization=)` has it.
+      method: "ngram": the most frequent continuation of the text's last tokens in the same text.
+        "self": the model itself with linears rounded to fewer bits, in the same KV pages.
+        "draft": another model of the same vocabulary. "medusa": a tree of guesses of trained
+        heads. "lookahead": the model's own parallel guesses, as n-grams.
+      num_speculative_tokens: most drafts per sequence and step; for a tree its nodes.
+      adaptive: use fewer drafts (a tree: none), or none, where steps with drafts are measured to
+        yield fewer tokens per second; otherwise always all.
+      prompt_lookup_max, prompt_lookup_min: ("ngram") limits of the number of last tokens to look
+        for; the longest match is used.
+      format: ("self") of the rounded weights, as in `LLM(quantization=)`.
       model, params, tokenizer: ("draft") as `LLM` takes them.
       heads: ("medusa") the folder that `jinfer train-medusa` wrote.
-      tree: ("medusa") guesses to verify, each a list of ranks, see `spec.medusa_tree`; None: the
-        tree that was fitted to the heads.
+      tree: ("medusa") guesses to verify, each a list of ranks, see `speculation.medusa_tree`;
+        None: the tree that was fitted to the heads.
       acceptance: ("medusa") "lossless": the tokens are those of plain decoding; "typical": lossy,
-        sampled rows keep drafts that are likely enough, see `spec.tree_accept`.
+        sampled rows keep drafts that are likely enough, see `speculation.accept_tree`.
       epsilon, alpha: ("medusa") of typical acceptance.
-      window, ngram_size, num_guesses: ("lookahead") W, N and G of `spec.lookahead`; its trees have
-        (W + G) (N - 1) nodes, which must not be more than 63.
+      window, ngram_size, num_guesses: ("lookahead") W, N and G of `speculation.lookahead`; its
+        trees have (W + G) (N - 1) nodes, at most 63.
     """
 
     method: str
@@ -125,7 +125,7 @@ class SpeculativeConfig:
 
     @property
     def max_depth(self) -> int:
-        """Most drafts of a sequence that can stand in one step."""
+        """Most drafts of a sequence that can be accepted in one step."""
         if not self.is_tree:
             return self.num_speculative_tokens
         if self.method == "lookahead":
@@ -139,7 +139,7 @@ class SpeculativeConfig:
 
     @property
     def num_ranks(self) -> int:
-        """Guesses of each Medusa head that the tree asks for."""
+        """Guesses of each Medusa head that the tree needs."""
         return 1 + max((max(node) for node in self.tree or ()), default=0)
 
     @property
@@ -149,7 +149,7 @@ class SpeculativeConfig:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> SpeculativeConfig:
-        """Makes a config of what a user gives.
+        """Makes a config from a user's dict.
 
         Raises:
           ValueError: an unknown method, or a key that the method does not have.

@@ -1,4 +1,4 @@
-"""Static scales of K and V, which a checkpoint brings from its calibration; knows no arrays.
+"""Static scales of K and V, which a checkpoint has from its calibration.
 
 x ~ code * scale, one scale for all tokens of a layer, or of each of its KV heads
 """
@@ -12,12 +12,12 @@ Scales = tuple[tuple[float, ...], ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StaticKV:
-    """What a model's pool of one format is to be scaled with; a part of `ModelConfig`.
+    """The scales for a pool of one format; a part of `ModelConfig`.
 
     Attributes:
-      dtype: the format, "float8_e4m3fn" or "int8". Pools of another do not use the scales.
+      dtype: the format, "float8_e4m3fn" or "int8". Pools of other formats do not use the scales.
       k, v: by layer, one number or one for each KV head.
-      is_default: whether the checkpoint asks for such a pool: then `kv_cache_dtype="auto"` is one.
+      is_default: whether `kv_cache_dtype="auto"` means this format.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""Shared type names; knows nothing of models or requests."""
+"""Shared type names."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Batch jobs: prompts from one JSONL file, results into another, resumable after any kill.
+"""Batch jobs: prompts from one JSONL file, results into another; resumable after any kill.
 
-Knows nothing of argparse, tokenizers or jax; drives an engine through `add_request` and `step`.
+A job drives an engine through `add_request` and `step`.
 An output line is the only state: whole lines are appended and synced, each names its input line and
-a key over that line and the job's settings. A restart drops a torn tail, checks every key, goes on.
+a key over that line and the job's settings. A restart drops an incomplete last line, checks every
+key and continues.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Line:
 
 @dataclasses.dataclass(kw_only=True)
 class Summary:
-    """What a run did; `failed_lines` holds the first few of the `num_failed`."""
+    """Counts of a run; `failed_lines` has the first few of the `num_failed` lines."""
 
     num_done: int = 0
     num_failed: int = 0
@@ -68,7 +69,7 @@ class Summary:
     failed_lines: list[int] = dataclasses.field(default_factory=list)
 
     def note_failure(self, number: int) -> None:
-        """Counts a line that has no result."""
+        """Counts a line without a result."""
         self.num_failed += 1
         if len(self.failed_lines) < MAX_REPORTED_LINES:
             self.failed_lines.append(number)
@@ -129,7 +130,7 @@ def parse_line(raw: bytes, number: int) -> Line:
     """Reads one input line; its id defaults to its line number.
 
     Raises:
-      ValueError: the line is no JSON object of the known keys, with what is wrong.
+      ValueError: the line is not a JSON object with the known keys.
     """
     fields = parse_json(raw)
     if not isinstance(fields, dict):
@@ -179,12 +180,12 @@ def parse_line(raw: bytes, number: int) -> Line:
 
 
 class Job:
-    """An input and an output file, the output locked, checked and cut back to whole lines.
+    """An input and an output file; the output is locked, checked and cut back to complete lines.
 
     Attributes:
       num_lines: input lines that are not blank.
-      num_done: of those, the ones that the output file answers already.
-      num_appended: lines that came later; another run does them.
+      num_done: of those, lines with a result in the output file.
+      num_appended: lines appended to the input later; another run processes them.
     """
 
     def __init__(self, input_path: Path, output_path: Path, settings: Mapping[str, Any]) -> None:
@@ -192,11 +193,11 @@ class Job:
 
         Args:
           input_path: a regular file (it is read twice: to check and count, and to run).
-          output_path: the results; an existing file is gone on with.
+          output_path: the results; an existing file is continued.
           settings: JSON values that change results (model, dtype, sampling defaults).
 
         Raises:
-          ValueError: the output file holds something else, or the results of another job.
+          ValueError: the output file has other content, or results of another job.
           OSError: a file cannot be opened.
         """
         self.input_path, self.output_path = input_path, output_path
@@ -233,7 +234,7 @@ class Job:
         os.close(self._fd)
 
     def open_lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yields the (number, raw line) pairs of the counted lines that have no result yet."""
+        """Yields (number, raw line) of the counted lines without a result."""
         self.num_appended = 0
         for number, raw in read_lines(self.input_path):
             if number > self._last_number:
@@ -246,10 +247,10 @@ class Job:
         return line_key(raw, self._settings)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes whole records and syncs them; on any failure none of them stays half written.
+        """Writes records and syncs them; after a failure none of them is partly written.
 
         Raises:
-          OSError: the file cannot take them; it stays resumable.
+          OSError: the records cannot be written; the file stays resumable.
         """
         lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
         view = memoryview("".join(f"{line}\n" for line in lines).encode())
@@ -280,7 +281,7 @@ class Job:
             raise ValueError(f"{self.output_path}: another process is writing it") from None
 
     def _recover(self) -> None:
-        """Notes which lines are done and cuts a torn tail, once the file is known to be ours."""
+        """Reads which lines are done; cuts an incomplete last line once all keys are checked."""
         tail = b""
         with open(self._fd, "rb", closefd=False) as file:
             for number, raw in enumerate(file, 1):
@@ -313,7 +314,7 @@ class Job:
 
     @functools.cached_property
     def _most_lines(self) -> int:
-        """An input has fewer lines than bytes: a wild number must not become an allocation."""
+        """Checks a line number against the input's size, to avoid a huge allocation."""
         with self.input_path.open("rb") as file:
             is_packed = file.read(2) == _GZIP
         return self.input_path.stat().st_size * (_MAX_UNPACKED if is_packed else 1)
@@ -325,7 +326,7 @@ class Job:
         )
 
     def _check_input(self) -> tuple[int, int]:
-        """Counts lines and done lines; refuses an output that answers something else."""
+        """Counts lines and done lines; refuses an output of other lines or settings."""
         num_lines = num_done = 0
         for number, raw in read_lines(self.input_path):
             num_lines += 1
@@ -391,7 +392,7 @@ def run(
     on_error: Callable[[int, str], None],
     on_progress: Callable[[Summary], None] = lambda summary: None,
 ) -> Summary:
-    """Sends every open line through the engine and appends results as they finish.
+    """Runs every line without a result through the engine and appends results as they finish.
 
     At most `max_in_flight` lines are in memory, however long the input.
 
@@ -399,14 +400,14 @@ def run(
       engine: an idle `LLM`.
       job: the open job.
       make_request: turns a line into (prompt, sampling params); a ValueError or TypeError from it
-        or from `add_request` fails this line alone.
+        or from `add_request` fails only this line.
       max_in_flight: requests that the engine holds, running and waiting.
-      on_error: called with line number and message of each line that fails, at the door or with an
-        error later; it has no result, so that another run of the job tries it again.
+      on_error: called with line number and message of each line that fails when it is added or
+        later; it has no result, so that another run of the job tries it again.
       on_progress: called after each step that finished lines, and for failed lines.
 
     Raises:
-      OSError: the output cannot be written; what it holds stays resumable.
+      OSError: the output cannot be written; it stays resumable.
     """
     summary = Summary()
     lines = job.open_lines()

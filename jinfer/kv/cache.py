@@ -1,4 +1,4 @@
-"""The paged KV cache: one donated pool for all layers; hides the page layout from everything else.
+"""The paged KV cache: one donated pool for all layers, whose page layout only this module knows.
 
 The layer is folded into the page index, so that one buffer stays in place through a whole step:
 
@@ -35,12 +35,12 @@ class KVCache:
 
     Attributes:
       k, v: [L * P, K, B, H] pages of B tokens, heads before tokens, so that one page of one head is
-        one contiguous box. On CPUs small floats lie there as integers of the same bits: XLA would
-        widen the whole pool to f32 to write or gather a few places of it. int4 lies everywhere as
-        bytes of two, [L * P, K, B, H / 2]. On TPUs heads have zeros behind them, see `as_stored`.
+        one contiguous box. On CPUs small floats are stored as integers of the same bits: XLA would
+        widen the whole pool to f32 to write or gather a few places. int4 is stored two to a byte,
+        [L * P, K, B, H / 2]. On TPUs heads are padded with zeros, see `as_stored`.
       k_scale, v_scale: [L * P, K, B] f32 of quantized pools, see `kv_quant`; else None.
       num_layers, page_size: static.
-      dtype: static, of the numbers that the pool holds, whatever they are stored as.
+      dtype: static, format of K and V, however they are stored.
     """
 
     k: Shaped[Array, "LP K B H"]
@@ -53,12 +53,12 @@ class KVCache:
 
     @property
     def num_pages(self) -> int:
-        """Pages a layer has."""
+        """Pages per layer."""
         return self.k.shape[0] // self.num_layers
 
     @property
     def num_slots(self) -> int:
-        """Token places a layer has."""
+        """Token places per layer."""
         return self.num_pages * self.page_size
 
 
@@ -67,8 +67,8 @@ def as_stored(
 ) -> ModelConfig:
     """Returns `model` with heads as wide as a pool of `dtype` keeps them on `target`.
 
-    A multiple of 128 on TPUs: arrays lie in tiles of 128 there, and the kernels read such heads
-    alone. int4, which no kernel reads, stays as it is.
+    A multiple of 128 on TPUs, where arrays are tiled by 128 and the kernels read only such heads.
+    int4, which no kernel reads, is not padded.
     """
     if (target or target_lib.current()).kind != "tpu" or dtype == "int4":
         return model
@@ -81,7 +81,7 @@ def init(
     """Returns a zeroed pool for `model` as `target` (default: the current one) reads it.
 
     Raises:
-      ValueError: int4 lies two a byte, and the model's heads are of odd width.
+      ValueError: int4 is stored two to a byte, and the model's heads have an odd width.
     """
     places = (model.num_layers * cache.num_pages, model.num_kv_heads, cache.page_size)
     target = target or target_lib.current()
@@ -128,14 +128,14 @@ def write(
     slots: Int[Array, "T"],
     scales: tuple[Array, Array] | None = None,
 ) -> KVCache:
-    """Stores this step's K and V, quantized if the pool is.
+    """Writes this step's K and V into the pool, quantized if the pool is.
 
-    With static `scales` of K and V (see `kv_quant.quantize_static`) each token's is that.
+    With static `scales` of K and V (see `codes.quantize_static`) every token has these scales.
 
     Tokens whose slot is out of range (padding) are dropped, and their scales with them.
     """
     pages = slots // kv.page_size
-    # Folding the layer in must not push a padding slot into the next layer's pages.
+    # Folding in the layer must not move a padding slot into the next layer's pages.
     pages = jnp.where(
         (slots >= 0) & (slots < kv.num_slots), pages + layer * kv.num_pages, kv.k.shape[0]
     )
@@ -185,7 +185,7 @@ def copy_pages(
 ) -> KVCache:
     """Copies pages in every layer, all reads before any write; for copy-on-write.
 
-    Pairs with dst out of range are dropped. Scales go along.
+    Pairs with dst out of range are dropped. Scales are copied, too.
 
     Args:
       num_tokens: places of each page that are copied, from the first on; those behind are zeroed.
@@ -219,7 +219,7 @@ def clear_pages(kv: KVCache, pages: Int[Array, "N"]) -> KVCache:
 def read_pages(kv: KVCache, pages: Int[Array, "N"]) -> tuple[Any, ...]:
     """Returns the content of each of N pages: k, v and scales of all layers, [L, K, B, ...] each.
 
-    An array a page, so that each can go its own way. Those out of range hold anything.
+    One array per page, so that each can be moved by itself. Pages out of range are undefined.
     """
     ids = _in_all_layers(kv, pages)
     stacked = [pool[ids] for pool in jax.tree.leaves(kv)]  # [L, N, ...]
@@ -239,7 +239,7 @@ def write_pages(kv: KVCache, contents: Sequence[Any], pages: Int[Array, "N"]) ->
 
 
 def _in_all_layers(kv: KVCache, pages: Int[Array, "N"]) -> Array:
-    """Returns [L, N] pool pages; those out of range in a layer are so in the pool, too."""
+    """Returns [L, N] pool pages; pages out of range in a layer are out of range in the pool."""
     layers = jnp.arange(kv.num_layers, dtype=jnp.int32)[:, None] * kv.num_pages
     is_page = (pages >= 0) & (pages < kv.num_pages)
     return jnp.where(is_page[None], layers + pages[None], kv.num_layers * kv.num_pages)
@@ -263,10 +263,10 @@ def _get_places(pool: Array, pages: Array, offsets: Array) -> Array:
 
 
 def _as_rows(pool: Array, pages: Array, offsets: Array) -> tuple[Array, Array]:
-    """Returns the pool as [LP * K * B, (H)], one head of one token a row, and the rows asked for.
+    """Returns the pool as [LP * K * B, (H)], one head of one token per row, and the wanted rows.
 
-    XLA for TPUs writes such rows in place. Given all heads of a place at once it turns the whole
-    pool around first, so that they lie side by side, and back afterwards, in every layer.
+    XLA for TPUs writes such rows in place. For all heads of a place at once it would transpose the
+    whole pool and back, in every layer.
     """
     num_pages, num_heads, page_size, *width = pool.shape
     heads = jnp.arange(num_heads, dtype=jnp.int32).reshape(*[1] * pages.ndim, num_heads)

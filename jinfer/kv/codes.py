@@ -1,13 +1,13 @@
-"""K and V as 8-bit or 4-bit codes with a scale for each token and head; knows nothing of pages.
+"""Quantizes K and V to 8-bit or 4-bit codes with a scale for each token and head.
 
     x ~ level(code) * scale
 
 fp8 and int8: the level is the code, and scale = max |x| / the largest code. int4: 16 uneven levels
-(`decode_int4`) and of a few scales the one of least squared error; `steps` rotates such heads
-first, which spreads the outlier channels of K over all (see `quant.rotation`).
+(`decode_int4`), and the one of a few scales with the least squared error; `steps` rotates such
+heads first, which spreads the outlier channels of K over all (see `kv.rotation`).
 
-A token is quantized on its own, when it is written: what is read back does not depend on the chunk
-or the batch that it came in.
+Each token is quantized by itself when it is written, so that the result does not depend on its
+chunk or batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 MAX_CODE = {"float8_e4m3fn": 448.0, "int8": 127.0}
 # int4: scales to try, as shares of max |x|. What is clipped costs less than the finer steps gain.
 SHARES = (1.0, 0.95, 0.9)
-# Below this a head counts as zero: its scale stays a normal number, which no CPU flushes to 0.
+# Below this a head counts as zero, so that scales stay normal numbers, which no CPU flushes to 0.
 _TINY = 1e-30
 
 
@@ -42,7 +42,7 @@ def quantize(
 
     Returns:
       Codes of `dtype`, [..., H]; of int4 two a byte, u8 [..., H / 2] as `pack_int4` lays them. The
-      scale f32 [...]. NaN or infinity in a head make its scale so, and nobody else's.
+      scale f32 [...]. NaN or infinity in a head affects its own scale only.
     """
     x = x.astype(jnp.float32)
     top = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), _TINY)
@@ -50,7 +50,7 @@ def quantize(
         return _quantize_int4(x, top)
     most = MAX_CODE[dtype]
     scale = top / most
-    # Rounding may carry the quotient past the end, and XLA casts what does not fit to NaN.
+    # Rounding may carry the quotient past the largest code, which XLA would cast to NaN.
     codes = jnp.clip(x / scale[..., None], -most, most)
     if dtype == "int8":
         codes = jnp.rint(codes)
@@ -60,7 +60,7 @@ def quantize(
 def quantize_static(
     x: Float[Array, "*T K H"], dtype: str, scale: Float[Array, "Ks"]
 ) -> tuple[Shaped[Array, "*T K H"], Float[Array, "*T K"]]:
-    """Returns (codes, scale) of `x` with given scales, beyond whose reach values saturate.
+    """Returns (codes, scale) of `x` with given scales; values out of range saturate.
 
     Args:
       x: heads of K or V.
@@ -89,13 +89,13 @@ def static_scales(model: ModelConfig, dtype: str) -> tuple[Array, Array] | None:
 
 
 def resolve_format(name: str, model: ModelConfig, weights_dtype: str) -> str:
-    """Returns the format of a pool that `kv_cache_dtype` asks for.
+    """Returns the format of the pool for a `kv_cache_dtype`.
 
-    "auto" is what the checkpoint states, else that of the weights. One line of the log says what
-    becomes of static scales.
+    "auto" is the checkpoint's own, else that of the weights. A log line says whether static scales
+    are used.
 
     Raises:
-      ValueError: K and V cannot be kept so.
+      ValueError: the format is not supported for K and V.
     """
     static = model.static_kv
     if name == "auto":
@@ -116,8 +116,8 @@ def _quantize_int4(x: Array, top: Array) -> tuple[Array, Array]:
     def rounded(share: float) -> tuple[Array, Array, Array]:
         scale = top * share
         y = x / scale[..., None]
-        # The level's u by a fit that is off by a twelfth of a step at most (sixteen comparisons are
-        # exact, and XLA takes minutes to compile them in every layer).
+        # An approximation of the level, off by at most a twelfth of a step (sixteen comparisons
+        # would be exact, but take XLA minutes to compile in every layer).
         u = y * (1.39 + y * y * (-0.686 + 0.307 * y * y))
         codes = jnp.clip(jnp.floor(7.5 * u), -8, 7).astype(jnp.int8)
         error = jnp.square(int4_levels(codes) * scale[..., None] - x)

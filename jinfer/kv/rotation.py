@@ -1,7 +1,7 @@
-"""Random Hadamard rotations: outlier features are spread over all, and products stay the same.
+"""Random Hadamard rotations, which spread outlier features over all and keep products the same.
 
 QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406).
-Pays for quantized activations and KV; measured not to pay for 4-bit weights in small groups.
+They help quantized activations and KV; for 4-bit weights in small groups no gain was measured.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def random_hadamard(key: Array, size: int) -> Array:
 
 
 def kv_rotation(head_dim: int) -> np.ndarray:
-    """Orthogonal f32 [H, H], always the same: what heads are rotated by before they become 4 bits.
+    """Returns the fixed orthogonal f32 [H, H] by which heads are rotated before 4-bit quantization.
 
     Raises:
       ValueError: no Hadamard matrix of this size is known.

@@ -1,7 +1,4 @@
-"""One method on the linears that share an input: QTensors and a row each for the report.
-
-Knows matrices and statistics; the walk over blocks is in `pipeline`.
-"""
+"""Quantizes linears that share an input, and describes each result in a row for the report."""
 
 from __future__ import annotations
 
@@ -30,20 +27,19 @@ from jinfer.quant.recipe import Method
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What became of one linear.
+    """Result of quantizing one linear.
 
     Attributes:
       module: its name in the params tree.
-      method: preset's name, and what replaced it where it fell back.
-      format: of the result, as `QFormat` prints it; "float" if left alone.
+      method: the preset's name, and the method that replaced it after a fallback.
+      format: of the result, as `QFormat` prints it; "float" if not quantized.
       shape: [I, O], or [E, I, O].
-      bits: resident bits a weight, scales included.
-      error: relative output error on calibration inputs, None without them.
-      rtn_error: that of plain round-to-nearest in the same format, of the unscaled weight.
-      seconds: of the solver.
-      notes: fallbacks, retries of damping, dead inputs, folds skipped.
-      fold_error: how far folding alone moved the float outputs of its block, relative; None where
-        nothing was folded.
+      bits: resident bits per weight, scales included.
+      error: relative output error on calibration inputs; None without them.
+      rtn_error: the same for round-to-nearest of the unscaled weight in the same format.
+      seconds: time of the solver.
+      notes: fallbacks, retries of damping, dead inputs, skipped folds.
+      fold_error: relative change of the block's float outputs by folding alone; None without folds.
     """
 
     module: str
@@ -76,7 +72,7 @@ def solve_group(
       original_stats: of the unscaled inputs.
 
     Returns:
-      module -> QTensor, and one row a module.
+      module -> QTensor, and one row per module.
     """
     start = time.perf_counter()
     names = list(weights)
@@ -99,9 +95,8 @@ def solve_group(
 
     rows = []
     for name in names:
-        original = (originals or weights)[name]
-        base_stats = original_stats if original_stats is not None else stats
         error = rtn_error = None
+        base_stats = original_stats if original_stats is not None else stats
         if stats is not None and base_stats is not None:
             is_folded = method.fold != "none"
             error, rtn_error = map(
@@ -110,32 +105,35 @@ def solve_group(
                     weights[name],
                     out[name],
                     stats.gram,
-                    original if is_folded else None,
+                    (originals or weights)[name] if is_folded else None,
                     base_stats.gram if is_folded else None,
                     _weight_only(method),
                     method.grid,
                 ),
             )
-        x = out[name]
-        fell_back = any("fell back" in note for note in notes[name])
-        rows.append(
-            Row(
-                module=name,
-                method=method.name + (" -> rtn" if fell_back else ""),
-                format=str(x.fmt),
-                shape=x.shape,
-                bits=x.nbytes * 8 / x.size,
-                error=error,
-                rtn_error=rtn_error,
-                seconds=seconds,
-                notes=tuple(notes[name]),
-            )
-        )
+        row = _row(name, out[name], method, tuple(notes[name]))
+        rows.append(dataclasses.replace(row, error=error, rtn_error=rtn_error, seconds=seconds))
     return out, rows
 
 
+def _row(name: str, x: QTensor, method: Method, notes: tuple[str, ...]) -> Row:
+    """Returns the row of a quantized weight, without errors and time."""
+    fell_back = any("fell back" in note for note in notes)
+    return Row(
+        module=name,
+        method=method.name + (" -> rtn" if fell_back else ""),
+        format=str(x.fmt),
+        shape=x.shape,
+        bits=x.nbytes * 8 / x.size,
+        error=None,
+        rtn_error=None,
+        seconds=0.0,
+        notes=notes,
+    )
+
+
 def describe(info: GPTQInfo) -> list[str]:
-    """Notes on what GPTQ met, none if nothing."""
+    """Returns notes for the report; none if there was nothing unusual."""
     notes = []
     if bool(info.fell_back):
         notes.append("hessian is not positive definite at any damping: fell back to rtn")
@@ -201,12 +199,12 @@ def _alone(name: str, w: Array, stats: InputStats | None, method: Method) -> QTe
 
 
 def stack(weights: list[QTensor]) -> QTensor:
-    """Puts alike weights [I, O] into one [E, I, O]."""
+    """Stacks weights [I, O] of one format into [E, I, O]."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
 
 
 def stand_in(shape: tuple[int, ...], method: Method) -> QTensor:
-    """A weight as `method` would make it but for its values: what it can be written to."""
+    """Returns a weight as `method` would make it, with other values; for checks of exports."""
     w = jnp.full(shape[-2:], 0.1, jnp.float32)
     x = quantize_rtn(w, _weight_only(method), scale_dtype=jnp.dtype(method.scale_dtype))
     if method.format.act == "static":
@@ -219,7 +217,7 @@ def stand_in(shape: tuple[int, ...], method: Method) -> QTensor:
 
 
 def merge_rows(rows: list[Row], weight: QTensor) -> Row:
-    """One row for experts that were solved one by one; errors are root mean squares."""
+    """Returns one row for experts that were solved one by one; errors are root mean squares."""
 
     def rms(values: list[float | None]) -> float | None:
         known = [v * v for v in values if v is not None]
@@ -247,7 +245,7 @@ def _errors(
     fmt: QFormat,
     grid: Grid,
 ) -> tuple[Array, Array]:
-    """Output errors of x, and of the original rounded to nearest; None: `w` and `gram` are it."""
+    """Returns output errors of x, and of the original (None: `w`, `gram`) rounded to nearest."""
     original = w if original is None else original
     original_gram = gram if original_gram is None else original_gram
     plain = dequantize(quantize_rtn(original, fmt, grid=grid))
@@ -255,7 +253,7 @@ def _errors(
 
 
 def output_error(w: Array, x: QTensor, gram: Array) -> float:
-    """||X (W - Q)|| / ||X W|| from X^T X; of experts, over all of them."""
+    """Returns ||X (W - Q)|| / ||X W|| from X^T X; for experts, over all of them."""
     return float(_output_error(w, dequantize_jit(x), gram))
 
 

@@ -1,6 +1,6 @@
-"""A conversation as clients send it, made into what a chat template reads; knows no tokenizers.
+"""Converts conversations as clients send them into the form that a chat template reads.
 
-Templates do not say which forms they read. Trials with marks for the texts show it.
+Templates do not declare the forms that they read, so this is found by rendering marked texts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _IS_NONE = re.compile(r"""((?:\w+\.|\w+\[['"])content(?:['"]\])?)\s+is\s+(not\s+
 
 
 class JsonObject(dict[str, Any]):
-    """A JSON object, and `text`, which it was read from."""
+    """A JSON object, and the `text` from which it was read."""
 
     def __init__(self, value: Mapping[str, Any], text: str | None = None) -> None:
         super().__init__(value)
@@ -26,10 +26,10 @@ class JsonObject(dict[str, Any]):
 
 
 def read_messages(conversation: Any) -> list[Message]:
-    """Returns copies of messages in one form.
+    """Returns copies of messages in a uniform form.
 
-    Keys that are null are left out. Arguments of tool calls, JSON text in OpenAI's form, become
-    objects. Content that is null beside tool calls is an empty text.
+    Keys with null are dropped. Arguments of tool calls, JSON text in OpenAI's form, become objects.
+    Null content of a message with tool calls becomes an empty text.
 
     Raises:
       TypeError: it is no list of dicts with a role.
@@ -59,7 +59,7 @@ def _read_message(given: Any, where: str) -> Message:
         message["tool_calls"] = [
             _read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)
         ]
-    if "function_call" in message:  # the form that tool_calls took the place of
+    if "function_call" in message:  # the predecessor of tool_calls
         message["function_call"] = _read_call(message["function_call"], f"{where}.function_call")
     if "content" in message:
         message["content"] = _read_content(message["content"], message["role"], where)
@@ -92,7 +92,7 @@ def _read_content(content: Any, role: str, where: str) -> Any:
 
 
 def _read_call(call: Any, where: str) -> Message:
-    """Returns {"function": {"name", "arguments"}} or, without the outer level, what is in it."""
+    """Returns {"function": {"name", "arguments"}}, or the inner dict if there is no outer level."""
     if not isinstance(call, Mapping):
         raise ValueError(f"{where} must be an object with a function, got {call!r:.100}")
     if "function" in call:
@@ -125,10 +125,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def reads_none(template: str) -> str:
-    """Returns a template that takes an empty content beside tool calls for null.
+    """Returns a template that treats empty content of a message with tool calls as null.
 
-    Some (DeepSeek's) know a message of tool calls by its content being none, which clients write as
-    an empty text too, and which transformers leaves out.
+    Some templates (DeepSeek's) recognize a message of tool calls by its null content, which clients
+    also write as an empty text, and which transformers drops.
     """
 
     def rewrite(match: re.Match[str]) -> str:
@@ -140,14 +140,14 @@ def reads_none(template: str) -> str:
 
 
 def fit(messages: Sequence[Message], render: Render) -> list[Message]:
-    """Returns messages in the forms that a template reads.
+    """Returns messages in the form that a template reads.
 
-    Parts of content are joined, each on lines of its own as in vLLM, for roles whose parts it does
-    not read. Arguments are objects, or the text as it came for a template that joins it to others.
+    For roles whose content parts the template does not read, parts are joined by line breaks, as in
+    vLLM. Arguments are objects, or the original text for a template that concatenates it.
 
     Args:
-      messages: as `read_messages` returns them.
-      render: puts messages into the template.
+      messages: from `read_messages`.
+      render: renders messages with the template.
 
     Raises:
       ValueError: the template leaves out tool calls.
@@ -189,7 +189,7 @@ def _map_arguments(message: Message, change: Callable[[JsonObject], Any]) -> Mes
 
 
 def _wants_text(plain: list[Message], render: Render, where: str) -> bool:
-    """Whether a template prints the arguments of calls; raises ValueError if it leaves them out."""
+    """Whether a template prints the arguments of calls; raises ValueError if it drops them."""
     mark = JsonObject({"mark0key": "mark0end"})
     with_objects = _try(render, [_map_arguments(m, lambda _: mark) for m in plain])
     if with_objects is not None and "mark0" in with_objects and repr(mark) not in with_objects:
@@ -198,7 +198,7 @@ def _wants_text(plain: list[Message], render: Render, where: str) -> bool:
     if with_text is not None and mark.text in with_text:
         return True
     if with_objects is None or "mark0" in with_objects:
-        return False  # what is wrong with it, the template says when it gets the true ones
+        return False  # the template will raise its error for the real messages
     raise ValueError(
         f"this chat template has no place for tool calls, such as {where} has: write them into the "
         f"content, or pass a chat_template that shows them"
@@ -208,9 +208,9 @@ def _wants_text(plain: list[Message], render: Render, where: str) -> bool:
 def _reads_content(
     messages: Sequence[Message], plain: list[Message], role: str, render: Render
 ) -> bool:
-    """Whether a template reads content that is no text, of messages of a role.
+    """Whether a template reads structured content of messages of a role.
 
-    Each mark must come out, and not inside of a part or an object that was printed as it is.
+    Each mark must be rendered, and not within a part or an object that was printed as a whole.
     """
     trial, marks, has_parts = list(plain), [], False
     for i, message in enumerate(messages):
@@ -235,5 +235,5 @@ def _reads_content(
 def _try(render: Render, messages: list[Message]) -> str | None:
     try:
         return render(messages)
-    except Exception:  # whatever a template raises for a form, it does not read that
+    except Exception:  # a template may raise anything for a form that it does not read
         return None

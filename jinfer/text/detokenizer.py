@@ -1,13 +1,13 @@
-"""Turns output token ids into text as they come; knows nothing of requests or of the prompt.
+"""Turns output token ids into text incrementally.
 
-Law: the pieces that `take` returns, put together, are `tokenizer.decode(output_ids,
-skip_special_tokens=...)` exactly, cut at a stop string. Text is held back while it can still
-change (bytes of an unfinished character) and while it could begin a stop string. Every token is
-decoded once: the time is linear in the output, whatever the tokens.
+The concatenated pieces from `take` equal `tokenizer.decode(output_ids, skip_special_tokens=...)`,
+cut at a stop string. Text is held back while it can still change (bytes of an incomplete character)
+and while it could begin a stop string. Every token is decoded once, so that the time is linear in
+the output.
 
-Only output ids are looked at. A decoder seeded with a prompt that ends inside a character has been
-seen to leak the prompt elsewhere (vLLM issue 48853), and decoding a growing window again for each
-token is quadratic on runs of U+FFFD (SGLang issue 34852).
+Only output ids are decoded. A decoder that starts with a prompt ending inside a character can leak
+the prompt (vLLM issue 48853), and decoding a growing window again for each token is quadratic on
+runs of U+FFFD (SGLang issue 34852).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Detokenizer:
 
     Raises:
       TypeError: the tokenizer is not a fast one.
-      ValueError: its decoder is of a kind that cannot be followed token by token, or a stop string
-        holds a special token and more, while special tokens are skipped.
+      ValueError: its decoder cannot be applied token by token, or a stop string contains a special
+        token and more while special tokens are skipped.
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
@@ -54,20 +54,20 @@ class Detokenizer:
         self._includes_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
-        self._pieces: list[str] = []  # text that may be shown
-        self._num_taken = 0  # of them by `take`
+        self._pieces: list[str] = []  # text that may be returned
+        self._num_taken = 0  # pieces that `take` has returned
         self._held = ""  # settled text that could begin a stop string
         self._num_settled = 0  # characters settled so far
-        self._num_searched = 0  # characters in which stop strings have been looked for
+        self._num_searched = 0  # characters already searched for stop strings
         self._is_finished = False
 
     @property
     def text(self) -> str:
-        """Everything that may be shown so far."""
+        """The text that may be returned so far."""
         return "".join(self._pieces)
 
     def take(self) -> str:
-        """Returns the text that became showable since the last call."""
+        """Returns the new text since the last call."""
         new = "".join(self._pieces[self._num_taken :])
         self._num_taken = len(self._pieces)
         return new
@@ -75,10 +75,10 @@ class Detokenizer:
     def push(self, token_id: int) -> str | None:
         """Adds one token; returns the stop string that it completes, or None.
 
-        Of several stop strings the one that is complete first counts, then the one listed first.
-        One that is complete before the token number `min_tokens` is plain text. A special token
-        that is skipped completes the stop string of its name. After a match the text is final, and
-        nothing more may be pushed.
+        Of several stop strings the one that is completed first is used, then the one listed first.
+        One that is completed before token number `min_tokens` is plain text. A skipped special
+        token completes the stop string of its name. After a match the text is final, and no token
+        may be pushed.
         """
         assert not self._is_finished, "push after the end of the sequence"
         settled = self._decoder.push(token_id)
@@ -107,7 +107,7 @@ class Detokenizer:
         return None
 
     def finish(self) -> None:
-        """Shows what is held back: no more tokens will come. Once is enough, twice does no harm."""
+        """Releases the text that was held back, since no more tokens will come; idempotent."""
         self._is_finished = True
         self._show(self._held + self._decoder.flush())
         self._held = ""
@@ -117,10 +117,10 @@ class Detokenizer:
             self._pieces.append(text)
 
     def _find_stop(self, text: str) -> tuple[str, int] | None:
-        """Looks for a stop string that ends in characters not searched before.
+        """Searches for a stop string that ends in characters not searched before.
 
         Args:
-          text: settled text, at least all that could belong to a match.
+          text: settled text, at least all that could be part of a match.
 
         Returns:
           The stop string and how many characters before the end of the present text it begins.
@@ -155,19 +155,19 @@ class Detokenizer:
 
 
 class _TokenDecoder(Protocol):
-    """Text of a token sequence as far as later tokens cannot change it."""
+    """Decodes the part of a token sequence that later tokens cannot change."""
 
     @property
     def num_pending(self) -> int:
-        """Whole characters that are known but could still be taken back."""
+        """Complete characters that later tokens could still change."""
         ...
 
     def push(self, token_id: int) -> str:
-        """Adds a token; returns the text that this settles."""
+        """Adds a token; returns the text that it settles."""
         ...
 
     def flush(self) -> str:
-        """Returns the rest of the text, no more tokens coming."""
+        """Returns the rest of the text at the end of the tokens."""
         ...
 
     def pending_tail(self, n: int) -> str:
@@ -176,7 +176,7 @@ class _TokenDecoder(Protocol):
 
 
 class _Vocabulary:
-    """What all sequences of one tokenizer share: its decoder's kind and the texts of tokens."""
+    """Data shared by all sequences of a tokenizer: its decoder's kind and the texts of tokens."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
@@ -203,7 +203,8 @@ class _Vocabulary:
         """Returns the stop strings that are special tokens, by id.
 
         Raises:
-          ValueError: one holds a special token and more: without that token's text it never comes.
+          ValueError: one contains a special token and more, which cannot match if the token is
+            skipped.
         """
         found = {}
         for stop in stops:
@@ -228,7 +229,7 @@ class _Vocabulary:
         return _ChainDecoder(self, skip_special_tokens, spaces_between_special_tokens)
 
     def token(self, token_id: int, skip_special_tokens: bool) -> str | None:
-        """Returns a token as the vocabulary writes it; None if it has no part in the text."""
+        """Returns a token as written in the vocabulary; None if it has no text."""
         if token_id not in self.tokens:
             self.tokens[token_id] = self.backend.id_to_token(token_id)
         token = self.tokens[token_id]
@@ -241,14 +242,14 @@ class _Vocabulary:
         return self.bytes_of[token_id]
 
     def text_within(self, token_id: int) -> str:
-        """Text of a token that is not the first and not a byte token."""
+        """Returns the text of a token that is neither the first nor a byte token."""
         if token_id not in self.texts:
             text = self.backend.decode([self.anchor, token_id], skip_special_tokens=False)
             self.texts[token_id] = text[self.num_anchor :]
         return self.texts[token_id]
 
     def text_at_start(self, token_id: int) -> str:
-        """Text of a token that is the first, where `is_first_different`."""
+        """Returns the text of a token that is the first, if `is_first_different`."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
     def _find_anchor(self) -> int:
@@ -264,7 +265,7 @@ class _Vocabulary:
 
 
 class _ByteLevelDecoder:
-    """Byte-level BPE: tokens are bytes, the text is their lossy UTF-8."""
+    """Byte-level BPE: tokens are bytes, and the text is their lossy UTF-8."""
 
     num_pending = 0
 
@@ -287,10 +288,10 @@ class _ByteLevelDecoder:
 
 
 class _ChainDecoder:
-    """Decoders that map token by token, but for runs of byte tokens and the start of the text.
+    """Decoders that map single tokens, except runs of byte tokens and the start of the text.
 
-    A run of byte tokens <0xE2><0x82>... is text only as a whole: if any part of it is not UTF-8,
-    each byte of the run becomes one U+FFFD. So it is settled by the next other token.
+    A run of byte tokens <0xE2><0x82>... is decoded as a whole: if any part of it is not UTF-8, each
+    byte of the run becomes one U+FFFD. So the next other token settles it.
     """
 
     def __init__(
@@ -312,7 +313,7 @@ class _ChainDecoder:
 
     @property
     def num_pending(self) -> int:
-        # Where the start is still to be stripped, characters would move: none are shown yet.
+        # While the start is still to be stripped, positions would shift, so none are returned yet.
         return len(self._run) if self._is_run_valid and not self._num_to_strip else 0
 
     def pending_tail(self, n: int) -> str:
@@ -409,7 +410,7 @@ def _check_chain(chain: list[dict[str, Any]]) -> tuple[str, int]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Returns GPT-2's map from printable characters to the bytes that they stand for."""
+    """Returns GPT-2's map from printable characters to bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}
@@ -431,7 +432,7 @@ _vocabularies: weakref.WeakKeyDictionary[Any, _Vocabulary] = weakref.WeakKeyDict
 
 
 def _vocabulary(tokenizer: Any) -> _Vocabulary:
-    """Returns what is known of a tokenizer, read once for each transformers tokenizer."""
+    """Returns the vocabulary of a tokenizer, built once for each transformers tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not hasattr(backend, "id_to_token") or not hasattr(backend, "decoder"):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""From what users call a prompt to token ids; knows nothing of engines or requests."""
+"""Reads prompts of any accepted kind into token ids."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Prompt(NamedTuple):
     """A prompt as the engine takes it.
 
     Attributes:
-      text: a conversation's in its template; None where the user gave token ids.
-      token_ids: at least what the text encodes to.
+      text: for a conversation, rendered with its template; None if the user gave token ids.
+      token_ids: the encoded text, or the given ids.
       cache_salt: cached KV is shared only among prompts with the same one.
     """
 
@@ -77,7 +77,7 @@ def _token_ids(prompt: Any) -> list[int]:
 
 
 def is_token_id(value: Any) -> bool:
-    """Whether a value is one integer, of Python or an array's, and no bool."""
+    """Whether a value is an integer, of Python or of an array, and no bool."""
     if isinstance(value, (bool, np.bool_)):
         return False
     try:
@@ -88,7 +88,7 @@ def is_token_id(value: Any) -> bool:
 
 
 def as_list(prompts: Any) -> list[Any]:
-    """One prompt, or several, as a list.
+    """Returns one prompt or several as a list.
 
     Raises:
       TypeError: it is neither.
@@ -125,13 +125,13 @@ def read_chat(tokenizer: Any | None, conversation: Any, **options: Any) -> Promp
     """Returns a conversation in a chat template.
 
     Messages may have OpenAI's form: content as a list of parts, {"type": "text", "text": ...}, tool
-    calls whose arguments are JSON text, and null for their content. Templates get what they read
-    of these: see `conversations`.
+    calls whose arguments are JSON text, and null content beside them. `conversations` converts
+    them into the form that the template reads.
 
     Args:
-      tokenizer: brings the template, unless `options` has a "chat_template".
+      tokenizer: has the template, unless `options` has a "chat_template".
       conversation: a list of messages.
-      options: "tools", "add_generation_prompt" and such, and further variables of the template.
+      options: "tools", "add_generation_prompt" and the like, and other variables of the template.
 
     Raises:
       ValueError: no tokenizer, no chat template, an option that the template does not read, a part
@@ -161,7 +161,7 @@ def read_chat(tokenizer: Any | None, conversation: Any, **options: Any) -> Promp
 
 
 def _find_template(tokenizer: Any, given: Any, tools: Any) -> str:
-    """Returns the text of the template that is used; "" for a tokenizer that formats by itself."""
+    """Returns the text of the template; "" for a tokenizer that formats by itself."""
     if given is not None and not isinstance(given, str):
         raise TypeError(f"chat_template must be a Jinja template, got {type(given).__name__}")
     own = getattr(tokenizer, "chat_template", None)

@@ -1,4 +1,4 @@
-"""What a draft model of few layers learns of its target, and how often it would be right."""
+"""Initialization, training objective and evaluation of draft models with few layers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from jinfer.training.loop import hidden_states
 
 
 def init(params: Params, config: ModelConfig) -> dict[str, Any]:
-    """Returns what is trained: layers of the target, evenly spread, as they are, and its last norm.
+    """Returns the initial weights: evenly spread layers of the target, and its last norm.
 
-    In f32, whatever the target's: most steps change a weight by less than 16 bits can tell.
+    In f32, since most steps change a weight by less than the resolution of 16 bits.
 
     Args:
       params: the target's; layers as a tuple.
       config: of the draft model, which has fewer layers. Embeddings and head are the target's own.
 
     Raises:
-      ValueError: it has not fewer, or layers of another make.
+      ValueError: it has as many layers, or layers of another kind.
     """
     layers, num_layers = params["layers"], config.num_layers
     require(
@@ -42,13 +42,13 @@ def init(params: Params, config: ModelConfig) -> dict[str, Any]:
     got = jax.tree.map(jnp.shape, weights["layers"])
     require(
         got == jax.tree.map(jnp.shape, shapes["layers"]),
-        f"layers {picked} of the model are not of the make that its draft would have",
+        f"layers {picked} of the model are not of the kinds that its draft would have",
     )
     return jax.tree.map(lambda x: x.astype(jnp.float32), weights)
 
 
 def most_places(spans: Int[np.ndarray, "N 2"]) -> int:
-    """Returns after how many places of a window drafts are made, at most.
+    """Returns the largest number of places in a window after which drafts are made.
 
     They are those from the one before the first token to learn to the window's end.
     """
@@ -63,7 +63,7 @@ def _places(spans: Array, most: int) -> tuple[Int[Array, "B M"], Bool[Array, "B 
 
 
 def _log_probs(model: Model, params: Params, tokens: Array, places: Array) -> Array:
-    """Returns [B, M, V] at these places alone: logits are by far the largest arrays."""
+    """Returns logits [B, M, V] at these places only, since they are by far the largest arrays."""
     hidden = hidden_states(model, params, tokens)
     there = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
     return jax.nn.log_softmax(model.unembed(params, there), axis=-1)
@@ -85,11 +85,11 @@ class Distillation:
     def __call__(
         self, params: Params, weights: Any, tokens: Int[Array, "B T"], spans: Int[Array, "B 2"]
     ) -> tuple[Float[Array, ""], Float[Array, "1"]]:
-        """Returns its mean over what all texts have to learn, in nats, twice."""
+        """Returns the mean over all tokens to learn, in nats: as the loss and for display."""
         places, is_there = _places(spans, self.most)
         log_p = _log_probs(self.target, params, tokens, places)
 
-        @jax.checkpoint  # the logits are computed twice, not kept
+        @jax.checkpoint  # recomputes the logits instead of storing them
         def divergence(weights: Any) -> Array:
             log_q = _log_probs(self.draft, {**params, **weights}, tokens, places)
             each = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
@@ -129,10 +129,10 @@ def agreement(
     *,
     batch_size: int = 8,
 ) -> tuple[float, float]:
-    """Returns how often a draft after a text's own tokens would stand.
+    """Returns how often a draft after a text's own tokens would be accepted.
 
     Greedy: the share of places where both models' likeliest tokens are the same. Sampled at
-    temperature 1: the mean of sum min(p, q), which rejection sampling accepts.
+    temperature 1: the mean of sum min(p, q), the acceptance probability of rejection sampling.
     """
     totals, most = np.zeros(3), most_places(spans)
     for begin in range(0, len(tokens), batch_size):

@@ -1,7 +1,7 @@
-"""Trains weights on tokens, step by step; knows nothing of text, engines and what is learnt.
+"""Trains weights on tokens for a given objective, with checkpoints.
 
-Everything is decided by the seed and the step's number, so that a run that was cut and goes on from
-a checkpoint ends with the very same bits.
+Everything depends on the seed and the step's number, so that a run that is resumed from a
+checkpoint ends with the same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jinfer.models.model import Model
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How heads or a draft model are trained.
+    """Settings of a training of heads or a draft model.
 
     Attributes:
       num_steps: optimizer steps.
@@ -72,10 +72,10 @@ def windows(
 ) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N 2"]]:
     """Cuts texts into rows of at most `length` tokens.
 
-    Rows with fewer than 3 tokens to learn, which teach no head anything, are left out.
+    Rows with fewer than 3 tokens to learn, which are too short for any head, are left out.
 
     Args:
-      texts: each with the number of tokens at its beginning that are only read: a prompt.
+      texts: each with the number of leading tokens that are not learnt (the prompt).
       length: T.
 
     Returns:
@@ -94,7 +94,7 @@ def windows(
 
 
 def batch_rows(step: int, num_rows: int, config: TrainingConfig) -> np.ndarray:
-    """Returns which examples step `step` takes: each once before any a second time, and so on."""
+    """Returns the examples of step `step`: each is used once before any is used again."""
     start = step * config.batch_size
     places = np.arange(start, start + config.batch_size)
     orders = {
@@ -115,14 +115,14 @@ def hidden_states(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Ar
 
 
 class Objective(Protocol):
-    """What is to become small; hashable, since it makes the program."""
+    """A loss to minimize; hashable, since it is a static argument of the jitted step."""
 
     def __call__(
         self, params: Any, weights: Any, *batch: Array
     ) -> tuple[Float[Array, ""], Float[Array, "K"]]:
-        """Returns the loss of `weights`, and what to show of it; `params` stay as they are.
+        """Returns the loss of `weights`, and the values to display; `params` are constant.
 
-        The batch is a row of each array of the data for each of B examples.
+        The batch has a row of each data array for each of B examples.
         """
         ...
 
@@ -160,7 +160,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Keeps the state before step `step`, and no older one."""
+        """Saves the state before step `step`, and removes older ones."""
         self._manager.save(step, args=self._ocp.args.StandardSave(state))
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
@@ -171,7 +171,7 @@ class Checkpoints:
         return step, self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
 
     def close(self) -> None:
-        """Waits for what is under way."""
+        """Waits for pending writes."""
         self._manager.close()
 
 
@@ -185,15 +185,15 @@ def train(
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> Any:
-    """Trains `weights`, from the newest checkpoint on if there is one, and returns them.
+    """Trains `weights`, resuming from the newest checkpoint if there is one, and returns them.
 
     Args:
-      objective: says what they should do.
-      params: what the objective reads beside them, which stays as it is.
-      weights: where to start; a pytree, which is copied.
-      data: arrays of which each example has a row, say those of `windows`.
-      config: of the training.
-      checkpoints: where states are kept and found.
+      objective: the loss.
+      params: constant inputs of the objective.
+      weights: initial weights, a pytree, which is copied.
+      data: arrays with a row for each example, such as those of `windows`.
+      config: settings.
+      checkpoints: where states are saved and found.
       on_step: called after each step with the number of steps done and the losses before it.
 
     Raises:

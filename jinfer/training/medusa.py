@@ -1,7 +1,7 @@
-"""What Medusa heads learn, and how often they are right; see `training`.
+"""Training data, objective and evaluation of Medusa heads.
 
-The backbone stays as it is, so its hidden states are computed once and kept: an example is the
-hidden state of one token, the token after it, and those that each head should guess from there on.
+The backbone is constant, so its hidden states are computed once and stored. An example is the
+hidden state of one token, the token after it, and the tokens that the heads should guess.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROUND_TO = 64  # tokens: windows are computed at few different lengths
 
 
 class Examples(NamedTuple):
-    """What heads learn from.
+    """Training examples of heads.
 
     Attributes:
       hidden: [M, D] f32, after the final norm.
@@ -54,8 +54,8 @@ def examples(
 ) -> Examples:
     """Runs the model over windows and returns an example for each place where heads guess.
 
-    Places are those from the last token before a window's span on: nothing is ever guessed after an
-    earlier one, whose next tokens are given. Windows of about the same length run together.
+    These are the places from the last token before a window's span on. Earlier places lie in the
+    prompt, where nothing is guessed. Windows of similar length run together.
 
     Args:
       model: static.
@@ -64,7 +64,7 @@ def examples(
       num_heads: K.
       batch_size: windows a run.
       on_batch: called after each run with the number of windows done.
-      folder: where each run leaves its hidden states, and finds those of the same run before a cut.
+      folder: where hidden states are stored, and found when the run is resumed.
 
     Returns:
       The examples of the windows one after the other, in the order of the windows.
@@ -97,7 +97,7 @@ def examples(
 
 
 def _save_whole(file: Path, array: np.ndarray) -> None:
-    """Writes a file that is not there before it is whole."""
+    """Writes a file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".tmp.npy")
     np.save(part, array)
@@ -112,9 +112,9 @@ def _hidden_states(model: Model, params: Params, tokens: Int[Array, "B T"]) -> A
 def draft_tokens(
     targets: Int[np.ndarray, "M K"], *, vocab_size: int, size: int
 ) -> Int[np.ndarray, "N"]:
-    """Returns the `size` most frequent tokens; of equals the one with the lower id.
+    """Returns the `size` most frequent tokens; in a tie those with the lower ids.
 
-    In vocabularies made of merges the lower id is the one more frequent elsewhere. Zhao et al. 2025
+    In vocabularies of merges lower ids are more frequent in other texts. Zhao et al. 2025
     (arXiv:2502.14856), section 3.2.
     """
     counts = np.bincount(targets[targets >= 0], minlength=vocab_size)
@@ -124,9 +124,9 @@ def draft_tokens(
 def as_ranks(
     targets: Int[np.ndarray, "M K"], tokens: Int[np.ndarray, "N"] | None, vocab_size: int
 ) -> Int[np.ndarray, "M K"]:
-    """Returns the place of each target in `tokens`, NO_TARGET for those that are not among them.
+    """Returns the index of each target in `tokens`, NO_TARGET for those that are not among them.
 
-    Without tokens, all are, in the order of their ids.
+    Without `tokens`, the targets themselves.
     """
     if tokens is None:
         return targets
@@ -137,7 +137,7 @@ def as_ranks(
 
 @dataclasses.dataclass(frozen=True)
 class HeadLoss:
-    """The heads' cross entropies, the nearer token's counting more; a `training.Objective`."""
+    """The heads' cross entropies, with more weight on nearer tokens; a `training.Objective`."""
 
     model: Model
     decay: float = 0.8
@@ -150,16 +150,16 @@ class HeadLoss:
         roots: Int[Array, "B"],
         targets: Int[Array, "B K"],
     ) -> tuple[Float[Array, ""], Float[Array, "K"]]:
-        """Returns their sum with weights decay ** k, and each in nats.
+        """Returns the sum of the cross entropies with weights decay ** k, and each in nats.
 
         Args:
-          params: the model's, and what of the heads stays as it is.
-          weights: the rest of the heads.
-          hidden, roots, targets: see `Examples`; targets as places in what the heads guess among.
+          params: the model's, and the constant arrays of the heads.
+          weights: the trained arrays of the heads.
+          hidden, roots, targets: see `Examples`; targets as indices of the guessable tokens.
         """
         model_params, frozen = params
 
-        @functools.partial(jax.checkpoint, static_argnums=1)  # logits are large: made twice
+        @functools.partial(jax.checkpoint, static_argnums=1)  # recomputes the large logits
         def loss(weights: Mapping[str, Array], k: int) -> Array:
             heads = {**frozen, **weights}
             logits = medusa.head_logits(self.model, model_params, heads, k, hidden, roots)
@@ -199,10 +199,9 @@ def target_ranks(
     num_ranks: int = 10,
     batch_size: int = 512,
 ) -> Int[np.ndarray, "M K"]:
-    """Returns the rank of each target among the guesses of its head; MISSED if it is not there.
+    """Returns the rank of each target among the guesses of its head; MISSED if it is not one.
 
-    A target that a head cannot guess, being outside its draft vocabulary, is missed too; where
-    there is none the rank is NO_TARGET.
+    A target outside the draft vocabulary is missed, too; without a target the rank is NO_TARGET.
     """
     num_ranks = min(num_ranks, medusa.num_guessable(model, heads))
     parts = []

@@ -1,7 +1,7 @@
-"""Paged attention in plain jnp: the specification, and the path that runs anywhere.
+"""Paged attention in plain jnp: the specification, and the backend that runs anywhere.
 
-No padded context is ever gathered whole: both forms loop over blocks of pages with a trip count
-that depends on the live lengths, so one compiled program serves every context length.
+No padded context is gathered as a whole: both forms loop over blocks of pages with a trip count
+that depends on the live lengths, so that one compiled program serves every context length.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pallas_kernels.paged_attention.base import (
 )
 from pallas_kernels.target import Target
 
-# A floor under the running maximum: finite, so that a row without keys never computes inf - inf.
+# Lower bound of the running maximum: finite, so that a row without keys never computes inf - inf.
 _LOWEST = -1e30
-# Up to here a rectangle [S, max_q_len] is considered; above, query tiles of one sequence at a time.
+# Largest max_q_len for a rectangle [S, max_q_len]; above, query tiles of one sequence at a time.
 _MAX_RECTANGLE = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XlaTiles:
-    """Sizes of the loops: keys a step reads of a sequence, and query tokens of a prefill tile.
+    """Sizes of the loops: keys of a sequence that a step reads, and query tokens of a prefill tile.
 
-    On a CPU a block of one page is several times as fast as one of two, which need a product with
+    On a CPU a block of one page is several times as fast as one of two, which needs a product with
     one more batch dimension.
     """
 
@@ -50,10 +50,12 @@ class XlaTiles:
 
 
 class _Rows(NamedTuple):
-    """Queries of S places, R rows each, and what their masks need; each [S, R] unless noted.
+    """Queries of S places, R rows each, and the inputs of their masks.
 
-    positions: last visible key of a row (tree: its depth on from the first node); -1: none at all.
-    lens: [S] keys of the sequence. tree_starts: [S] first key that the tree's bits speak of.
+    positions: [S, R] last visible key of a row (in a tree: the first node's plus the depth); -1:
+      none.
+    lens: [S] keys of the sequence.
+    tree_starts: [S] key of the tree's first bit.
     tree: [S, R, W] the bits, or None.
     """
 
@@ -62,6 +64,20 @@ class _Rows(NamedTuple):
     lens: jax.Array
     tree_starts: jax.Array
     tree: jax.Array | None
+
+
+class _Call(NamedTuple):
+    """The arguments of `run`, with the query lengths [S] and the sizes of the loops."""
+
+    q: jax.Array
+    kv: PagedKV
+    kv_lens: jax.Array
+    page_table: jax.Array
+    q_starts: jax.Array
+    q_lens: jax.Array
+    tree_mask: jax.Array | None
+    spec: AttentionSpec
+    tiles: XlaTiles
 
 
 def _why_not(target: Target, *args: Any) -> str | None:
@@ -84,38 +100,32 @@ def run(
     tiles = spec.config or XlaTiles()
     num_tokens, num_seqs = q.shape[0], kv_lens.shape[0]
     q_lens = q_starts[1:] - q_starts[:-1]
-    call = (q, kv, kv_lens, page_table, q_starts, q_lens, tree_mask, spec, tiles)
+    call = _Call(q, kv, kv_lens, page_table, q_starts, q_lens, tree_mask, spec, tiles)
     rows = spec.max_q_len
-    # A rectangle may pad the tokens to twice their number, not more.
+    # A rectangle may pad the tokens to at most twice their number.
     if rows == 1 or (rows <= _MAX_RECTANGLE and num_seqs * rows <= 2 * num_tokens):
-        return _rectangle(*call, num_rows=rows, is_taken=q_lens > 0)
-    # Decoding sequences go together, so that none of them pays for a whole query tile.
-    decoded = _rectangle(*call, num_rows=1, is_taken=q_lens == 1)
-    return _query_tiles(*call, initial=decoded, is_taken=q_lens > 1)
+        return _rectangle(call, num_rows=rows, is_taken=q_lens > 0)
+    # Decoding sequences are computed together, so that none needs a query tile of its own.
+    decoded = _rectangle(call, num_rows=1, is_taken=q_lens == 1)
+    return _query_tiles(call, initial=decoded, is_taken=q_lens > 1)
 
 
-def _rectangle(
-    q: jax.Array,
-    kv: PagedKV,
-    kv_lens: jax.Array,
-    page_table: jax.Array,
-    q_starts: jax.Array,
-    q_lens: jax.Array,
-    tree_mask: jax.Array | None,
-    spec: AttentionSpec,
-    tiles: XlaTiles,
-    *,
-    num_rows: int,
-    is_taken: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _rectangle(call: _Call, *, num_rows: int, is_taken: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes the taken sequences, up to `num_rows` tokens each, all at once; zeros elsewhere."""
+    q, kv_lens, q_starts, q_lens, tree_mask = (
+        call.q,
+        call.kv_lens,
+        call.q_starts,
+        call.q_lens,
+        call.tree_mask,
+    )
     num_tokens = q.shape[0]
     offsets = jnp.arange(num_rows, dtype=jnp.int32)[None, :]  # [1, R]
     tokens = jnp.minimum(q_starts[:-1, None] + offsets, num_tokens - 1)  # [S, R]
     is_live = is_taken[:, None] & (offsets < q_lens[:, None])
     rows = _make_rows(q[tokens], tree_mask, tokens, kv_lens, q_lens, offsets, is_live)
     attend = _attend_pages if num_rows == 1 and tree_mask is None else _attend
-    out, lse = attend(rows, kv, page_table, spec, tiles, _precision(q))
+    out, lse = attend(rows, call.kv, call.page_table, call.spec, call.tiles, _precision(q))
     # Back from [S, R] to tokens: token t is row t - q_starts[s] of its sequence s.
     t = jnp.arange(num_tokens, dtype=jnp.int32)
     seqs = jnp.searchsorted(q_starts[1:], t, side="right", method="compare_all").astype(
@@ -130,29 +140,19 @@ def _rectangle(
 
 
 def _query_tiles(
-    q: jax.Array,
-    kv: PagedKV,
-    kv_lens: jax.Array,
-    page_table: jax.Array,
-    q_starts: jax.Array,
-    q_lens: jax.Array,
-    tree_mask: jax.Array | None,
-    spec: AttentionSpec,
-    tiles: XlaTiles,
-    *,
-    initial: tuple[jax.Array, jax.Array],
-    is_taken: jax.Array,
+    call: _Call, *, initial: tuple[jax.Array, jax.Array], is_taken: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Adds to `initial` the taken sequences, one tile of query tokens after the other.
 
     The loop has as many steps as there are live tiles. Example, tiles of 4: q_lens [6, 0, 3] make
     tiles (0, 0) (0, 4) (2, 0) of (sequence, first token), ends [2, 2, 3].
     """
-    num_rows = min(tiles.q_block, spec.max_q_len)
+    kv_lens, q_lens, q_starts, tree_mask = call.kv_lens, call.q_lens, call.q_starts, call.tree_mask
+    num_rows = min(call.tiles.q_block, call.spec.max_q_len)
     num_tiles = jnp.where(is_taken, -(-q_lens // num_rows), 0)
     ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
-    # Room for a last tile that hangs over the end.
-    q = jnp.pad(q, ((0, num_rows), (0, 0), (0, 0)))
+    # Padding for a last tile that reaches past the end.
+    q = jnp.pad(call.q, ((0, num_rows), (0, 0), (0, 0)))
     if tree_mask is not None:
         tree_mask = jnp.pad(tree_mask, ((0, num_rows), (0, 0)))
     out, lse = (jnp.pad(x, ((0, num_rows),) + ((0, 0),) * (x.ndim - 1)) for x in initial)
@@ -169,9 +169,9 @@ def _query_tiles(
         rows = _make_rows(
             tile, tree_mask, tokens, kv_lens[seq][None], q_lens[seq][None], offsets, is_live
         )
-        table = lax.dynamic_slice_in_dim(page_table, seq, 1)
-        new_out, new_lse = _attend(rows, kv, table, spec, tiles, _precision(q))
-        # The rows past the sequence's end belong to the next one: they stay as they are.
+        table = lax.dynamic_slice_in_dim(call.page_table, seq, 1)
+        new_out, new_lse = _attend(rows, call.kv, table, call.spec, call.tiles, _precision(q))
+        # The rows past the sequence's end belong to the next one and are not changed.
         old_out = lax.dynamic_slice_in_dim(out, start, num_rows)
         old_lse = lax.dynamic_slice_in_dim(lse, start, num_rows)
         new_out = jnp.where(is_live[0, :, None, None], new_out[0].astype(out.dtype), old_out)
@@ -186,9 +186,9 @@ def _query_tiles(
 
 
 def _precision(q: jax.Array) -> lax.Precision:
-    """Accelerators may shorten f32 operands when these hold 16-bit numbers, else not.
+    """Allows accelerators to shorten f32 operands only if these hold 16-bit numbers.
 
-    Queries do, as long as the scale waits until after the product.
+    Queries in 16 bits do, since the scale is applied after the product.
     """
     return lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
 
@@ -229,7 +229,7 @@ def _attend(
     pages = max(1, min(tiles.kv_block // page, page_table.shape[1]))  # in a block
     block = pages * page
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
-    # Every page is a batch of its own ([S, p, K]), which spares transposing what was gathered:
+    # Every page is a batch of its own ([S, p, K]), which avoids transposing the gathered pages:
     # [S, p, K, R * G, H] . [S, p, K, B, H].
     q = rows.q.reshape(num_seqs, num_rows, num_kv_heads, group, head_dim)
     q = jnp.moveaxis(q, 1, 2).reshape(num_seqs, 1, num_kv_heads, num_rows * group, head_dim)
@@ -245,14 +245,12 @@ def _attend(
         keys = i * block + jnp.arange(block, dtype=jnp.int32).reshape(pages, page)  # [p, B]
         k = _take(kv.k_pages, ids)  # [S, p, K, B, H]
         v = _take(kv.v_pages, ids)
-        # Places past the end may hold anything, a NaN of an earlier request too.
+        # Places past the end may hold anything, including NaN of an earlier request.
         is_key = keys[None] < rows.lens[:, None, None]  # [S, p, B]
         v = jnp.where(is_key[:, :, None, :, None], v, 0.0)
         s = dot(q, k, (((4,), (4,)), batch)) * spec.sm_scale  # [S, p, K, R * G, B]
-        if kv.k_scale is not None:
-            s = s * kv.k_scale[ids][:, :, :, None, :]
-        if spec.soft_cap is not None:
-            s = spec.soft_cap * jnp.tanh(s / spec.soft_cap)
+        k_scale = None if kv.k_scale is None else kv.k_scale[ids][:, :, :, None, :]
+        s = _scale_and_cap(s, k_scale, spec.soft_cap)
         visible = jnp.repeat(_visible(rows, keys, spec.sliding_window), group, axis=2)
         s = jnp.where(visible[:, :, None], s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(axis=(1, 4)))  # [S, K, R * G]
@@ -260,22 +258,15 @@ def _attend(
         alpha = jnp.exp(top - new_top)
         total = total * alpha + p.sum(axis=(1, 4))
         if kv.v_scale is not None:
-            # A masked place must not bring its scale's NaN back.
+            # NaN in the scale of a masked place must not reach the sum.
             v_scale = jnp.where(is_key[:, :, None], kv.v_scale[ids], 0.0)
             p = p * v_scale[:, :, :, None, :]
         pv = dot(p, v, (((4,), (3,)), batch)).sum(axis=1)  # [S, K, R * G, H]
         return acc * alpha[..., None] + pv, new_top, total
 
-    shape = (num_seqs, num_kv_heads, num_rows * group)
-    carry = (
-        jnp.zeros((*shape, head_dim), jnp.float32),
-        jnp.full(shape, _LOWEST, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-    )
+    carry = _start((num_seqs, num_kv_heads, num_rows * group), head_dim)
     first, last = _key_range(rows, spec.sliding_window)
-    acc, top, total = _loop(first // block, -(-last // block), step, carry)
-    out = acc / jnp.where(total > 0, total, 1.0)[..., None]
-    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    out, lse = _finish(*_loop(first // block, -(-last // block), step, carry))
     split = (num_seqs, num_kv_heads, num_rows, group)
     out = jnp.moveaxis(out.reshape(*split, head_dim), 1, 2)
     lse = jnp.moveaxis(lse.reshape(split), 1, 2)
@@ -293,23 +284,12 @@ def _attend_pages(
     tiles: XlaTiles,
     precision: lax.Precision,
 ) -> tuple[jax.Array, jax.Array]:
-    """`_attend` for one row a sequence: as many live pages a step as there are sequences.
-
-    The pages of all sequences stand in one list, so that a short sequence does not wait for a long
-    one. Example, pages of 64: lens [100, 0, 300] have [2, 0, 5] pages, ends [2, 2, 7]; item 3 is
-    page 1 of sequence 2.
-    """
+    """Like `_attend`, for one row per sequence: a step reads about one live page per sequence."""
     num_seqs, _, num_heads, head_dim = rows.q.shape
     num_kv_heads, page = kv.num_kv_heads, kv.page_size
     group = num_heads // num_kv_heads
-    positions, window = rows.positions[:, 0], spec.sliding_window
-    ends_at = jnp.minimum(rows.lens, positions + 1)  # [S] keys a row sees end here
-    first_page = jnp.zeros_like(ends_at)
-    if window is not None:
-        first_page = jnp.maximum(positions - window + 1, 0) // page
-    num_pages = jnp.maximum(-(-ends_at // page) - first_page, 0)
-    ends = jnp.cumsum(num_pages, dtype=jnp.int32)
-    size = num_seqs * max(1, tiles.kv_block // page)  # items a step
+    pages = _list_pages(rows, page, spec.sliding_window)
+    size = num_seqs * max(1, tiles.kv_block // page)  # items per step
     q = rows.q.reshape(num_seqs, num_kv_heads, group, head_dim)
     dot = functools.partial(
         lax.dot_general, preferred_element_type=jnp.float32, precision=precision
@@ -318,26 +298,17 @@ def _attend_pages(
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         acc, top, total = carry
         item = i * size + jnp.arange(size, dtype=jnp.int32)  # [C]
-        seq = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
-        seq = jnp.minimum(seq, num_seqs - 1)
-        of_seq = (seq[:, None] == jnp.arange(num_seqs, dtype=jnp.int32)[None]) & (item < ends[-1])[
-            :, None
-        ]  # [C, S]
-        number = item - (ends[seq] - num_pages[seq]) + first_page[seq]
+        seq, number, of_seq = pages.locate(item)
         ids = page_table[seq, jnp.clip(number, 0, page_table.shape[1] - 1)]
         keys = number[:, None] * page + jnp.arange(page, dtype=jnp.int32)[None]  # [C, B]
-        visible = (keys < ends_at[seq][:, None]) & (item < ends[-1])[:, None]
-        if window is not None:
-            visible &= keys > (positions - window)[seq][:, None]
+        visible = pages.visible(item, seq, keys)
         k = _take(kv.k_pages, ids)  # [C, K, B, H]
-        # Places past the end may hold anything, a NaN of an earlier request too.
+        # Places past the end may hold anything, including NaN of an earlier request.
         v = _take(kv.v_pages, ids)
         v = jnp.where(visible[:, None, :, None], v, 0.0)
         s = dot(q[seq], k, (((3,), (3,)), ((0, 1), (0, 1)))) * spec.sm_scale  # [C, K, G, B]
-        if kv.k_scale is not None:
-            s = s * kv.k_scale[ids][:, :, None, :]
-        if spec.soft_cap is not None:
-            s = spec.soft_cap * jnp.tanh(s / spec.soft_cap)
+        k_scale = None if kv.k_scale is None else kv.k_scale[ids][:, :, None, :]
+        s = _scale_and_cap(s, k_scale, spec.soft_cap)
         s = jnp.where(visible[:, None, None], s, -jnp.inf)
         tops = jnp.where(of_seq[:, :, None, None], s.max(axis=-1)[:, None], _LOWEST)
         new_top = jnp.maximum(top, tops.max(axis=0))  # [S, K, G]
@@ -346,40 +317,102 @@ def _attend_pages(
         one_hot = of_seq.astype(jnp.float32)
         weight = p.sum(axis=-1)  # [C, K, G]
         if kv.v_scale is not None:
-            # A masked place must not bring its scale's NaN back.
+            # NaN in the scale of a masked place must not reach the sum.
             p = p * jnp.where(visible[:, None], kv.v_scale[ids], 0.0)[:, :, None, :]
         pv = dot(p, v, (((3,), (2,)), ((0, 1), (0, 1))))  # [C, K, G, H]
-        # A sequence's NaN or infinity is its own: the sums over items must not carry it to others.
+        # The sums over items must not carry a sequence's NaN or infinity to other sequences.
         is_bad = weight * 0.0 + jnp.sum(pv * 0.0, axis=-1) != 0.0  # [C, K, G]
-        spoilt = jnp.any(of_seq[:, :, None, None] & is_bad[:, None], axis=0)  # [S, K, G]
+        has_bad = jnp.any(of_seq[:, :, None, None] & is_bad[:, None], axis=0)  # [S, K, G]
         weight = jnp.where(is_bad, 0.0, weight)
         pv = jnp.where(is_bad[..., None], 0.0, pv)
         total = total * alpha + dot(one_hot, weight, (((0,), (0,)), ((), ())))
         acc = acc * alpha[..., None] + dot(one_hot, pv, (((0,), (0,)), ((), ())))
-        acc = jnp.where(spoilt[..., None], jnp.nan, acc)
+        acc = jnp.where(has_bad[..., None], jnp.nan, acc)
         return acc, new_top, total
 
-    shape = (num_seqs, num_kv_heads, group)
-    carry = (
+    carry = _start((num_seqs, num_kv_heads, group), head_dim)
+    out, lse = _finish(*_loop(jnp.int32(0), -(-pages.ends[-1] // size), step, carry))
+    return out.reshape(num_seqs, 1, num_heads, head_dim), lse.reshape(num_seqs, 1, num_heads)
+
+
+class _PageList(NamedTuple):
+    """The live pages of all sequences in one list, so that short ones do not wait for long ones.
+
+    Example, pages of 64: lens [100, 0, 300] have [2, 0, 5] pages, ends [2, 2, 7]; item 3 is page 1
+    of sequence 2.
+
+    positions: [S] last visible key. ends_at: [S] end of the visible keys.
+    first_page, num_pages, ends: [S] first live page, number of them, and running sum.
+    window: keys that a row sees at most, or None.
+    """
+
+    positions: jax.Array
+    ends_at: jax.Array
+    first_page: jax.Array
+    num_pages: jax.Array
+    ends: jax.Array
+    window: int | None
+
+    def locate(self, item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns of items [C] their sequences [C], page numbers [C], and one-hot [C, S]."""
+        num_seqs = self.ends.shape[0]
+        seq = jnp.sum(item[:, None] >= self.ends[None], axis=1, dtype=jnp.int32)
+        seq = jnp.minimum(seq, num_seqs - 1)
+        is_item = (item < self.ends[-1])[:, None]
+        of_seq = (seq[:, None] == jnp.arange(num_seqs, dtype=jnp.int32)[None]) & is_item
+        number = item - (self.ends[seq] - self.num_pages[seq]) + self.first_page[seq]
+        return seq, number, of_seq
+
+    def visible(self, item: jax.Array, seq: jax.Array, keys: jax.Array) -> jax.Array:
+        """Returns [C, B]: whether items [C] of sequences [C] see the keys [C, B]."""
+        visible = (keys < self.ends_at[seq][:, None]) & (item < self.ends[-1])[:, None]
+        if self.window is not None:
+            visible &= keys > (self.positions - self.window)[seq][:, None]
+        return visible
+
+
+def _list_pages(rows: _Rows, page: int, window: int | None) -> _PageList:
+    positions = rows.positions[:, 0]
+    ends_at = jnp.minimum(rows.lens, positions + 1)
+    first_page = jnp.zeros_like(ends_at)
+    if window is not None:
+        first_page = jnp.maximum(positions - window + 1, 0) // page
+    num_pages = jnp.maximum(-(-ends_at // page) - first_page, 0)
+    ends = jnp.cumsum(num_pages, dtype=jnp.int32)
+    return _PageList(positions, ends_at, first_page, num_pages, ends, window)
+
+
+def _scale_and_cap(s: jax.Array, k_scale: jax.Array | None, soft_cap: float | None) -> jax.Array:
+    if k_scale is not None:
+        s = s * k_scale
+    return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+
+
+def _start(shape: tuple[int, ...], head_dim: int) -> tuple[jax.Array, ...]:
+    """Returns the carry of an online softmax: weighted sum, maximum and sum of weights."""
+    return (
         jnp.zeros((*shape, head_dim), jnp.float32),
         jnp.full(shape, _LOWEST, jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
-    acc, top, total = _loop(jnp.int32(0), -(-ends[-1] // size), step, carry)
+
+
+def _finish(acc: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the output and the log of the sum of weights; 0 and -inf for rows without keys."""
     out = acc / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
-    return out.reshape(num_seqs, 1, num_heads, head_dim), lse.reshape(num_seqs, 1, num_heads)
+    return out, lse
 
 
 def _loop(start: jax.Array, end: jax.Array, step: Any, carry: Any) -> Any:
-    """`lax.fori_loop` in int32, also where jax_enable_x64 makes some of the arithmetic int64."""
+    """Runs `lax.fori_loop` in int32, even where jax_enable_x64 makes some arithmetic int64."""
     return lax.fori_loop(start.astype(jnp.int32), end.astype(jnp.int32), step, carry)
 
 
 def _take(pages: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns pages[ids] in f32, int4 decoded.
 
-    Small floats travel as integers: XLA on CPUs widens a whole pool of them before it gathers some.
+    Small floats are gathered as integers: XLA on CPUs would widen the whole pool before gathering.
     """
     if pages.dtype == PACKED_DTYPE:
         return decode_int4(pages[ids])

@@ -120,7 +120,7 @@ def awq_config(weights: Mapping[str, QTensor], *, skipped: tuple[str, ...] = ())
 
 
 def _check_groups(weights: Mapping[str, QTensor]) -> None:
-    """Raises ValueError where a last group is short: AWQ kernels, say GPTQModel's, refuse it."""
+    """Raises ValueError for a short last group, which AWQ kernels such as GPTQModel's refuse."""
     sizes = {x.shape[0] for x in weights.values()}
     for module, x in weights.items():
         if x.fmt.group > 0 and x.shape[0] % x.fmt.group:

@@ -1,4 +1,4 @@
-"""Bit streams in words, as quantized checkpoints pack them; numpy only, knows no format's names.
+"""Packs codes into bit streams of words, as quantized checkpoints store them.
 
 Code i takes bits i * b .. i * b + b - 1 of a little-endian stream: eight 4-bit codes 0..7 make the
 word 0x76543210, and a 3-bit code may lie in two words.
@@ -45,9 +45,9 @@ def unpack_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def unpack_padded_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """As `unpack_words` for words that hold floor(32 / bits) codes each, the rest of a word unused.
+    """Like `unpack_words`, for words with floor(32 / bits) codes each and unused bits.
 
-    compressed-tensors before 0.18 wrote 3, 5, 6 and 7 bits so: ten 3-bit codes to a word.
+    compressed-tensors before 0.18 stored 3, 5, 6 and 7 bits this way: ten 3-bit codes per word.
     """
     a_word = 32 // bits
     if words.shape[-1] * a_word < count:

@@ -133,7 +133,7 @@ def _read_4bit(module: str, tensors: Tensors) -> Weight:
     book = np.asarray(tensors["weight.quant_map"], np.float32)
     reason = None
     if num_inputs % block:
-        reason = f"its blocks of {block} run over the ends of rows of {num_inputs}"
+        reason = f"its blocks of {block} cross the ends of rows of {num_inputs}"
     elif np.abs(book - CODEBOOKS[kind]).max() > _MAP_ERROR:
         reason = f"its quant_map is not that of {kind}"
     if reason is not None:

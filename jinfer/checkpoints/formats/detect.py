@@ -1,6 +1,6 @@
-"""The quantized modules of a checkpoint: which reader they need, and which tensors make up each.
+"""Finds the quantized modules of a checkpoint: the reader they need and the tensors of each.
 
-Knows the formats by the name in `quantization_config`; opens no file itself.
+The reader depends on the method in `quantization_config`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
     "bitsandbytes": BNBReader.parse,
     "jinfer": NativeReader.parse,
 }
-# A tensor of such a name is there for every quantized module and for no other.
+# Every quantized module has a tensor of such a name, and no other module has.
 _MARKS = (
     *("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "weight.absmax"),
     "qcodes",
 )
-# What values of wrong kinds come to in a reader of some format.
+# Errors that readers raise for values of wrong kinds.
 _MALFORMED = (TypeError, AttributeError, LookupError, ArithmeticError)
-_NUM_ASKED = 8  # modules that are asked for the version of a GPTQ file
+_NUM_ASKED = 8  # modules from which the version of a GPTQ file is inferred
 _log = logging.getLogger(__name__)
 
 
@@ -66,7 +66,7 @@ def open_reader(config: Mapping[str, Any], where: str) -> Reader:
 
 @contextlib.contextmanager
 def _located(where: str) -> Iterator[None]:
-    """Puts the checkpoint's name before what is wrong with it."""
+    """Prefixes errors with the checkpoint's name."""
     try:
         yield
     except ValueError as error:
@@ -75,7 +75,7 @@ def _located(where: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named(module: str) -> Iterator[None]:
-    """Puts a module's name before what is wrong with it, where the message lacks it."""
+    """Prefixes errors with the module's name, unless they have it."""
     try:
         yield
     except ValueError as error:
@@ -90,7 +90,7 @@ def _named(module: str) -> Iterator[None]:
 
 
 class _Leaves(dict[str, np.ndarray]):
-    """Tensors of one module by leaf; one that is asked for and not there is named."""
+    """Tensors of one module by leaf; the error for a missing one names it."""
 
     def __init__(self, module: str, tensors: Mapping[str, np.ndarray]) -> None:
         super().__init__(tensors)
@@ -107,7 +107,7 @@ class QuantizedModules:
       reader: how they are read.
       shapes: {module + ".weight": [O, I]}.
       taken: names of all tensors that belong to them.
-      dense_reasons: modules that had to be dequantized so far, and why.
+      dense_reasons: modules that were dequantized so far, and why.
     """
 
     def __init__(
@@ -192,5 +192,5 @@ def _ends(name: str, leaf: str) -> bool:
 
 
 def first_marked(names: Iterable[str]) -> str | None:
-    """A tensor that only quantized modules have, if there is one."""
+    """Returns a tensor that only quantized modules have, if there is one."""
     return next((name for name in names if any(_ends(name, mark) for mark in _MARKS)), None)

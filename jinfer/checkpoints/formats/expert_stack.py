@@ -1,7 +1,7 @@
-"""Experts that are stored one by one, as one stack: in one quantized form if there is one.
+"""Stacks experts that are stored one by one, in one common quantized format if there is one.
 
-Checkpoints leave single experts in float, or give them other bits, groups, orders and zero points.
-Here are the forms that hold several others without a change of any value; knows no file.
+Checkpoints may keep single experts in float, or give them different bits, groups, orders and zero
+points. This module finds formats that represent several others without changing any value.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from jinfer.linear.qtensor import DoubleScale, QTensor, from_codes
 
 
 def common_format(formats: Sequence[QFormat | None], num_inputs: int) -> QFormat | None:
-    """Returns a format that holds weights of all `formats` exactly; None: there is none.
+    """Returns a format that represents weights of all `formats` exactly; None if there is none.
 
-    Codes may become wider, groups smaller, and a zero point of 0 be added; plain scales replace
-    double ones. Kinds of codes and what happens to the inputs must be the same.
+    Codes may get wider, groups smaller, and zero points of 0 may be added; plain scales replace
+    double ones. The kinds of codes and of input quantization must be the same.
 
     Args:
-      formats: of weights [num_inputs, O]; None stands for a float weight.
+      formats: of weights [num_inputs, O]; None for a float weight.
       num_inputs: I.
     """
     known = [fmt for fmt in formats if fmt is not None]
@@ -56,7 +56,7 @@ def common_format(formats: Sequence[QFormat | None], num_inputs: int) -> QFormat
 
 
 def stack_experts(weights: Sequence[QTensor]) -> QTensor | None:
-    """Returns [E, I, O] of E weights [I, O], with their very values; None: no format holds all."""
+    """Returns [E, I, O] of E weights [I, O] with equal values; None if no format represents all."""
     fmt = common_format([x.fmt for x in weights], weights[0].shape[0])
     if fmt is None:
         return None
@@ -76,7 +76,7 @@ def stack_experts(weights: Sequence[QTensor]) -> QTensor | None:
 
 
 def _in_format(x: QTensor, fmt: QFormat) -> QTensor:
-    """The same values in a format that `common_format` found for them."""
+    """Returns the same values in a format from `common_format`."""
     if x.fmt == fmt:
         return x
     num_inputs, num_outputs = x.shape
@@ -97,7 +97,7 @@ def _in_format(x: QTensor, fmt: QFormat) -> QTensor:
 
 
 def describe_forms(forms: Mapping[int, QFormat | None]) -> str:
-    """Says who has which form; None is float: "float: expert 1; int4-g32: experts 0, 2"."""
+    """Describes the experts' formats (None is float): "float: expert 1; int4-g32: experts 0, 2"."""
     experts: dict[str, list[str]] = {}
     for expert, fmt in sorted(forms.items()):
         experts.setdefault("float" if fmt is None else str(fmt), []).append(str(expert))

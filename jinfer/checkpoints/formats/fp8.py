@@ -22,7 +22,7 @@ from jinfer.config.fields import require
 from jinfer.config.quant_format import TENSOR
 from jinfer.linear.qtensor import QTensor
 
-LARGEST_WEIGHT = 100.0  # beyond it a scale has surely been read upside down
+LARGEST_WEIGHT = 100.0  # a larger weight means that a scale was read as its inverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class FP8Reader:
         require(
             peak <= LARGEST_WEIGHT,
             f"{module}: as weight{other}{names[0]} weights reach {peak:.3g}: the scale seems to "
-            f"mean the opposite of what quantization_config says (weight_scale_semantics)",
+            f"be the inverse of what quantization_config says (weight_scale_semantics)",
         )
         return x
 

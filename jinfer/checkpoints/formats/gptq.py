@@ -40,13 +40,13 @@ from jinfer.config.quant_format import QFormat
 from jinfer.linear.qtensor import QTensor, dequantize
 
 BITS = (2, 3, 4, 8)
-SAMPLED_OUTPUTS = 256  # of a module that is asked for its version
+SAMPLED_OUTPUTS = 256  # outputs of a module from which the version is inferred
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTQReader:
-    """A GPTQ checkpoint; the tensors are obeyed where its label contradicts them.
+    """A GPTQ checkpoint; where its label contradicts the tensors, the tensors decide.
 
     Attributes:
       bits: of one code, where `dynamic` does not say otherwise.
@@ -87,7 +87,7 @@ class GPTQReader:
         )
 
     def of(self, module: str) -> GPTQReader:
-        """This reader with the first override whose pattern fits `module`."""
+        """Returns this reader with the first override whose pattern fits `module`."""
         for pattern, change in self.dynamic:
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
                 group, bits = change.get("group_size", self.group), change.get("bits", self.bits)
@@ -101,10 +101,10 @@ class GPTQReader:
         return self
 
     def believed(self, samples: Iterable[tuple[str, Tensors]]) -> GPTQReader:
-        """This reader with the version that zero points tell, where all samples tell the other.
+        """Returns this reader with the other version, if the zero points of all samples show it.
 
-        In asymmetric modules of few bits codes minus zeros average about 0, since weights do, and
-        the wrong version is off by one. One module alone proves nothing: some weights do not.
+        In asymmetric modules of few bits the mean of codes minus zeros is about 0, as that of
+        weights is, and the wrong version is off by one. One module alone is not conclusive.
         """
         offsets = [o for m, tensors in samples if (o := self.of(m)._offset(tensors)) is not None]
         one = 1 if self.version == 1 else -1
@@ -114,7 +114,7 @@ class GPTQReader:
         return self
 
     def _offset(self, tensors: Tensors) -> float | None:
-        """Mean of codes minus zeros by the label; None where that says nothing."""
+        """Returns the mean of codes minus zeros by the label; None if it is not conclusive."""
         stored, q = tensors.get("qzeros"), tensors["qweight"]
         num_outputs, num_inputs = q.shape[1], q.shape[0] * 32 // self.bits
         if self.bits > 4 or stored is None or stored.shape[-1] * 32 < num_outputs * self.bits:
@@ -170,9 +170,9 @@ class GPTQReader:
         return make_qtensor(unsigned, scales, zero, fmt, perm=perm)
 
     def zeros(self, stored: np.ndarray, num_outputs: int) -> np.ndarray:
-        """Zero points [G, O], by the label unless the numbers say that it lies.
+        """Returns the zero points [G, O], by the label unless the numbers contradict it.
 
-        A symmetric file has one zero in all: the middle (v2) or one less (v1).
+        All zero points of a symmetric file are equal: the middle (v2) or one less (v1).
         """
         middle = 2 ** (self.bits - 1)
         as_v1, as_v2 = _both_versions(stored, self.bits, num_outputs)
@@ -199,7 +199,7 @@ def _both_versions(
 
 
 def _add_one(stored: np.ndarray, bits: int, num_outputs: int) -> np.ndarray:
-    """v1's zeros + 1. Whole words are added, so that a zero of 0 gets back what it borrowed.
+    """Returns v1's zeros + 1, added by whole words so that a zero of 0 gets its borrow back.
 
     4-bit zeros 0 and 5 as v2: 0x50; v1 subtracts 0x11 from the word: 0x3f; adding gives 0x50 back,
     where nibble by nibble the zeros would be 16 and 4. A 3-bit field wraps by itself (GPTQModel).
@@ -245,10 +245,10 @@ def write_gptq(x: QTensor, *, version: int = 2) -> dict[str, np.ndarray]:
 def gptq_config(
     weights: Mapping[str, QTensor], *, version: int = 2, skipped: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Returns the `quantization_config` for modules and their weights; the most common is the rule.
+    """Returns the `quantization_config` of modules; the most common format becomes the default.
 
-    Other formats among them, and linears of the blocks that are skipped, become `dynamic`
-    overrides, as GPTQModel writes them.
+    Other formats, and skipped linears of the blocks, become `dynamic` overrides, as GPTQModel
+    writes them.
     """
 
     def fields(x: QTensor) -> dict[str, Any]:
@@ -274,5 +274,5 @@ def gptq_config(
 
 
 def dense(weight: Weight) -> np.ndarray:
-    """f32 [I, O] of what a reader gave."""
+    """Returns a reader's weight as f32 [I, O]."""
     return weight.w if isinstance(weight, Dense) else np.asarray(dequantize(weight))

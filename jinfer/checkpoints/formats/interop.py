@@ -1,7 +1,7 @@
-"""What readers and writers of foreign quantized formats share; knows no single format.
+"""Interfaces and helpers shared by readers and writers of foreign quantized formats.
 
 A reader turns one module's tensors (numpy, as stored) into a QTensor, or into `Dense` with the
-reason where a QTensor cannot hold them. A writer is its inverse.
+reason if a QTensor cannot represent them. A writer is the inverse.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jinfer.linear.qtensor import QTensor, from_codes
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A dequantized weight f32 [I, O], why it is not kept quantized, and how many bits it had."""
+    """A dequantized weight f32 [I, O], why it is not kept quantized, and its stored bits."""
 
     w: np.ndarray
     reason: str
@@ -31,7 +31,7 @@ class Dense:
 Weight: TypeAlias = QTensor | Dense
 Tensors: TypeAlias = Mapping[str, np.ndarray]
 Sign: TypeAlias = Literal["any", "not negative", "positive"]
-"""What the numbers of a scale may be, besides finite."""
+"""Allowed signs of a scale; it must always be finite."""
 
 
 class Reader(Protocol):
@@ -39,21 +39,21 @@ class Reader(Protocol):
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """Names that a module's tensors have in this format, such as "qweight"."""
+        """Names of a module's tensors in this format, such as "qweight"."""
         ...
 
     @property
     def scales(self) -> tuple[tuple[str, Sign], ...]:
-        """Those leaves that scale codes, whether they are used or not.
+        """Names of the leaves that scale codes, whether used or not, with their allowed signs.
 
-        "any" sign where files have negative scales: AutoRound gives a group's scale the sign of its
-        largest weight, in GPTQ, AWQ and compressed-tensors files. Zero is the scale of a group of
-        zeros, or of one whose scale f16 cannot hold.
+        "any" where files have negative scales: AutoRound gives a group's scale the sign of its
+        largest weight, in GPTQ, AWQ and compressed-tensors files. A group of zeros, or one whose
+        scale is too small for f16, has the scale zero.
         """
         ...
 
     def shape(self, module: str, tensors: Tensors) -> tuple[int, int]:
-        """Returns [O, I] of a module; reads little more than the tensors' shapes."""
+        """Returns [O, I] of a module, mostly from the tensors' shapes."""
         ...
 
     def read(self, module: str, tensors: Tensors) -> Weight:
@@ -62,7 +62,7 @@ class Reader(Protocol):
 
 
 def check_scales(module: str, tensors: Tensors, leaves: Iterable[tuple[str, Sign]]) -> None:
-    """Raises ValueError, naming module and leaf, unless all scales that there are can be ones."""
+    """Raises ValueError, naming module and leaf, if a scale is not finite or of a wrong sign."""
     for leaf, sign in leaves:
         if leaf not in tensors or not jnp.issubdtype(tensors[leaf].dtype, jnp.floating):
             continue  # not there, or codes of double scales
@@ -90,7 +90,7 @@ def make_qtensor(
 ) -> QTensor:
     """Builds a QTensor from unsigned codes [I, O] and zero points [G, O].
 
-    Zero points that all stand in the middle become none: the format is then symmetric.
+    If all zero points are in the middle they are dropped and the format is symmetric.
     """
     middle = 2 ** (fmt.bits - 1)
     if zero is not None and np.all(zero == middle):
@@ -113,7 +113,7 @@ def make_qtensor(
 
 
 def unsigned_parts(x: QTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unsigned codes [I, O], scales [G, O] and unsigned zero points [G, O] of an int QTensor."""
+    """Returns unsigned codes [I, O], scales and unsigned zero points [G, O] of an int QTensor."""
     middle = 2 ** (x.fmt.bits - 1)
     scale = np.asarray(x.scale)
     codes = (np.asarray(x.codes(), np.int16) + middle).astype(np.uint8)
@@ -124,7 +124,7 @@ def unsigned_parts(x: QTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def check_writable(x: QTensor, what: str, bits: tuple[int, ...], *, has_groups: bool) -> None:
-    """Raises ValueError unless `what` can hold `x`: integers of `bits`, [I, O], integer zeros."""
+    """Raises ValueError unless `what` can store `x`: integers of `bits`, [I, O], integer zeros."""
     fmt = x.fmt
     require(x.ndim == 2, f"{what} holds weights [I, O] one by one, got {list(x.shape)}")
     require(
@@ -133,7 +133,7 @@ def check_writable(x: QTensor, what: str, bits: tuple[int, ...], *, has_groups: 
     )
     require(
         not has_groups or fmt.act is None,
-        f"{what} does not say what happens to the inputs, got {fmt}; write compressed-tensors",
+        f"{what} stores no input quantization, got {fmt}; write compressed-tensors",
     )
     require(
         not has_groups or (fmt.group != 0 and fmt.block == 1),
@@ -142,7 +142,7 @@ def check_writable(x: QTensor, what: str, bits: tuple[int, ...], *, has_groups: 
 
 
 def check_dtype(module: str, leaf: str, tensor: np.ndarray, dtype: Any) -> None:
-    """Raises ValueError unless codes have their type: floats among them would be rounded."""
+    """Raises ValueError unless codes have the right type: floats would be rounded."""
     require(
         tensor.dtype == dtype,
         f"{module}: {leaf} must be {np.dtype(dtype).name}, got {tensor.dtype}",
@@ -150,7 +150,7 @@ def check_dtype(module: str, leaf: str, tensor: np.ndarray, dtype: Any) -> None:
 
 
 def half_scale(scale: np.ndarray, what: str) -> np.ndarray:
-    """Scales as 16 bits: as they are, or f32 ones that f16 holds exactly.
+    """Returns scales in 16 bits: unchanged, or f32 ones that f16 represents exactly.
 
     Raises:
       ValueError: f32 scales that rounding would change.
@@ -168,11 +168,11 @@ def half_scale(scale: np.ndarray, what: str) -> np.ndarray:
 def sort_groups(
     module: str, g_idx: np.ndarray | None, num_inputs: int, group: int
 ) -> tuple[np.ndarray | None, str | None]:
-    """How to store inputs so that groups are runs of `group`.
+    """Returns an order of inputs in which groups are runs of `group`.
 
     Returns:
-      (None, None) if they are so already; (perm, None) if sorting by group makes them so, with
-      perm[row] = input; (perm, reason) if groups are uneven and no QTensor can hold them.
+      (None, None) if they are already; (perm, None) if sorting by group gives such runs, with
+      perm[row] = input; (perm, reason) if groups are uneven and no QTensor can represent them.
     """
     if g_idx is None or np.all(g_idx < 0):
         return None, None
@@ -194,7 +194,7 @@ def sort_groups(
 
 
 def group_indices(x: QTensor) -> np.ndarray:
-    """int32 [I], the group of each input; the inverse of `sort_groups`."""
+    """Returns int32 [I], the group of each input; the inverse of `sort_groups`."""
     num_inputs = x.shape[0]
     places = (np.arange(num_inputs) // x.fmt.group_size(num_inputs)).astype(np.int32)
     if x.perm is None:
@@ -214,7 +214,7 @@ def group_of(group_size: Any, where: str) -> int:
 
 
 def matches(target: str, module: str, class_name: str = "Linear") -> bool:
-    """Whether a target or ignore entry means `module`: its class, its name's end, or "re:..."."""
+    """Whether a target or ignore entry matches `module`: its class, its name's end, or "re:..."."""
     if target.startswith("re:"):
         return re.match(target[3:], module) is not None
     return target in (class_name, module) or module.endswith("." + target)

@@ -1,7 +1,7 @@
-"""Scales of a quantized KV cache in a checkpoint: their names, their scheme, what a pool can use.
+"""Reads the scales of a quantized KV cache in a checkpoint: names, scheme, and use by a pool.
 
-`kv_cache_scheme` of the quantization_config says what they are (compressed-tensors; AutoFP8 wrote
-"static"). Files without it mean fp8, one scale a layer.
+`kv_cache_scheme` of the quantization_config describes them (compressed-tensors; AutoFP8 wrote
+"static"). Files without it mean fp8 with one scale per layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAME = re.compile(
 
 
 def kv_scale_of(name: str) -> tuple[int, str] | None:
-    """(layer, "k", "v", "kv", or what else it is) if a tensor belongs to a quantized KV cache."""
+    """Returns (layer, kind: "k", "v", "kv", ...) of a tensor of a quantized KV cache, or None."""
     found = _NAME.fullmatch(name)
     if found is None:
         return None
@@ -36,7 +36,7 @@ def kv_scale_of(name: str) -> tuple[int, str] | None:
 
 
 def scheme_of(stated: Mapping[str, Any] | None) -> Scheme | None:
-    """The `kv_cache_scheme` of a `quantization_config`, None if it has none.
+    """Returns the `kv_cache_scheme` of a `quantization_config`, None if it has none.
 
     Raises:
       ValueError: it is neither an object nor a name.
@@ -48,7 +48,7 @@ def scheme_of(stated: Mapping[str, Any] | None) -> Scheme | None:
 
 
 def scheme_for(scales: Iterable[Mapping[str, np.ndarray]]) -> Scheme:
-    """The scheme of a file whose scales came without one: fp8."""
+    """Returns the scheme of scales that are stored without one: fp8."""
     is_tensor = all(np.size(scale) == 1 for kinds in scales for scale in kinds.values())
     return {
         **{"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False},
@@ -61,13 +61,13 @@ def scheme_for(scales: Iterable[Mapping[str, np.ndarray]]) -> Scheme:
 def static_kv(
     config: ModelConfig, scheme: Scheme | None, scales: Mapping[int, Mapping[str, np.ndarray]]
 ) -> tuple[StaticKV | None, str | None]:
-    """Returns what a pool can use, or why it can use nothing; (None, None): there is nothing."""
+    """Returns the scales for a pool, or why they cannot be used; (None, None) if there are none."""
     if scheme is None and not scales:
         return None, None
     dtype, reason = _format(scheme)
     others = sorted({kind for kinds in scales.values() for kind in kinds} - {"k", "v", "kv"})
     if reason is None and others:
-        reason = f"they come with {', '.join(others)}, which nothing here applies"
+        reason = f"they come with {', '.join(others)}, which is not supported"
     if reason is not None:
         return None, reason
     found: dict[str, list[tuple[float, ...]]] = {"k": [], "v": []}
@@ -88,7 +88,7 @@ def static_kv(
 
 
 def _format(scheme: Scheme | None) -> tuple[str, str | None]:
-    """The pool's format, and why there is none for such a scheme."""
+    """Returns the pool's format, or the reason why there is none for the scheme."""
     if not isinstance(scheme, Mapping):
         is_known = scheme in (None, "static")
         return "float8_e4m3fn", None if is_known else f"kv_cache_scheme is {scheme!r}"
@@ -107,6 +107,6 @@ def _format(scheme: Scheme | None) -> tuple[str, str | None]:
 
 
 def _alike(rows: list[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
-    """Rows of one length: a scale of a whole layer is that of each head, where others differ."""
+    """Returns rows of one length; a scale of a whole layer is repeated for each head if needed."""
     longest = max(map(len, rows))
     return tuple(row if len(row) == longest else row * longest for row in rows)

@@ -1,4 +1,4 @@
-"""jinfer's own quantized files: any QTensor, in a Hugging Face folder of safetensors.
+"""jinfer's own quantized file format, for any QTensor, in a Hugging Face folder of safetensors.
 
     P.qcodes  uint8 [ceil(I * b / 8), O], a little-endian bit stream along I of codes + 2^(b-1)
               (codebook indices as they are); fp8 codes as they are, [I, O]

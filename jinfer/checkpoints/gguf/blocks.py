@@ -1,6 +1,6 @@
-"""GGUF's blocks as QTensors: the types whose values are `scale * code` exactly; knows no file.
+"""Converts GGUF's blocks into QTensors, for types whose values are exactly `scale * code`.
 
-Q4_0, Q5_0 and Q8_0 have f16 scales for 32 inputs, Q6_K d * sc for 16, a product that f32 holds.
+Q4_0, Q5_0 and Q8_0 have f16 scales for 32 inputs, Q6_K d * sc for 16, a product that fits f32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jinfer.linear.qtensor import QTensor, from_codes
 FORMATS = {
     **{"Q4_0": "int4-g32", "Q5_0": "int5-g32", "Q8_0": "int8-g32", "Q6_K": "int6-g16"},
 }
-"""Types that can stay as they are -> their QFormat; the others have float minima."""
+"""Types that can be kept quantized -> QFormat; the others have float minima."""
 
 
 def read_blocks(rows: np.ndarray, type_name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +34,7 @@ def read_blocks(rows: np.ndarray, type_name: str) -> tuple[np.ndarray, np.ndarra
 
 
 def qtensor_of(codes: np.ndarray, scale: np.ndarray, type_name: str) -> QTensor:
-    """A weight [..., I, O] of what `read_blocks` gave, rows perhaps in another order since."""
+    """Returns a weight [..., I, O] of codes and scales from `read_blocks`, rows in any order."""
     fmt = QFormat.parse(FORMATS[type_name])
     swapped = (np.ascontiguousarray(a.swapaxes(-1, -2)) for a in (codes, scale))
     q, s = (jnp.asarray(a) for a in swapped)

@@ -1,6 +1,6 @@
-"""GGUF files as checkpoints: metadata -> ModelConfig, tensors under their Hugging Face names.
+"""Opens GGUF files as checkpoints: metadata -> ModelConfig, tensors under Hugging Face names.
 
-What differs from Hugging Face, and is undone here:
+Differences from Hugging Face, which are undone here:
 - "llama" files hold the rows of q and k in the order of interleaved rotation:
       row 2j of a head = row j there,  row 2j + 1 = row j + head_dim / 2;
 - Gemma files hold 1 + gamma for gamma;
@@ -38,13 +38,13 @@ ARCHITECTURES = {
 }
 """general.architecture -> Hugging Face's model_type."""
 
-# Keys that change the maths in ways the decoder does not know; no supported family writes them.
+# Keys that change the maths in unsupported ways; no supported family writes them.
 _REFUSED = (
     *("logit_scale", "residual_scale", "embedding_scale", "expert_shared_count"),
     *("attention.clamp_kqv", "attention.max_alibi_bias", "attention.temperature_length"),
     *("attention.output_scale", "router_logit_softcapping", "rope.scaling.yarn_log_multiplier"),
 )
-_NEUTRAL = {  # such keys that may stand there with a value that changes nothing
+_NEUTRAL = {  # such keys that are accepted with a value that changes nothing
     "attention.causal": (True,),
     "expert_weights_scale": (0.0, 1.0),
     "rope.scaling.yarn_attn_factor": (1.0,),
@@ -81,7 +81,7 @@ _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_
 
 
 class _Metadata:
-    """Lookups under the architecture's prefix, with the file named when something is missing."""
+    """Lookups under the architecture's prefix; errors name the file."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -181,7 +181,7 @@ def _has_bias(file: GGUFFile, module: str) -> bool:
 
 def _intermediate_size(meta: _Metadata) -> int:
     width = meta.get("feed_forward_length")
-    if width is None:  # a file whose every layer has experts may leave it out
+    if width is None:  # missing in some files with experts in every layer
         width = meta.require("expert_feed_forward_length")
     return width
 
@@ -245,7 +245,7 @@ def _rope(file: GGUFFile, meta: _Metadata, family: str, head_dim: int) -> dict[s
         rope["original_max_position_embeddings"] = original
         rope["beta_fast"] = meta.get("rope.scaling.yarn_beta_fast")
         rope["beta_slow"] = meta.get("rope.scaling.yarn_beta_slow")
-        if attention_factor not in (None, 1.0):  # on top of what yarn prescribes
+        if attention_factor not in (None, 1.0):  # multiplied with yarn's own factor
             rope["attention_factor"] = float(attention_factor) * (1.0 + 0.1 * math.log(factor))
     if "rope_factors_long.weight" in file.tensors:
         short, long = (file.read(f"rope_factors_{part}.weight") for part in ("short", "long"))
@@ -271,7 +271,7 @@ def _rope(file: GGUFFile, meta: _Metadata, family: str, head_dim: int) -> dict[s
         )
     if rotated != head_dim:
         rope["partial_rotary_factor"] = rotated / head_dim
-    if family == "phi3":  # which states it outside its rope, where it goes first
+    if family == "phi3":  # its field outside the rope takes precedence
         return {"rope_parameters": rope, "original_max_position_embeddings": original}
     if family != "gemma3_text":
         return {"rope_parameters": rope}
@@ -287,10 +287,10 @@ def _rope(file: GGUFFile, meta: _Metadata, family: str, head_dim: int) -> dict[s
 def _frequency_divisors(
     divisors: np.ndarray, theta: float, rotated: int, context: int
 ) -> dict[str, Any]:
-    """Names the rope scaling that divides the frequencies so.
+    """Returns the rope scaling that divides the frequencies by the given divisors.
 
-    Llama 3.1's own if its numbers (8192 positions before, factors 1 and 4) give these divisors;
-    otherwise longrope with the same divisors at every length, which is the same thing spelled out.
+    Llama 3.1's scaling if its numbers (8192 original positions, factors 1 and 4) give these
+    divisors; otherwise longrope with these divisors at every length.
     """
     factor = float(divisors.max())
     wavelengths = 2 * np.pi * theta ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
@@ -317,7 +317,7 @@ class GGUFCheckpoint:
 
     Args:
       path: of the file.
-      keeps_quantized: whether linears of the types in `gguf_blocks.FORMATS` stay as they are.
+      keeps_quantized: whether linears of the types in `gguf.blocks.FORMATS` are kept quantized.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -381,7 +381,7 @@ class GGUFCheckpoint:
         return self._in_halves(stored, tensor)
 
     def _in_halves(self, stored: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of a "llama" file's q and k as Hugging Face orders them."""
+        """Returns the rows of a "llama" file's q and k in Hugging Face's order."""
         part = stored.split(".")[-2]
         if self.config.family not in ("llama", "mixtral") or part not in ("attn_q", "attn_k"):
             return rows
@@ -390,7 +390,7 @@ class GGUFCheckpoint:
         return halves.swapaxes(1, 2).reshape(rows.shape)
 
     def read_quantized(self, name: str) -> QTensor | None:
-        """A linear of a block whose type can stay, if that was asked for."""
+        """Returns a linear of a block that is kept quantized, or None."""
         stored = self._stored[name]
         type_name = self._file.tensors[stored].type_name
         places = placements(self.config, name)

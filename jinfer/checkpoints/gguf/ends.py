@@ -1,4 +1,4 @@
-"""The tokens that end a text, by a GGUF file's metadata; knows nothing of models."""
+"""Finds the tokens that end a text in a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from jinfer.checkpoints.gguf.file import GGUFFile
 
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
-"""Ends of a turn that are control tokens whatever type a file gives them."""
-# What ends a text where the file calls it a control token: no key names all of them.
+"""End-of-turn tokens, which are control tokens whatever type a file gives them."""
+# Tokens that end a text if the file marks them as control tokens: no key lists all of them.
 _END_OF_TEXT = (
     *("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|return|>", "<|call|>", "<|calls|>"),
     *("<|flush|>", "<turn|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "[e~["),
@@ -26,8 +26,8 @@ _CONTROL = 3  # tokenizer.ggml.token_type
 def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
     """Returns the tokens that end a text or a turn, the file's eos token first.
 
-    A list `tokenizer.ggml.eos_token_ids` is all of them. Else they are those of the keys of one
-    token (eos, eot, eom) and every control token that is known to end a text.
+    If there is a list `tokenizer.ggml.eos_token_ids`, it is complete. Otherwise the tokens of the
+    keys eos, eot and eom, and every control token that is known to end a text.
     """
     get = file.metadata.get
     tokens = get("tokenizer.ggml.tokens")
@@ -44,7 +44,7 @@ def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
 
 
 def _known_ends(tokens: list[str], types: Any) -> dict[str, int]:
-    """Known ends in a vocabulary -> id: those of a turn, and others that are control tokens."""
+    """Returns {token: id} of known end tokens: ends of a turn, and others marked as control."""
     is_control = np.zeros(len(tokens), bool)
     if isinstance(types, np.ndarray) and types.shape == is_control.shape:
         is_control = types == _CONTROL

@@ -1,4 +1,4 @@
-"""The GGUF container: metadata, tensor table and dequantized tensors; knows nothing of models.
+"""Reads the GGUF container: metadata, tensor table and dequantized tensors.
 
 The file is memory-mapped and read lazily. The `gguf` package does the arithmetic of the quantized
 types; its own reader builds one numpy object for each vocabulary entry, which takes seconds, so the
@@ -29,9 +29,9 @@ SUPPORTED_TYPES = (
     *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
 CHUNK_ELEMENTS = 1 << 22
-"""Elements dequantized at once: the float32 temporaries stay small beside the tensor."""
+"""Elements dequantized at once; keeps the float32 temporaries small."""
 
-# GGUF value types: number -> numpy dtype, with two that are not numbers.
+# GGUF value types: number -> numpy dtype, and two types that are not numbers.
 _SCALARS = {
     **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
     **{10: "<u8", 11: "<i8", 12: "<f8"},
@@ -64,13 +64,13 @@ class GGUFTensor:
 
 
 class _Cursor:
-    """Reads little-endian values off a buffer, and says when it ends too soon."""
+    """Reads little-endian values from a buffer; raises if it ends too soon."""
 
     def __init__(self, path: pathlib.Path, buffer: mmap.mmap) -> None:
         self.path, self.buffer, self.position = path, buffer, 0
 
     def take(self, num_bytes: int) -> int:
-        """Steps over `num_bytes` and returns where they start."""
+        """Advances by `num_bytes` and returns their start."""
         start = self.position
         if num_bytes < 0 or start + num_bytes > len(self.buffer):
             raise ValueError(
@@ -118,15 +118,15 @@ class GGUFFile:
     """An open GGUF file.
 
     Attributes:
-      path: where it lies.
-      metadata: key -> str, bool, int, float, list of str, or a numpy array of numbers; those that
-        are read anywhere as `gguf_metadata.FIELDS` asks.
+      path: of the file.
+      metadata: key -> str, bool, int, float, list of str, or a numpy array of numbers; the keys of
+        `gguf.metadata.FIELDS` are checked.
       tensors: name -> `GGUFTensor`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: not GGUF, of an unsupported version or type, truncated or damaged, or metadata
-        are not what they must be.
+      ValueError: not GGUF, of an unsupported version or type, truncated or damaged, or with invalid
+        metadata.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -166,7 +166,7 @@ class GGUFFile:
         check_sizes(self.path, self.metadata, {n: t.shape for n, t in self.tensors.items()})
 
     def _read_rows(self, cursor: _Cursor, num_tensors: int) -> dict[str, tuple[Any, ...]]:
-        """Name -> shape, number of the type and offset, as the table has them."""
+        """Returns {name: (shape, number of the type, offset)} of the tensor table."""
         rows: dict[str, tuple[Any, ...]] = {}
         for _ in range(num_tensors):
             name, num_dims = cursor.string(), cursor.unpack("I")
@@ -238,7 +238,7 @@ class GGUFFile:
         out = np.empty(tensor.shape, dtype)
         if out.size == 0:
             return out
-        # Mapped for as long as it is read, so that the file does not pile up in resident memory.
+        # Mapped only while it is read, so that the file does not accumulate in resident memory.
         stored = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,))
         if tensor.type_name in ("F32", "F16"):
             out.reshape(-1)[:] = stored.view("<f4" if tensor.type_name == "F32" else "<f2")
@@ -248,6 +248,6 @@ class GGUFFile:
         kind = GGMLQuantizationType[tensor.type_name]
         step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
         for start in range(0, len(rows), step):
-            with np.errstate(all="ignore"):  # what is not finite is found, with its name, later
+            with np.errstate(all="ignore"):  # values that are not finite are reported later by name
                 rows[start : start + step] = dequantize(stored[start : start + step], kind)
         return out

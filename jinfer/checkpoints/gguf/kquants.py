@@ -1,13 +1,13 @@
-"""Encoders of GGUF's block types, which know rows of numbers and bytes, no tensors' names or files.
+"""Encodes rows of numbers as GGUF's block types.
 
     Q8_0, Q4_0, Q5_0   blocks of 32: f16 d, codes; w = d q
     Q4_1               blocks of 32: f16 d, f16 m, codes; w = d q + m
     Q4_K               256 in 8 blocks of 32: f16 d, f16 dmin, 6-bit sc and m; w = d sc q - dmin m
     Q6_K               256 in 16 blocks of 16: f16 d, int8 sc; w = d sc q
 
-A scale is searched on a line of candidates, each made optimal for the codes that it gives (weighted
-least squares), as llama.cpp does. The weights are the importance of the inputs: with the mean of
-x^2 the error that is made least is the expected one of the output, sum_i E[x_i^2] (w_i - w'_i)^2.
+A scale is searched among candidates, each optimized by weighted least squares for the codes that it
+gives, as llama.cpp does. The weights are the importance of the inputs: with the mean of x^2 the
+search minimizes the expected error of the output, sum_i E[x_i^2] (w_i - w'_i)^2.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import numpy as np
 from jinfer.config.fields import require
 
 BLOCK = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q4_K": 256, "Q6_K": 256}
-"""Inputs of a block: rows must be whole ones."""
+"""Inputs per block; rows must consist of whole blocks."""
 FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
-"""What llama.cpp takes for rows that are no multiple of 256."""
+"""llama.cpp's fallback types for rows that are no multiple of 256."""
 LARGEST = 65504.0
-"""Largest number that f16 holds, and so each type's scales and minima."""
+"""Largest f16 number, which bounds scales and minima."""
 CHUNK_BLOCKS = 1 << 14
-"""Weights encoded at once, in units of 32: bounds the temporaries."""
+"""Weights encoded at once, in units of 32; bounds the temporaries."""
 
 
 def fitting_type(name: str, num_inputs: int) -> str:
-    """The type for rows of `num_inputs`: the named one or its fallback.
+    """Returns the type for rows of `num_inputs`: the named one or its fallback.
 
     Raises:
-      ValueError: not one of `BLOCK`, or the rows are no whole blocks of 32 either.
+      ValueError: not one of `BLOCK`, or the rows are not whole blocks of 32.
     """
     require(name in BLOCK, f"GGUF type must be one of {', '.join(BLOCK)}, got {name!r}")
     if num_inputs % BLOCK[name]:
@@ -50,11 +50,11 @@ def encode_rows(w: np.ndarray, name: str, importance: np.ndarray | None = None) 
     Args:
       w: finite floats, outputs first.
       name: one of `BLOCK`, whose block divides I.
-      importance: [I] not negative, the mean square of each input; None: all alike, and the legacy
-        types by ggml's own plain rounding.
+      importance: [I] not negative, the mean square of each input; None: equal weights, and ggml's
+        own plain rounding for the legacy types.
 
     Raises:
-      ValueError: NaN, infinity or more than f16 holds, an unknown type, rows or importance of
+      ValueError: NaN, infinity or a number beyond f16, an unknown type, or rows or importance of
         another length.
     """
     *lead, num_inputs = w.shape
@@ -75,7 +75,7 @@ def encode_rows(w: np.ndarray, name: str, importance: np.ndarray | None = None) 
     weights = np.ones((1, size), np.float32)
     if importance is not None:
         weights = np.asarray(importance, np.float32).reshape(-1, size)
-        # An input that never fires still gets its weights as well as nothing else asks for.
+        # An input that never fires still gets a small weight, so that its values are encoded, too.
         weights = np.maximum(weights, max(float(weights.mean()) * 1e-6, 1e-30))
     encode = _ENCODERS[name]
     step = max(len(weights), CHUNK_BLOCKS * 32 // size // len(weights) * len(weights))

@@ -1,7 +1,7 @@
-"""What the metadata of a GGUF file may say: one table, checked when a file is opened.
+"""Table of GGUF metadata keys and their allowed values, checked when a file is opened.
 
-Whoever reads a key of `FIELDS` afterwards finds a value of its kind and range, or none. Keys that
-the table does not have are not read and may hold anything.
+After the check every key of `FIELDS` has a value of its kind and range, or is absent. Keys outside
+the table are not read and may have any value.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from jinfer.checkpoints.hf_fields import MAX_EXPERTS, MAX_LAYERS
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """The values that a key may have.
+    """Allowed values of a key.
 
     Attributes:
-      kind: of one value; an integer does for a number, nothing but true and false for a switch.
-      low, high: bounds, both included, of integers and numbers.
-      or_zero: whether 0 may stand below `low`: as if the key were absent.
+      kind: of one value; a number may be an integer, a switch is true or false.
+      low, high: inclusive bounds of integers and numbers.
+      or_zero: whether 0 is allowed below `low`; it means that the key is absent.
       shape: "one"; "layers": one, or an array of a value a layer, all equal; "switches": one, or
         an array of a switch a layer; "list": an array; "tokens": an array of as many as the
         vocabulary has tokens.
-      choices: the texts that are known; empty: any.
+      choices: allowed texts; empty: any.
       is_token: whether the value is the id of a token.
     """
 
@@ -43,7 +43,7 @@ class Field:
     is_token: bool = False
 
     def holds(self, value: Any) -> bool:
-        """Whether one value is of the kind and in range."""
+        """Whether one value is of the right kind and in range."""
         if self.kind == "text":
             return isinstance(value, str) and (not self.choices or value in self.choices)
         if self.kind == "switch":
@@ -53,7 +53,7 @@ class Field:
         return is_right and (self.low <= value <= self.high or (self.or_zero and value == 0))
 
     def holds_all(self, values: list[str] | np.ndarray) -> bool:
-        """Whether the values of an array are."""
+        """Whether the values of an array are of the right kind and in range."""
         if isinstance(values, list):
             return self.kind == "text" and all(isinstance(value, str) for value in values)
         codes = {"integer": "iu", "number": "iuf", "switch": "b", "text": ""}[self.kind]
@@ -65,7 +65,7 @@ class Field:
         return self.kind == "switch" or bool(in_range.all())
 
     def describe(self, num_layers: int | None, num_tokens: int | None) -> str:
-        """What a value must be, for an error."""
+        """Describes the allowed values, for an error."""
         one = {
             "switch": "true or false",
             "text": "text" if not self.choices else f"one of {', '.join(self.choices)}",
@@ -173,7 +173,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def check_metadata(path: pathlib.Path, metadata: dict[str, Any]) -> None:
-    """Checks metadata in place; of an array of equal values, one a layer, the value stays.
+    """Checks metadata in place; an array of equal values, one per layer, is replaced by the value.
 
     Args:
       path: of the file, for messages.
@@ -242,7 +242,7 @@ def _check_tokens(path: pathlib.Path, key: str, value: Any, num_tokens: int) -> 
 
 
 def _check_relations(path: pathlib.Path, metadata: Mapping[str, Any], arch: str) -> None:
-    """Raises ValueError for values that are right by themselves and not together."""
+    """Raises ValueError for values that contradict each other."""
     heads = metadata.get(arch + "attention.head_count")
     width = metadata.get(arch + "embedding_length")
     if heads is not None:
@@ -272,12 +272,12 @@ def _check_relations(path: pathlib.Path, metadata: Mapping[str, Any], arch: str)
 def check_sizes(
     path: pathlib.Path, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Compares the numbers of layers and tokens with the tensor table.
+    """Checks the numbers of layers and tokens against the tensor table.
 
     Args:
       path: of the file, for messages.
       metadata: as `check_metadata` left them.
-      shapes: of the tensors, by name; none: a file of a vocabulary alone, which may say anything.
+      shapes: of the tensors, by name; none: a file with a vocabulary only, which is not checked.
 
     Raises:
       ValueError: there are fewer layers or rows of the embedding than the metadata say.

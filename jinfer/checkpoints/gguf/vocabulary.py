@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as GGUF metadata: the way back of `tokenizer.tokenizer_from_gguf`."""
+"""Writes a Hugging Face tokenizer as GGUF metadata; the inverse of `tokenizer_from_gguf`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-# Words, numbers, signs, scripts and spaces that the pre-tokenizers in use cut differently.
+# Words, numbers, signs, scripts and spaces that known pre-tokenizers split differently.
 SAMPLES = (
     "Hello world, it's 12345 o'clock; WE'LL see: x_1=3.14e-10 (100%)!",
     "  two  spaces\ttab\n\nlines\r\n   end  ",

@@ -1,16 +1,14 @@
-"""GPTQ on one matrix and its Hessian; knows nothing of models, calibration text or files.
+"""GPTQ on one matrix and its Hessian (Frantar et al. 2022, arXiv:2210.17323).
 
-Frantar et al. 2022 (arXiv:2210.17323). One jitted program for the factor of each Hessian's
-size and one for each weight's shape: a scan over blocks of inputs, in each one over parts, in each
-one over inputs.
+One jitted program factors the Hessians of a size, and one rounds the weights of a shape: a scan
+over blocks of inputs, inside it one over parts, inside it one over inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +31,19 @@ from jinfer.quant.methods.rtn import search_scales
 Order = Literal["none", "act", "group"]
 Scales = Literal["extremes", "mse", "hessian"]
 
-BLOCK = 128  # inputs whose errors are passed on to the rest together
-PART = 32  # inputs of a loop that passes each error on at once
+BLOCK = 128  # inputs whose errors are passed on to later blocks together
+PART = 32  # inputs whose errors are passed on one by one
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GPTQInfo:
-    """What happened to one weight.
+    """Facts on the solution for one weight.
 
     Attributes:
       damp: f32 [], fraction of mean(diag H) that made H positive definite.
-      num_retries: i32 [], tries that failed before.
-      fell_back: bool [], no damping helped: the result is round-to-nearest.
+      num_retries: i32 [], failed tries before.
+      fell_back: bool [], no damping helped and the result is round-to-nearest.
       num_dead: i32 [], inputs that never fired; their weights are zero.
     """
 
@@ -70,28 +68,30 @@ def quantize_gptq(
     """Quantizes `w` input by input, passing each rounding error on to the inputs still open.
 
     Minimizes ||X (W - Q)||^2 with H = X^T X; Frantar et al. 2022 (arXiv:2210.17323), algorithm 1.
-    Outputs are independent: weights that share an input may be concatenated along O and solved at
-    once. Pure and bit-deterministic; `solve` is the same without checks, for vmap.
+    Outputs are independent, so weights that share an input may be concatenated along O and solved
+    together. Pure and bit-deterministic; `solve` is the same without checks, for vmap.
 
     Args:
       w: [I, O], the dense weight.
       hessian: [I, I] f32, sum of x x^T over calibration tokens (its scale does not matter).
       fmt: target format, groups or channel; the last group may be short.
       order: "none": as stored; "act": by falling diag H; "group": by falling diag H inside each
-        group, groups by their largest (GPTQModel's group-aware order), so groups stay together.
-      static_groups: find the scales from the original weight, before any error is passed on. Needed
-        for "act" if groups are to stay sequential; without it the result carries a permutation.
+        group and groups by their largest value (GPTQModel's group-aware order), so that groups
+        stay together.
+      static_groups: find the scales from the original weight, before any error is passed on. With
+        order "act" and no static groups, the result carries a permutation.
       damp: fraction of mean(diag H) added to the diagonal.
-      scales: what sets a group's range. "extremes": its largest weights; "mse": the range of least
-        error, `rtn.search_scales`; "hessian": likewise, squared errors weighed as the solver pays
-        for them: an error e of the t-th input costs e^2 / U_tt^2 once the inputs still open have
-        made up for it.
+      scales: how a group's range is chosen. "extremes": its largest weights; "mse": least error,
+        `rtn.search_scales`; "hessian": least squared error weighted by its cost to the solver: an
+        error e of the t-th input costs e^2 / U_tt^2 after the inputs still open have compensated
+        for it.
       grid: symmetric integer grid, see `qformat.find_scales`.
       scale_dtype: storage dtype of the scales.
 
     Returns:
-      QTensor of logical shape [I, O], and what happened. Inputs that never fired (diag H = 0) get
-      zero weights. Where no damping makes H positive definite, round-to-nearest (`fell_back`).
+      QTensor of logical shape [I, O], and `GPTQInfo`. Inputs that never fired (diag H = 0) get zero
+      weights. If no damping makes H positive definite, weights are rounded to nearest instead
+      (`fell_back`).
 
     Raises:
       ValueError: shapes disagree, NaN or infinity in `w` or `hessian`, or a format whose outputs
@@ -118,7 +118,7 @@ def quantize_gptq(
     require(0 < damp < math.inf, f"damp must be positive and finite, got {damp}")
     require(
         fmt.block == 1 and fmt.group != TENSOR and not fmt.double_quant and not fmt.float_zero,
-        f"{fmt}: GPTQ needs one scale an output and group, with an integer zero or none",
+        f"{fmt}: GPTQ needs one scale per output and group, with an integer zero point or none",
     )
     require(
         fmt.act != "static",
@@ -128,30 +128,47 @@ def quantize_gptq(
     check_finite(hessian, "hessian")
     num_groups = fmt.num_groups(num_inputs)
     turns = _take_turns_jit(hessian, order, fmt.group_size(num_inputs), num_groups, damp)
-    q = _round_jit(w, turns, fmt, order, static_groups, scales, grid, dtype)
+    q = _round_jit(w, turns, fmt, Options(order, static_groups, scales, grid, dtype))
     return check_scales(q), turns.info
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How `solve` rounds; the fields are described at `quantize_gptq`. Hashable, for jit."""
+
+    order: Order = "act"
+    static_groups: bool = True
+    scales: Scales = "extremes"
+    grid: Grid = "full"
+    scale_dtype: Any = jnp.float32
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether groups hold adjacent inputs as stored, so that no permutation is needed."""
+        return self.static_groups or self.order != "act"
+
+    def find_scales(self, w: Array, fmt: QFormat, costs: Array) -> tuple[Array, Array | None]:
+        """Returns scales and zero points of `w`, or of one group; costs: of an error, per input."""
+        keywords: dict[str, Any] = {"grid": self.grid, "scale_dtype": self.scale_dtype}
+        if self.scales == "mse":
+            return search_scales(w, fmt, **keywords)
+        if self.scales == "hessian":
+            return search_scales(w, fmt, importance=costs, norm=2, **keywords)
+        return find_scales(w, fmt, **keywords)
+
+
 def solve(
-    w: Array,
-    hessian: Array,
-    fmt: QFormat,
-    order: Order = "act",
-    static_groups: bool = True,
-    damp: float = 0.01,
-    scales: Scales = "extremes",
-    grid: Grid = "full",
-    scale_dtype: Any = jnp.float32,
+    w: Array, hessian: Array, fmt: QFormat, options: Options = Options(), damp: float = 0.01
 ) -> tuple[QTensor, GPTQInfo]:
-    """`quantize_gptq` without its checks: safe under jit and vmap (over weights of one shape)."""
+    """Like `quantize_gptq` without its checks: safe under jit and vmap (weights of one shape)."""
     num_inputs = w.shape[0]
     num_groups = fmt.num_groups(num_inputs)
-    turns = _take_turns(hessian, order, fmt.group_size(num_inputs), num_groups, damp)
-    return _round(w, turns, fmt, order, static_groups, scales, grid, scale_dtype), turns.info
+    turns = _take_turns(hessian, options.order, fmt.group_size(num_inputs), num_groups, damp)
+    return _round(w, turns, fmt, options), turns.info
 
 
 class Turns(NamedTuple):
-    """What a Hessian decides: compiled apart, since weights of many widths share one.
+    """What depends on the Hessian alone; compiled apart, since weights of many widths share one.
 
     Attributes:
       perm: i32 [I], inputs in the order of their turn.
@@ -183,94 +200,108 @@ def _take_turns(hessian: Array, order: Order, group: int, num_groups: int, damp:
 _take_turns_jit = jax.jit(_take_turns, static_argnums=(1, 2, 3, 4))
 
 
-def _round(
-    w: Array,
-    turns: Turns,
-    fmt: QFormat,
-    order: Order,
-    static_groups: bool,
-    scales: Scales,
-    grid: Grid,
-    scale_dtype: Any,
-) -> QTensor:
-    """The loop over inputs."""
+class _Padded(NamedTuple):
+    """A weight and its factor in the order of turns, padded to whole blocks and groups.
+
+    Padding has zero weights and an identity factor, so that it changes nothing.
+
+    Attributes:
+      rows: f32 [P, O], the weight.
+      upper: f32 [P, P], see `Turns`.
+      ids: i32 [P], the group of each turn.
+      costs: f32 [P], what an error of each input costs.
+    """
+
+    rows: Array
+    upper: Array
+    ids: Array
+    costs: Array
+
+
+Table: TypeAlias = tuple[Array, Array | None]  # scales and zero points, [G, O]
+
+
+def _round(w: Array, turns: Turns, fmt: QFormat, options: Options) -> QTensor:
+    """Rounds input after input, in the order of turns."""
     num_inputs, num_outputs = w.shape
-    group, num_groups = fmt.group_size(num_inputs), fmt.num_groups(num_inputs)
-    perm, group_ids, upper = turns.perm, turns.group_ids, turns.upper
     w = jnp.where(turns.is_dead[:, None], 0.0, w.astype(jnp.float32))
-    find = functools.partial(_FIND[scales], grid=grid, scale_dtype=scale_dtype)
-    costs = 1 / jnp.square(jnp.diagonal(upper))  # of an error, in the order of turns
-    is_sequential = static_groups or order != "act"
-    if static_groups:
-        scale, zero = find(w, fmt, jnp.zeros(num_inputs, jnp.float32).at[perm].set(costs))
-        ids = group_ids if order != "act" else perm // group
-    else:
-        shape = (num_groups, num_outputs)
-        scale = jnp.ones(shape, scale_dtype)
-        zero = None if fmt.symmetric else jnp.zeros(shape, jnp.int8)
-        ids = group_ids
+    costs = 1 / jnp.square(jnp.diagonal(turns.upper))
+    table, ids = _first_scales(w, turns, costs, fmt, options)
+    padded = _pad(w[turns.perm], turns.upper, ids, costs, fmt)
+    codes, (scale, zero) = _run_blocks(padded, table, num_inputs, fmt, options)
+    codes = codes.reshape(-1, num_outputs)[:num_inputs]
+    if options.is_sequential:
+        return from_codes(codes[jnp.argsort(turns.perm)], scale, zero, fmt)
+    return from_codes(codes, scale, zero, fmt, perm=turns.perm.astype(jnp.int32))
 
-    # Pad to whole blocks and groups: zero weights with an identity Hessian touch nothing.
-    padded = max(num_inputs, num_groups * group)
-    padded = -(-padded // BLOCK) * BLOCK
-    pad = padded - num_inputs
-    rows = jnp.pad(w[perm], ((0, pad), (0, 0)))
-    ids = jnp.pad(ids, (0, pad), constant_values=num_groups - 1)
+
+_round_jit = jax.jit(_round, static_argnums=(2, 3))
+
+
+def _first_scales(
+    w: Array, turns: Turns, costs: Array, fmt: QFormat, options: Options
+) -> tuple[Table, Array]:
+    """Returns the scales with static groups, else placeholders; and the group of each turn."""
+    num_inputs, num_outputs = w.shape
+    if options.static_groups:
+        stored = jnp.zeros(num_inputs, jnp.float32).at[turns.perm].set(costs)
+        table = options.find_scales(w, fmt, stored)
+        is_moved = options.order == "act"
+        return table, turns.perm // fmt.group_size(num_inputs) if is_moved else turns.group_ids
+    shape = (fmt.num_groups(num_inputs), num_outputs)
+    scale = jnp.ones(shape, options.scale_dtype)
+    return (scale, None if fmt.symmetric else jnp.zeros(shape, jnp.int8)), turns.group_ids
+
+
+def _pad(rows: Array, upper: Array, ids: Array, costs: Array, fmt: QFormat) -> _Padded:
+    num_inputs = rows.shape[0]
+    num_groups = fmt.num_groups(num_inputs)
+    size = max(num_inputs, num_groups * fmt.group_size(num_inputs))
+    size = -(-size // BLOCK) * BLOCK
+    pad = size - num_inputs
     upper = jnp.pad(upper, ((0, pad), (0, pad)))
-    upper = upper + jnp.diag(
-        (jnp.arange(padded, dtype=jnp.int32) >= num_inputs).astype(jnp.float32)
+    is_padding = jnp.arange(size, dtype=jnp.int32) >= num_inputs
+    return _Padded(
+        rows=jnp.pad(rows, ((0, pad), (0, 0))),
+        upper=upper + jnp.diag(is_padding.astype(jnp.float32)),
+        ids=jnp.pad(ids, (0, pad), constant_values=num_groups - 1),
+        costs=jnp.pad(costs, (0, pad)),
     )
-    costs = jnp.pad(costs, (0, pad))
 
-    def refit(rows: Array, start: Array, table):
-        fresh = lax.dynamic_slice(rows, (start, jnp.int32(0)), (group, num_outputs))
-        whole = dataclasses.replace(fmt, group=-1)
-        new = find(fresh, whole, lax.dynamic_slice(costs, (start,), (group,)))
-        return jax.tree.map(lambda t, n: t.at[ids[start]].set(n[0]), table, new)
 
-    part_size = PART if static_groups or num_groups == 1 else math.gcd(group, PART)
+def _run_blocks(
+    padded: _Padded, table: Table, num_inputs: int, fmt: QFormat, options: Options
+) -> tuple[Array, Table]:
+    """Returns the codes of all turns, by block and part, and the scales and zero points used."""
+    size, num_outputs = padded.rows.shape
+    group = fmt.group_size(num_inputs)
+    is_one_group = options.static_groups or fmt.num_groups(num_inputs) == 1
+    part_size = PART if is_one_group else math.gcd(group, PART)
 
     def run_block(carry, index):
         rows, table = carry
         first = index * BLOCK
-        upper_rows = lax.dynamic_slice(upper, (first, jnp.int32(0)), (BLOCK, padded))
+        upper_rows = lax.dynamic_slice(padded.upper, (first, jnp.int32(0)), (BLOCK, size))
 
         def run_part(inner, part_index):
-            # Inside a block, parts of few inputs: each step of their loop then works on few rows.
+            # Inside a block, parts of few inputs: each step of their loop then reads few rows.
             current, table = inner
             begin = part_index * part_size
             turn = first + begin
-            if not static_groups:  # a group starts where a part does
+            if not options.static_groups:  # a group starts where a part does
 
-                def refit_here(table):
-                    return refit(
-                        lax.dynamic_update_slice(rows, current, (first, jnp.int32(0))), turn, table
-                    )
+                def refit(table: Table) -> Table:
+                    updated = lax.dynamic_update_slice(rows, current, (first, jnp.int32(0)))
+                    return _refit(padded._replace(rows=updated), turn, table, group, fmt, options)
 
                 is_start = (turn % group == 0) & (turn < num_inputs)
-                table = lax.cond(is_start, refit_here, lambda t: t, table)
+                table = lax.cond(is_start, refit, lambda t: t, table)
             part_rows = lax.dynamic_slice(upper_rows, (begin, first), (part_size, BLOCK))
             factor = lax.dynamic_slice(part_rows, (jnp.int32(0), begin), (part_size, part_size))
-            pivots = jnp.diagonal(factor)
-            part_ids = lax.dynamic_slice(ids, (turn,), (part_size,))
+            part_ids = lax.dynamic_slice(padded.ids, (turn,), (part_size,))
             grids = jax.tree.map(lambda t: t[part_ids], table)
-
-            def run_column(state, column):
-                # The last input's error is passed on here, not where it arises: XLA would compute
-                # it anew for every row.
-                part, ratios, error = state
-                part = part - ratios[:, None] * error[None, :]
-                i, ratios, (s, z) = column
-                row = lax.dynamic_index_in_dim(part, i, keepdims=False)
-                code = encode(row, s, z, fmt)
-                error = row - decode(code, s, z, fmt)
-                return (part, ratios, error), (code, error)
-
             part = lax.dynamic_slice(current, (begin, jnp.int32(0)), (part_size, num_outputs))
-            state = (part, jnp.zeros(part_size, jnp.float32), jnp.zeros(num_outputs, jnp.float32))
-            columns = (jnp.arange(part_size, dtype=jnp.int32), factor / pivots[:, None], grids)
-            _, (codes, errors) = lax.scan(run_column, state, columns)
-            errors = errors / pivots[:, None]
+            codes, errors = _run_columns(part, factor, grids, fmt)
             current = current - pass_on(part_rows, begin + part_size, errors)
             return (current, table), (codes, errors)
 
@@ -281,37 +312,54 @@ def _round(
         rows = rows - pass_on(upper_rows, first + BLOCK, errors.reshape(BLOCK, num_outputs))
         return (rows, table), codes
 
-    (_, (scale, zero)), codes = lax.scan(
-        run_block, (rows, (scale, zero)), jnp.arange(padded // BLOCK, dtype=jnp.int32)
+    (_, table), codes = lax.scan(
+        run_block, (padded.rows, table), jnp.arange(size // BLOCK, dtype=jnp.int32)
     )
-    codes = codes.reshape(padded, num_outputs)[:num_inputs]
-    if is_sequential:
-        codes = codes[jnp.argsort(perm)]
-    return from_codes(
-        codes, scale, zero, fmt, perm=None if is_sequential else perm.astype(jnp.int32)
-    )
+    return codes, table
 
 
-def _from_extremes(w: Array, fmt: QFormat, costs: Array, **options: Any):
-    return find_scales(w, fmt, **options)
+def _refit(
+    padded: _Padded, start: Array, table: Table, group: int, fmt: QFormat, options: Options
+) -> Table:
+    """Finds the scales of the group that begins at turn `start` from its current weights."""
+    num_outputs = padded.rows.shape[1]
+    fresh = lax.dynamic_slice(padded.rows, (start, jnp.int32(0)), (group, num_outputs))
+    costs = lax.dynamic_slice(padded.costs, (start,), (group,))
+    new = options.find_scales(fresh, dataclasses.replace(fmt, group=-1), costs)
+    return jax.tree.map(lambda t, n: t.at[padded.ids[start]].set(n[0]), table, new)
 
 
-def _by_mse(w: Array, fmt: QFormat, costs: Array, **options: Any):
-    return search_scales(w, fmt, **options)
+def _run_columns(part: Array, factor: Array, grids: Table, fmt: QFormat) -> tuple[Array, Array]:
+    """Rounds the inputs of one part [B, O] in turn; returns codes and errors over pivots, [B, O].
 
+    Args:
+      part: f32 [B, O], their weights.
+      factor: f32 [B, B], the part's block of U.
+      grids: scale and zero point of each input.
+      fmt: the target.
+    """
+    part_size, num_outputs = part.shape
+    pivots = jnp.diagonal(factor)
 
-def _by_hessian(w: Array, fmt: QFormat, costs: Array, **options: Any):
-    return search_scales(w, fmt, importance=costs, norm=2, **options)
+    def run_column(state, column):
+        # The last input's error is passed on here and not where it arises: XLA would compute it
+        # again for every row.
+        part, ratios, error = state
+        part = part - ratios[:, None] * error[None, :]
+        i, ratios, (s, z) = column
+        row = lax.dynamic_index_in_dim(part, i, keepdims=False)
+        code = encode(row, s, z, fmt)
+        error = row - decode(code, s, z, fmt)
+        return (part, ratios, error), (code, error)
 
-
-# Scales of a weight, or of one group as a whole, and what an error of each of its inputs costs.
-_FIND = {"extremes": _from_extremes, "mse": _by_mse, "hessian": _by_hessian}
-
-_round_jit = jax.jit(_round, static_argnums=(2, 3, 4, 5, 6, 7))
+    state = (part, jnp.zeros(part_size, jnp.float32), jnp.zeros(num_outputs, jnp.float32))
+    columns = (jnp.arange(part_size, dtype=jnp.int32), factor / pivots[:, None], grids)
+    _, (codes, errors) = lax.scan(run_column, state, columns)
+    return codes, errors / pivots[:, None]
 
 
 def pass_on(upper_rows: Array, start: Array, errors: Array) -> Array:
-    """What rows from `start` on lose for `errors` [B, O]: upper_rows[:, start:]^T errors."""
+    """Returns what `errors` [B, O] subtract from later rows: upper_rows[:, start:]^T errors."""
     is_later = jnp.arange(upper_rows.shape[1], dtype=jnp.int32) >= start
     upper_rows = jnp.where(is_later[None, :], upper_rows, 0.0)
     return dot_transposed(upper_rows, errors)

@@ -1,4 +1,4 @@
-"""A quantization run from an open checkpoint to a finished folder: resumable, all or nothing."""
+"""Runs a quantization from an open checkpoint to a finished folder; resumable and atomic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jinfer.checkpoints.families import is_linear, names_of
 from jinfer.checkpoints.fill import Checkpoint, places_of
 from jinfer.checkpoints.hf import HFCheckpoint
 from jinfer.checkpoints.hf_files import read_safetensors_header
-from jinfer.checkpoints.save import check_export, check_free, save_folder
+from jinfer.checkpoints.save import Extras, check_export, check_free, save_folder
 from jinfer.config.fields import require
 from jinfer.config.quant_format import QFormat
 from jinfer.config.typing import Params
@@ -28,6 +28,7 @@ from jinfer.linear.qtensor import QTensor
 from jinfer.linear.weight import array_bytes, format_of, weights
 from jinfer.models.model import Model
 from jinfer.quant.evaluate import Evaluation, evaluate_both
+from jinfer.quant.layer import Layer
 from jinfer.quant.pipeline import linear_names, quantize_model
 from jinfer.quant.recipe import Recipe
 from jinfer.quant.run.report import Report
@@ -42,20 +43,21 @@ REPORT_NAMES = ("quantization.json", "quantization.md", "quantization.svg")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to do.
+    """A quantization run.
 
     Attributes:
-      output: folder to be made.
+      output: folder to create.
       recipe: methods by module.
-      label: the recipe in words, for the report.
-      export: format of the files.
+      label: description of the recipe, for the report.
+      export: file format of the result.
       tokens: calibration sequences i32 [n, T], or None.
-      calibration: where they are from, for the report.
-      held_out: sequences i32 [m, T] to judge the result on, or None.
-      held_out_source: where those are from.
+      calibration: their source, for the report.
+      held_out: sequences i32 [m, T] for the evaluation, or None.
+      held_out_source: their source.
       is_sequential: see `pipeline.quantize_model`.
-      files: others to write into the folder, such as the tokenizer's.
-      versions: of the software, for the report; layers that others made are not gone on from.
+      files: other files to write into the folder, such as the tokenizer's.
+      versions: of the software, for the report; a run resumes layers of the same versions only.
+      choices: widths chosen by `sensitivity.choose`.
       vocabulary: the tokenizer as metadata, for a GGUF file.
     """
 
@@ -86,14 +88,14 @@ def run_job(
     """Quantizes, evaluates, writes the folder and its report.
 
     Finished layers are kept in `<output>.unfinished` until the end; a second run with the same
-    model, recipe, tokens and versions goes on from there.
+    model, recipe, tokens and versions resumes from there.
 
     Args:
-      job: what to do.
+      job: the run.
       checkpoint: of the float model.
       model: the model.
       params: its parameters.
-      on_layer: called with the index and rows of each layer that is finished.
+      on_layer: called with the index and rows of each finished layer.
       on_resume: called first, with the number of layers of an earlier run and their folder, if
         there are any.
 
@@ -112,27 +114,8 @@ def run_job(
     done, old_rows = unfinished.load()
     if done and on_resume is not None:
         on_resume(len(done), unfinished.folder)
-
-    def keep(index: int, layer: dict[str, Any], rows: list[Row]) -> None:
-        unfinished.add(index, layer, rows)
-        if on_layer is not None:
-            on_layer(index, rows)
-
-    tokens = None if job.tokens is None else jnp.asarray(job.tokens, jnp.int32)
-    try:
-        quantized, rows = quantize_model(
-            model,
-            params,
-            job.recipe,
-            tokens,
-            is_sequential=job.is_sequential,
-            done=done,
-            on_layer=keep,
-        )
-    except ValueError:  # it would come again: there is nothing to go on from
-        unfinished.remove()
-        raise
-    rows = [*old_rows, *rows]
+    quantized, new_rows = _quantize(job, model, params, done, unfinished, on_layer)
+    rows = [*old_rows, *new_rows]
     seconds["quantize"] = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -143,9 +126,64 @@ def run_job(
         seconds["evaluate"] = time.perf_counter() - start
 
     start = time.perf_counter()
+    report = _report(job, checkpoint, quantized, rows, quality, seconds)
+    size = _save(job, checkpoint, model, quantized, report)
+    seconds["save"] = time.perf_counter() - start
+    report = dataclasses.replace(
+        report,
+        disk_bytes=size,
+        quantized_disk_bytes=_quantized_disk_bytes(job.output, model, rows),
+        seconds=seconds,
+    )
+    for name, text in zip(REPORT_NAMES, (report.to_json(), report.to_markdown())):
+        (job.output / name).write_text(text, encoding="utf-8")
+    unfinished.remove()
+    return report
+
+
+def _quantize(
+    job: Job,
+    model: Model,
+    params: Params,
+    done: Mapping[int, Layer],
+    unfinished: Unfinished,
+    on_layer: Callable[[int, list[Row]], None] | None,
+) -> tuple[dict[str, Any], list[Row]]:
+    """Quantizes the layers that are not `done`, and stores each finished one in `unfinished`."""
+
+    def keep(index: int, layer: dict[str, Any], rows: list[Row]) -> None:
+        unfinished.add(index, layer, rows)
+        if on_layer is not None:
+            on_layer(index, rows)
+
+    tokens = None if job.tokens is None else jnp.asarray(job.tokens, jnp.int32)
+    try:
+        return quantize_model(
+            model,
+            params,
+            job.recipe,
+            tokens,
+            is_sequential=job.is_sequential,
+            done=done,
+            on_layer=keep,
+        )
+    except ValueError:  # a second run would end the same way, so there is nothing to resume
+        unfinished.remove()
+        raise
+
+
+def _report(
+    job: Job,
+    checkpoint: Checkpoint,
+    quantized: Params,
+    rows: list[Row],
+    quality: Mapping[str, Evaluation],
+    seconds: Mapping[str, float],
+) -> Report:
+    """Returns the report of a run whose files are not written yet: their sizes are 0."""
     linears = [x for x in weights(quantized) if format_of(x) is not None]
     others = [x for x in weights(quantized) if format_of(x) is None]
-    report = Report(
+    return Report(
         model=str(checkpoint.path),
         recipe=job.label,
         export=job.export,
@@ -165,36 +203,28 @@ def run_job(
         choices=job.choices,
         rules=job.recipe.to_rows(),
     )
+
+
+def _save(job: Job, checkpoint: Checkpoint, model: Model, quantized: Params, report: Report) -> int:
+    """Writes the output folder with a first report; returns the bytes written."""
     if getattr(checkpoint, "kv_scales", None):
         _log.warning("%s: its scales of a KV cache are left out: weights change", checkpoint.path)
-    # A GGUF file's float matrices come of 8-bit blocks: f16 holds them better than bf16.
+    # A GGUF file's float matrices were 8-bit blocks, which f16 represents better than bf16.
     stored = "float16" if checkpoint.path.is_file() else checkpoint.dtype
     texts = dict(zip(REPORT_NAMES, (report.to_json(), report.to_markdown(), report.to_svg())))
-    size = save_folder(
+    return save_folder(
         job.output,
         model,
         quantized,
         checkpoint.hf,
         export=job.export,
         dtype=stored,
-        files={**job.files, **texts},
-        vocabulary=job.vocabulary,
+        extras=Extras(files={**job.files, **texts}, vocabulary=job.vocabulary),
     )
-    seconds["save"] = time.perf_counter() - start
-    report = dataclasses.replace(
-        report,
-        disk_bytes=size,
-        quantized_disk_bytes=_quantized_disk_bytes(job.output, model, rows),
-        seconds=seconds,
-    )
-    for name, text in zip(REPORT_NAMES, (report.to_json(), report.to_markdown())):
-        (job.output / name).write_text(text, encoding="utf-8")
-    unfinished.remove()
-    return report
 
 
 def check_source(checkpoint: Checkpoint) -> None:
-    """Raises ValueError if a linear is stored quantized: it would be rounded a second time."""
+    """Raises ValueError if a linear is stored quantized, since it would be rounded twice."""
     for name in checkpoint.quantized_names if isinstance(checkpoint, HFCheckpoint) else ():
         if any(
             is_linear(place.path)
@@ -207,7 +237,7 @@ def check_source(checkpoint: Checkpoint) -> None:
 
 
 def check_job(job: Job, model: Model) -> None:
-    """Finds what would fail at the end before anything is begun; takes a second or so.
+    """Checks in about a second what would otherwise fail at the end of a run.
 
     Raises:
       FileExistsError: the output is there already.
@@ -220,9 +250,9 @@ def check_job(job: Job, model: Model) -> None:
 
 
 def _check_groups(model: Model, recipe: Recipe) -> None:
-    """Raises ValueError for a group longer than any linear that it is for: padding takes memory.
+    """Raises ValueError for a group longer than all its linears, whose padding would take memory.
 
-    128, the usual length, is let pass: what a tiny model is padded to then is small.
+    The usual length 128 is always allowed, since the padding of a tiny model is small.
     """
     widest: dict[QFormat, int] = {}
     layers = model.abstract_params()["layers"]
@@ -240,7 +270,7 @@ def _check_groups(model: Model, recipe: Recipe) -> None:
 
 
 def _stand_ins(model: Model, recipe: Recipe) -> dict[str, Any]:
-    """Params of which only the quantized linears are there: of any values, one object a kind."""
+    """Returns params whose quantized linears have some values, one shared object per kind."""
     made: dict[tuple[Any, ...], QTensor] = {}
 
     def make(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -257,7 +287,7 @@ def _stand_ins(model: Model, recipe: Recipe) -> dict[str, Any]:
 
 
 def _quantized_disk_bytes(folder: pathlib.Path, model: Model, rows: list[Row]) -> int:
-    """Bytes of the quantized linears in a folder's safetensors files; 0 where it has none."""
+    """Returns the bytes of the quantized linears in a folder's safetensors files; 0 without any."""
     modules = set()
     for row in rows:
         _, index, block, part = row.module.split(".")
@@ -275,7 +305,7 @@ def _quantized_disk_bytes(folder: pathlib.Path, model: Model, rows: list[Row]) -
 
 
 def peak_memory() -> int:
-    """Largest resident memory of this process in bytes; 0 where the system does not tell."""
+    """Returns the largest resident memory of this process in bytes; 0 where it is not known."""
     try:
         import resource
     except ImportError:

@@ -270,9 +270,12 @@ def test_every_flag_reads_any_word_or_refuses_it_in_one_line(capsys, words):
         (("eval", "--text", "t", "--json", "/proc/none/j"), "--json '/proc/none/j' cannot be writ"),
         (("eval", "--text", "t", "--json", "x" * 300), "cannot be written: File name too long"),
         (("bench", "beam", "--json", "/proc/none/j"), "--json '/proc/none/j' cannot be written"),
-        (("quantize", "--check", "q", "--format", "int4-g64"), "--format is nothing to --check"),
-        (("quantize", "--check", "q", "--damp", "0.1"), "--damp is nothing to --check"),
-        (("quantize", "--check", "q", "--held-out", "0"), "--held-out is nothing to --check"),
+        (
+            ("quantize", "--check", "q", "--format", "int4-g64"),
+            "--format has no effect with --check",
+        ),
+        (("quantize", "--check", "q", "--damp", "0.1"), "--damp has no effect with --check"),
+        (("quantize", "--check", "q", "--held-out", "0"), "--held-out has no effect with --check"),
     ],
 )
 def test_flags_that_would_be_misread_or_ignored_are_refused(jinfer, argv, named):

@@ -215,7 +215,7 @@ def test_a_saved_folder_keeps_kv_scales_and_dtypes(tiny, write_hf, tmp_path):
         checkpoint.hf,
         export="compressed-tensors",
         dtype=checkpoint.dtype,
-        kv_scales=checkpoint.kv_scales,
+        extras=save.Extras(kv_scales=checkpoint.kv_scales),
     )
     saved = read_safetensors_header(tmp_path / "out" / "model.safetensors")
     saved = {name: stored.read() for name, stored in saved.items()}

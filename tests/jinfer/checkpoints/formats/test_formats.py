@@ -354,9 +354,9 @@ def test_weight_scale_inv_is_a_multiplier_or_a_divisor_as_the_config_says():
     np.testing.assert_allclose(
         dequantize(divides.read(P, inverted)), dequantize(multiplies.read(P, out)), rtol=1e-6
     )
-    with pytest.raises(ValueError, match="opposite of what quantization_config says"):
+    with pytest.raises(ValueError, match="inverse of what quantization_config says"):
         multiplies.read(P, inverted)
-    with pytest.raises(ValueError, match="opposite of what quantization_config says"):
+    with pytest.raises(ValueError, match="inverse of what quantization_config says"):
         divides.read(P, out)
 
 
@@ -451,7 +451,7 @@ def test_gptq_awq_and_compressed_tensors_transcode_without_loss(text):
         (write_gptq, "int4-tensor", {}, "by group or channel"),
         (write_gptq, "int4-g32", {"columns": 60}, "multiples of 32"),
         (write_gptq, "int4-g32", {"scale_dtype": jnp.float32}, "scale_dtype=float16"),
-        (write_gptq, "int8-channel:dyn", {}, "what happens to the inputs"),
+        (write_gptq, "int8-channel:dyn", {}, "stores no input quantization"),
         (write_awq, "int3-g32", {}, "AWQ holds integers of 4 bits"),
         (write_awq, "int4-g32", {"columns": 60}, "8 outputs"),
         (write_awq, "int4-g48", {}, "48 does not divide 128 inputs; groups of 16, 32, 64, 128, a"),

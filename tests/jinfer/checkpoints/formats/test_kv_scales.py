@@ -126,7 +126,7 @@ def test_what_a_pool_can_use_is_in_the_config(scheme, dtype, is_default, make, c
         (
             FP8,
             tensor_scales("qkv"),
-            "come with q_scale, which nothing here applies",
+            "come with q_scale, which is not supported",
         ),
         (
             FP8,
