@@ -5,7 +5,7 @@ The second turn finds most of its prompt in the prefix cache.
 
 from jinfer import LLM, SamplingParams
 
-llm = LLM("smollm2", block_size=16)
+llm = LLM("smollm2")
 params = SamplingParams(temperature=0, max_tokens=24)
 messages = [{"role": "system", "content": "You answer in one short sentence."}]
 for question in ("What is the capital of France?", "Which river flows through it?"):

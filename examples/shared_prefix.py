@@ -3,7 +3,7 @@
 from jinfer import LLM, SamplingParams
 
 text = "The library opens at nine and closes at six. On Sundays it is closed. " * 4
-llm = LLM("smollm2", block_size=16)
+llm = LLM("smollm2")
 params = SamplingParams(temperature=0, max_tokens=8)
 for question in ("When does it open?", "When does it close?"):
     output = llm.generate(f"{text}\nQuestion: {question}\nAnswer:", params)[0]
