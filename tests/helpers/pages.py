@@ -15,7 +15,7 @@ REASONS = {
     "peer": "is code for another library, shown for comparison",
 }
 _FENCE = re.compile(
-    r"(?:^<!-- not run: (?P<reason>[a-z]+) -->\n+)?"
+    r"(?:^<!-- (?:not run: (?P<reason>[a-z]+)|(?P<apart>in its own process)) -->\n+)?"
     r"^```(?P<language>[a-z]*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
@@ -30,6 +30,8 @@ class Block:
       language: "python", "sh", "json", "text", "mermaid" or "".
       title: file name of the block, or None.
       reason: key of REASONS if the block cannot run, else None.
+      is_apart: its commands run in a process of their own, with fully optimized programs. Tests
+        compile quickly to slow programs, which does not suit commands that compute for long.
       text: what stands in it.
     """
 
@@ -37,6 +39,7 @@ class Block:
     language: str
     title: str | None
     reason: str | None
+    is_apart: bool
     text: str
 
     @property
@@ -54,5 +57,6 @@ def blocks(page: Path) -> list[Block]:
     found = []
     for match in _FENCE.finditer(text):
         line = text.count("\n", 0, match.start("text")) + 1
-        found.append(Block(line, *match.group("language", "title", "reason", "text")))
+        fields = match.group("language", "title", "reason")
+        found.append(Block(line, *fields, match["apart"] is not None, match["text"]))
     return found
