@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jinfer.checkpoints.fill import resolve_dtype
 from jinfer.config.beam_params import BeamSearchParams
 from jinfer.config.fields import check_kinds
 from jinfer.config.outputs import BeamSearchOutput, RequestOutput
@@ -22,25 +21,20 @@ from jinfer.linear.placement import Placement
 from jinfer.models.model import Model
 from jinfer.requests import beam_search as beams
 from jinfer.requests.groups import LogprobFormatter, OpenRequests
-from jinfer.setup import options, weights
-from jinfer.setup.drafter import take_drafter
+from jinfer.setup import weights
+from jinfer.setup.options import (
+    LLMOptions,
+    check_params,
+    enable_compilation_cache,
+    per_prompt,
+    sampling_defaults,
+    take_tokenizer,
+)
+from jinfer.setup.resolve import resolve
+from jinfer.setup.speculation import DraftSource, Target, take_speculation
 from jinfer.steps.tracing import refuse_tracing
 from jinfer.text.prompts import as_list, chat_prompts, read_prompt
 from pallas_kernels.dispatch import Decisions
-
-# Kinds of arguments of `LLM`; the rest is checked where it is used.
-_SIZES = (
-    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
-    *("num_decode_steps", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
-)
-_NAMES = ("quantization", "revision", "chat_template")
-_KINDS = {
-    "ints": (*_SIZES, "max_logprobs", "seed"),
-    "floats": ("gpu_memory_utilization", "cpu_offload_gb"),
-    "flags": ("skip_tokenizer_init", "enable_chunked_prefill", "enable_prefix_caching"),
-    "texts": (*_NAMES, "kv_cache_dtype", "attention_impl", "linear_impl", "generation_config"),
-    "optional": (*_SIZES, *_NAMES),
-}
 
 
 class LLM:
@@ -126,50 +120,20 @@ class LLM:
     ) -> None:
         refuse("LLM", refused, LLM_ARGUMENTS, LLM.__init__.__annotations__)
         refuse_tracing()
-        check_kinds(locals(), **_KINDS)
-        if not isinstance(dtype, str):
-            dtype = "auto" if dtype is None else resolve_dtype(dtype, "").name
-        options.enable_compilation_cache()
+        self._options = options = LLMOptions.of(locals())
+        enable_compilation_cache()
         self._source = None if isinstance(model, Model) else model
-        model, params = weights.take_model(
-            model, params, dtype, revision, quantization=quantization, linear_impl=linear_impl
-        )
-        self.model = model
+        self.model, params = weights.take_model(model, params, options)
         placement = Placement.of(params, linear_impl)
-        self._quantization = quantization
         self.chat_template = chat_template
-        self._tokenizer = options.take_tokenizer(
+        self._tokenizer = take_tokenizer(
             tokenizer, self._source, revision, skips=skip_tokenizer_init
         )
-        self._default_fields = options.sampling_defaults(self._source, generation_config, revision)
-        speculative_config, heads = options.take_heads(speculative_config, model.config)
-        speculation, drafter = take_drafter(
-            speculative_config, model, params, self._tokenizer, dtype, placement
-        )
-        heads = None if heads is None else placement.bind(heads)
-        self.config, cache = options.resolve(
-            model.config,
-            params if heads is None else {**params, "medusa": heads},
-            kv_cache_dtype=kv_cache_dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            block_size=block_size,
-            enable_chunked_prefill=enable_chunked_prefill,
-            enable_prefix_caching=enable_prefix_caching,
-            num_decode_steps=num_decode_steps,
-            gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            num_gpu_blocks_override=num_gpu_blocks_override,
-            max_logprobs=max_logprobs,
-            seed=seed,
-            attention_impl=attention_impl,
-            linear_impl=linear_impl,
-            speculation=speculation,
-            drafter=drafter,
-            cpu_offload_gb=cpu_offload_gb,
-        )
-        self._runner = Runner(model, params, cache, self.config, heads, drafter)
+        self._default_fields = sampling_defaults(self._source, generation_config, revision)
+        target = Target(self.model, params, placement, self._tokenizer)
+        drafts = take_speculation(options, DraftSource.of(speculative_config), target)
+        self.config, cache = resolve(options, self.model.config, params, drafts)
+        self._runner = Runner(self.model, params, cache, self.config, drafts.heads, drafts.drafter)
         check_named(self._runner)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
         self._open = OpenRequests(self._engine, LogprobFormatter(self._tokenizer))
@@ -229,7 +193,7 @@ class LLM:
             array was donated or deleted. TypeError: a leaf is no array.
         """
         params = weights.examine_params(self.model, params)
-        params = weights.place(params, self._runner.placement, self._quantization)
+        params = weights.place(params, self._runner.placement, self._options.quantization)
         with self._open.lock:
             self._engine.update_weights(params)
 
@@ -261,7 +225,7 @@ class LLM:
           ValueError: the request cannot be served; nothing is queued.
           TypeError: the prompt is of another kind.
         """
-        params = options.check_params(params, self.get_default_sampling_params)
+        params = check_params(params, self.get_default_sampling_params)
         read = read_prompt(prompt, self._tokenizer)
         self._open.add(request_id, read, params, priority=priority)
 
@@ -303,13 +267,13 @@ class LLM:
         """
         refuse("LLM.generate", refused, CALL_ARGUMENTS, LLM.generate.__annotations__)
         prompts = as_list(prompts)
-        params = options.per_prompt("sampling_params", sampling_params, len(prompts))
-        priorities = options.per_prompt("priority", priority, len(prompts))
+        params = per_prompt("sampling_params", sampling_params, len(prompts))
+        priorities = per_prompt("priority", priority, len(prompts))
         ids = [self._open.new_id("generate") for _ in prompts]
         done: dict[str, RequestOutput] = {}
         try:
             for request_id, prompt, p, order in zip(ids, prompts, params, priorities, strict=True):
-                p = options.check_params(p, self.get_default_sampling_params)
+                p = check_params(p, self.get_default_sampling_params)
                 if p.output_kind is RequestOutputKind.DELTA:
                     raise ValueError("generate returns whole outputs; for deltas use stream")
                 p = dataclasses.replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -423,12 +387,12 @@ class LLM:
         """
         refuse("LLM.stream", refused, CALL_ARGUMENTS, LLM.stream.__annotations__)
         prompts = as_list(prompts)
-        params = options.per_prompt("sampling_params", sampling_params, len(prompts))
+        params = per_prompt("sampling_params", sampling_params, len(prompts))
         ids = [self._open.new_id("stream") for _ in prompts]
         wanted, left = set(ids), set(ids)
         try:
             for request_id, prompt, p in zip(ids, prompts, params, strict=True):
-                p = options.check_params(p, self.get_default_sampling_params)
+                p = check_params(p, self.get_default_sampling_params)
                 p = dataclasses.replace(p, output_kind=RequestOutputKind.DELTA)
                 self.add_request(request_id, prompt, p)
             while left:

@@ -13,12 +13,13 @@ from jinfer.config.fields import require as require
 MAX_SPECULATIVE_TOKENS = 16
 
 
+DRAFT_SOURCE = ("model", "params", "tokenizer")  # of a draft model; they travel beside the config
 _SPECULATIVE_FIELDS = {
     "ngram": ("num_speculative_tokens", "adaptive", "prompt_lookup_max", "prompt_lookup_min"),
     "medusa": ("adaptive", "heads", "tree", "acceptance", "epsilon", "alpha"),
     "lookahead": ("adaptive", "window", "ngram_size", "num_guesses"),
     "self": ("num_speculative_tokens", "adaptive", "format"),
-    "draft": ("num_speculative_tokens", "adaptive", "model", "params", "tokenizer"),
+    "draft": ("num_speculative_tokens", "adaptive", *DRAFT_SOURCE),
 }
 
 
@@ -32,6 +33,9 @@ MAX_TREE_NODES = 63
 class SpeculativeConfig:
     """Speculative decoding: several tokens are drafted and then verified in one step of the model.
 
+    The dict of a user has "model", "params" and "tokenizer" as well for "draft", as `LLM` takes
+    them. They travel beside the config, which holds no weights.
+
     Attributes:
       method: "ngram": the most frequent continuation of the text's last tokens in the same text.
         "self": the model itself with linears rounded to fewer bits, in the same KV pages.
@@ -43,7 +47,6 @@ class SpeculativeConfig:
       prompt_lookup_max, prompt_lookup_min: ("ngram") limits of the number of last tokens to look
         for; the longest match is used.
       format: ("self") of the rounded weights, as in `LLM(quantization=)`.
-      model, params, tokenizer: ("draft") as `LLM` takes them.
       heads: ("medusa") the folder that `jinfer train-medusa` wrote.
       tree: ("medusa") guesses to verify, each a list of ranks, see `speculation.medusa_tree`;
         None: the tree that was fitted to the heads.
@@ -60,9 +63,6 @@ class SpeculativeConfig:
     prompt_lookup_max: int = 3
     prompt_lookup_min: int = 1
     format: str = "int4-g128"
-    model: Any = None
-    params: Any = dataclasses.field(default=None, repr=False, compare=False)
-    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False)
     heads: str | os.PathLike[str] | None = None
     tree: tuple[tuple[int, ...], ...] | None = None
     acceptance: str = "lossless"
@@ -90,10 +90,6 @@ class SpeculativeConfig:
             self.prompt_lookup_min <= self.prompt_lookup_max,
             f"speculative_config: prompt_lookup_min ({self.prompt_lookup_min}) must not exceed "
             f"prompt_lookup_max ({self.prompt_lookup_max})",
-        )
-        require(
-            self.method != "draft" or self.model is not None,
-            'speculative_config: method "draft" needs a "model"',
         )
         require(
             self.acceptance in ("lossless", "typical"),
@@ -149,7 +145,7 @@ class SpeculativeConfig:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> SpeculativeConfig:
-        """Makes a config from a user's dict.
+        """Makes a config from a user's dict, without the draft model that it may name.
 
         Raises:
           ValueError: an unknown method, or a key that the method does not have.
@@ -173,7 +169,11 @@ class SpeculativeConfig:
                 f'speculative_config: method "{method}" has no {name!r}; it takes '
                 f"{', '.join(known)}",
             )
-        config = cls(**fields)
+        config = cls(**{name: x for name, x in fields.items() if name not in DRAFT_SOURCE})
+        require(
+            method != "draft" or fields.get("model") is not None,
+            'speculative_config: method "draft" needs a "model"',
+        )
         for name in ("epsilon", "alpha"):
             require(
                 config.typical is not None or name not in fields,

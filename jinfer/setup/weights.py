@@ -11,31 +11,31 @@ from jinfer.linear.placement import Placement
 from jinfer.linear.weight import flatten_weights, is_weight
 from jinfer.models.inputs import examine
 from jinfer.models.model import Model
+from jinfer.setup.options import LLMOptions
 from jinfer.steps.tracing import refuse_tracing
 
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def take_model(
-    model: str | os.PathLike[str] | Model,
-    params: Params | None,
-    dtype: str,
-    revision: str | None,
-    *,
-    quantization: str | None,
-    linear_impl: str,
+    model: str | os.PathLike[str] | Model, params: Params | None, options: LLMOptions
 ) -> tuple[Model, Params]:
     """Returns the model and weights that `LLM` was given, or loads them; the weights are placed.
+
+    Args:
+      model, params: as given to `LLM`.
+      options: with the dtype, revision, quantization and backend to load, or to serve.
 
     Raises:
       ValueError: a Model came without weights, or weights with a path.
     """
+    dtype, quantization = options.dtype, options.quantization
     if isinstance(model, Model):
         if quantization == "gguf":
             raise ValueError("quantization 'gguf' keeps the types of a GGUF file: pass its path")
-        if revision is not None:
+        if options.revision is not None:
             raise ValueError(
-                f"revision={shown(revision)} is for names on the hub, this one is in memory"
+                f"revision={shown(options.revision)} is for names on the hub, this one is in memory"
             )
         params = examine_params(model, params)
         own_dtype = str(params["embed"]["w"].dtype)
@@ -44,7 +44,7 @@ def take_model(
                 f"dtype={dtype!r}: the params of a Model are served as they are, in {own_dtype}; "
                 f"cast them, or drop dtype"
             )
-        return model, place(params, Placement.of(params, linear_impl), quantization)
+        return model, place(params, Placement.of(params, options.linear_impl), quantization)
     if params is not None:
         raise ValueError("params go with a Model; a path or name brings its own")
     from jinfer.quant.on_load import load
@@ -52,10 +52,10 @@ def take_model(
     loaded, own = load(
         model,
         dtype=None if dtype == "auto" else dtype,
-        revision=revision,
+        revision=options.revision,
         quantization=quantization,
     )
-    return loaded, Placement.of(own, linear_impl).place(own, is_owner=True)
+    return loaded, Placement.of(own, options.linear_impl).place(own, is_owner=True)
 
 
 def examine_params(model: Model, params: Any) -> dict[str, Any]:

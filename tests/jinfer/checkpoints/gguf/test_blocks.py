@@ -13,6 +13,7 @@ from jinfer.checkpoints.gguf.kquants import encode_rows
 from jinfer.checkpoints.gguf.write import write_gguf
 from jinfer.linear.placement import Placement
 from jinfer.models.model import Model
+from jinfer.setup.options import LLMOptions
 from jinfer.setup.weights import place, take_model
 
 
@@ -60,9 +61,7 @@ def test_gguf_is_for_gguf_files(tiny, write_hf, tmp_path):
     with pytest.raises(ValueError, match=r"keeps the types of a GGUF file, .* is none"):
         load(folder, quantization="gguf")
     with pytest.raises(ValueError, match="pass its path"):
-        take_model(
-            Model(made.config), made.params, "auto", None, quantization="gguf", linear_impl="auto"
-        )
+        take_model(Model(made.config), made.params, LLMOptions(quantization="gguf"))
     placement = Placement.of(made.params, "xla")
     for before, after in zip(
         jax.tree.leaves(bound := placement.bind(made.params)),
