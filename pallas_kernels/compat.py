@@ -1,4 +1,4 @@
-"""What differs between JAX versions, and the simulators of GPU and TPU kernels."""
+"""Differences between JAX versions, and the simulators of GPU and TPU kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles for a chip that this host does not have, with the pip wheels of its compiler.
+"""Compiles for a chip that is not present, with the pip wheels of its compiler.
 
 Inside `compile_target("h100")` kernels are built as they would be there.
 """
@@ -23,7 +23,7 @@ from jax.experimental.layout import Format
 
 from pallas_kernels.target import TARGETS, Target, named, state
 
-# Compiling for a chip that is not there.
+# Compiling for a chip that is not present.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class CompileCase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelReport:
-    """What ptxas said of one Mosaic GPU kernel, and its PTX and what that holds."""
+    """ptxas's report on one Mosaic GPU kernel, and its PTX."""
 
     name: str
     registers: int

@@ -1,7 +1,6 @@
-"""Which backend runs an op: a list of `Impl`s per op, picked by name or by what can run.
+"""Picks the backend of an op from its list of `Impl`s, by name or by what can run.
 
-Knows no op. A named choice is obeyed, or refused with its reason; `"auto"` takes the first backend
-that can run.
+A named choice is used, or refused with the reason; `"auto"` takes the first backend that can run.
 """
 
 from __future__ import annotations

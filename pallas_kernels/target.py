@@ -1,4 +1,4 @@
-"""What a kernel runs on: the chips and their facts. Knows no op.
+"""The chips that kernels run on, and their properties.
 
 A `Target` is that of the default device, or is stated by a context.
 """

@@ -1,7 +1,7 @@
 """Tile sizes: explicit > measured on this device (`tuned/<device>.json`) > a heuristic.
 
-Knows no kernel's maths: a tile set is a frozen dataclass of sizes. The table is data, written by
-`scripts/autotune.py`; the heuristics need no device.
+A tile set is a frozen dataclass of sizes. `scripts/autotune.py` writes the table; the heuristics
+need no device.
 """
 
 from __future__ import annotations

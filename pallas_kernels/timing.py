@@ -1,7 +1,7 @@
-"""Times a computation on the device it runs on; knows no op.
+"""Times a computation on its device.
 
-Two programs hold few and many calls; the difference of their times is that of calls alone, without
-the host's share. Calls walk over several sets of inputs, so that none finds its weights in a cache.
+Two programs have few and many calls; the difference of their times is that of the calls without the
+host's share. Calls cycle through several sets of inputs, so that weights are not in a cache.
 """
 
 from __future__ import annotations

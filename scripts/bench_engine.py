@@ -6,7 +6,7 @@ Two cases, greedy, end tokens ignored, token ids in and out on both sides: one s
 requests of mixed lengths. The engine runs in float32 and in bfloat16, with the prefix cache off.
 transformers runs in every combination of {float32, bfloat16} x {eager, sdpa} x {batches of 16
 sorted by output length, one batch of 32}, padding on the left; its best one is then measured again,
-and the best of all stands in the table.
+and the best of all is in the table.
 The better dtype of the engine stands beside it. Only the tokens that were asked for count. Every
 peer runs in a process of its own after a warm-up; rates are medians.
 """

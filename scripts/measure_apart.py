@@ -1,4 +1,4 @@
-"""Runs measuring processes and outlives what a kernel does to them; knows no kernel.
+"""Runs measurements in processes of their own, and survives their crashes.
 
 A process gets a file {"cases": what is left, "found": so far} and writes {"device", "results":
 {case: result}, ...} after each case. A fault on the device ends a process's use of it, and a kernel

@@ -178,7 +178,7 @@ def digest(path: Path) -> str:
 
 
 def read_cells(file: Path, sizes: dict[str, Any]) -> dict[tuple[str, int | None], dict[str, Any]]:
-    """Returns {(case, seed): cell} of those measured with these sizes; a torn line is skipped."""
+    """Returns {(case, seed): cell} measured with these sizes; skips an incomplete last line."""
     cells = {}
     for line in file.read_text().splitlines() if file.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""`jinfer eval`: perplexity of a model on a text, and how far it is from another model."""
+"""`jinfer eval`: perplexity of a model on a text, and its divergence from another model."""
 
 from __future__ import annotations
 

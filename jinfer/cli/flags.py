@@ -1,6 +1,6 @@
-"""Flags that the commands share: the model, SamplingParams and LLM, and what is made from them.
+"""Flags shared by the commands: the model, fields of SamplingParams and arguments of LLM.
 
-Knows argparse and the names of fields; their meaning and their checks are the classes' own.
+The classes themselves check the values.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ ENGINE_FLAGS: Flags = (
 
 
 def add_flags(group: Any, flags: Flags) -> None:
-    """Declares flags that leave no trace when they are not given."""
+    """Declares flags that are absent from the namespace unless given."""
     for name, options in flags:
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
 
@@ -236,7 +236,9 @@ def make_beam_params(args: argparse.Namespace) -> Any | None:
     for name in fields:
         if name not in _BEAM_FIELDS:
             known = ", ".join(("n", *_BEAM_FIELDS))
-            raise ValueError(f"{name} is nothing to a beam search (--num-beams), which has {known}")
+            raise ValueError(
+                f"{name} has no effect on a beam search (--num-beams), which has {known}"
+            )
     if "early_stopping" in beams:
         modes = {"true": True, "false": False, "never": "never"}
         fields["early_stopping"] = modes[beams["early_stopping"]]
@@ -246,7 +248,7 @@ def make_beam_params(args: argparse.Namespace) -> Any | None:
 
 
 def make_text_params(fields: dict[str, Any]) -> Any:
-    """Builds the parameters of a stream of text; refuses what such a stream would not show."""
+    """Builds the parameters of a stream of text; refuses fields that it cannot show."""
     params = make_params(fields)
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(params, name) is not None:

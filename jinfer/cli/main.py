@@ -1,4 +1,4 @@
-"""The `jinfer` command: finds the subcommand and turns its failures into one line and a status.
+"""The `jinfer` command: runs a subcommand and reports failures in one line and a status.
 
 Failures print `jinfer: error: ...` and exit with 2 (bad input) or 1; --debug shows tracebacks.
 """

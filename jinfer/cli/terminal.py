@@ -1,4 +1,4 @@
-"""What the commands say to a terminal: messages, rates, streamed text; knows no flags."""
+"""Terminal output of the commands: messages, rates, streamed text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Says how long what is done inside took, by the clock and of the CPU."""
+    """Prints how long the code inside took, in wall and CPU time."""
     begin, cpu_begin = time.perf_counter(), time.process_time()
     yield
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
@@ -95,7 +95,7 @@ def check(outputs: Sequence[Any]) -> Sequence[Any]:
 
 
 def one_line(error: Exception) -> str:
-    """Says what an error means to a user, in one line; names its type when it is unexpected."""
+    """Describes an error for a user in one line; names its type if it is unexpected."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         return shorten(f"{where}{error.strerror}")

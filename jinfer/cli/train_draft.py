@@ -1,4 +1,4 @@
-"""`jinfer train-draft`: a model of few layers that drafts for another of the same family."""
+"""`jinfer train-draft`: distils a model of few layers that drafts for another one."""
 
 from __future__ import annotations
 

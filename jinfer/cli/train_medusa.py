@@ -1,4 +1,4 @@
-"""`jinfer train-medusa`: heads that guess several tokens ahead, for a model that stays as it is."""
+"""`jinfer train-medusa`: trains heads that guess several tokens ahead; the model is not changed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         share = can / max(1, (held.targets >= 0).sum())
         print(f"{100 * share:.1f} % of what is kept apart is in the draft vocabulary")
     _print_report(accuracies)
-    # Fitted to one half, judged on the other: what it would get on texts that it was not fitted to.
+    # Fitted on one half and evaluated on the other, for an estimate on new texts.
     half = len(ranks) // 2
     parts = ranks[:half].tolist(), ranks[half:].tolist()
     expected = sum(

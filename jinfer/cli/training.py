@@ -1,4 +1,4 @@
-"""What the commands that train have in common: flags, data, and the run itself."""
+"""Flags, data and training loop shared by the commands that train."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 def train(
     args: argparse.Namespace, objective: Any, params: Any, weights: Any, data: Sequence[Any]
 ) -> Any:
-    """Runs or goes on with a training and returns the weights, with a progress bar on the way.
+    """Runs or resumes a training with a progress bar, and returns the weights.
 
     `data` are arrays of which each example has a row.
     """
@@ -143,7 +143,7 @@ def _config(args: argparse.Namespace, num_steps: int) -> Any:
 
 
 def check_same_run(args: argparse.Namespace, *own: str) -> None:
-    """Makes --output, and refuses to go on in a folder of a run with other settings.
+    """Creates --output, and refuses a folder of a run with other settings.
 
     `own` are the names of settings that the command has beside those of all training. Where --data
     cannot be read, no folder is made that would insist on it; nor with settings that no run has.
@@ -206,7 +206,7 @@ def read_data(args: argparse.Namespace, model: Any, params: Any) -> Data:
 
 
 def save_arrays(file: Path, *arrays: Any, **named: Any) -> None:
-    """Writes an .npz file, whole or not at all."""
+    """Writes an .npz file atomically."""
     import numpy as np
 
     partial = file.with_suffix(".tmp.npz")

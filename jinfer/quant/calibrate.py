@@ -1,7 +1,7 @@
-"""What calibration sees: one block's activations, stage by stage, and statistics of its inputs.
+"""Computes one block's activations stage by stage, and statistics of its linears' inputs.
 
-A block runs in five stages, each jitted once for all alike layers and mapped over chunks of
-sequences, so that weights can be quantized between them and nothing is computed twice:
+A block runs in five stages, so that weights can be quantized in between and nothing is computed
+twice. Each is jitted once for all layers of a kind and mapped over chunks of sequences:
 
     x -> attention_inputs -> mix_values -> mlp_inputs -> hidden_inputs -> block_outputs
          (q, k, v read it)   (o)           (gate, up)    (down)
@@ -42,7 +42,7 @@ class InputStats:
       abs_max: f32 [I], largest |x|.
       count: i32 [], tokens.
       drift: f32 [I, I], sum of x (x' - x)^T with x' the float model's input for the same token;
-        None where nobody corrects with it.
+        None if no method corrects with it.
     """
 
     gram: Array
@@ -65,10 +65,10 @@ class InputStats:
 
 @functools.partial(jax.jit, static_argnums=1)
 def measure(x: Array, stride: int = 1) -> InputStats:
-    """Statistics of [C, S, T, I]; of every `stride`-th chunk alone the Gram matrix, the main cost.
+    """Returns statistics of [C, S, T, I]; the costly Gram matrix of each `stride`-th chunk only.
 
-    Whole chunks, since each place of a sequence must count as often as any other: first tokens
-    have inputs many times as large as the rest.
+    Whole chunks, so that each position of a sequence has the same weight: inputs of first tokens
+    are many times larger than others.
     """
     num_inputs = x.shape[-1]
 
@@ -97,7 +97,7 @@ def measure_drift(x: Array, reference: Array) -> Array:
 
 
 def chunks_of(tokens: Array) -> Array:
-    """[n, T] -> [C, S, T], all sequences: S is the largest divisor of n that CHUNK_TOKENS allow."""
+    """Returns [n, T] as [C, S, T], with the largest divisor S of n that CHUNK_TOKENS allows."""
     num_sequences, length = tokens.shape
     require(num_sequences > 0, "calibration needs at least one sequence")
     most = max(1, min(num_sequences, CHUNK_TOKENS // length))
@@ -111,7 +111,7 @@ _LEAVES = {"w": "weight", "b": "bias"}
 def check_layers(params: Params) -> None:
     """Raises ValueError, naming the first, if a parameter of a block is not finite.
 
-    Before anything runs: behind a NaN in a weight all activations are NaN, and seem to be at fault.
+    Called first, since a NaN in a weight makes all activations after it NaN.
     """
     for path, leaf in jax.tree.leaves_with_path(params["layers"]):
         name, _, kind = jax.tree_util.keystr(path, simple=True, separator=".").rpartition(".")
@@ -151,7 +151,7 @@ def _taps(model: Model, kind: int, layer_params: Params, x: Array) -> block.Taps
 
 
 def _attend(model: Model, layer: int, q: Array, k: Array, v: Array, cache: None, *, window: Any):
-    """Dense causal attention by blocks of queries, each with the keys up to its end only."""
+    """Computes dense causal attention by blocks of queries, each with the keys up to its end."""
     config, outs = model.config, []
     for start in range(0, q.shape[-3], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, q.shape[-3])
@@ -169,7 +169,7 @@ def _attend(model: Model, layer: int, q: Array, k: Array, v: Array, cache: None,
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_block(model: Model, kind: int, layer_params: Params, x: Array) -> Array:
-    """A whole block at once, of one text x [T, D] from its start."""
+    """Returns a block's outputs for one text x [T, D] from its start."""
     return _run_block(model, kind, layer_params, x)[0]
 
 

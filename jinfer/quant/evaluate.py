@@ -1,4 +1,4 @@
-"""Quality of a model on text: perplexity, and how far it is from a reference model."""
+"""Evaluates a model on text: perplexity, and divergence from a reference model."""
 
 from __future__ import annotations
 

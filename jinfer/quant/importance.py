@@ -1,4 +1,4 @@
-"""How much each input of each linear matters: the mean of its square over calibration tokens."""
+"""Measures the importance of each linear's inputs: mean squares over calibration tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def measure_importance(
 ) -> dict[Path, np.ndarray]:
     """Returns {path of a linear's weight: f32 [I]}, one block's activations in memory at a time.
 
-    Mixtures of experts: gate and up see every token, routed to them or not; down is left out.
+    In mixtures of experts, gate and up get every token, routed to them or not; down is left out.
 
     Args:
       model: the model.

@@ -1,4 +1,4 @@
-"""One block: statistics, folds and solvers, in the order in which its linears need each other."""
+"""Quantizes one block: statistics, folds and solvers, in the order of the forward pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from jinfer.quant.solve import Row, merge_rows, solve_group, stack
 Layer: TypeAlias = dict[str, Any]
 
 FOLD_TOKENS = 128  # tokens that folds are checked on
-GRAM_TOKENS = 8192  # tokens that a Gram matrix takes, about, where GPTQ does not solve with it
+GRAM_TOKENS = 8192  # approximate tokens of a Gram matrix that GPTQ does not use
 
 Group: TypeAlias = tuple[str, tuple[str, ...]]
 Stats: TypeAlias = InputStats | list[InputStats]  # a list: one for each expert
@@ -46,7 +46,7 @@ GROUPS = (QKV, OUT, GATES, DOWN)
 
 
 def to_float32(layer: Mapping[str, Any]) -> Layer:
-    """Returns new dicts around f32 arrays: scales are found and folded in full precision."""
+    """Returns new dicts with f32 arrays, since scales are computed and folded in f32."""
     return {
         k: to_float32(v) if isinstance(v, Mapping) else v.astype(jnp.float32)
         for k, v in layer.items()
@@ -54,7 +54,7 @@ def to_float32(layer: Mapping[str, Any]) -> Layer:
 
 
 def to_dtype_of(layer: Mapping[str, Any], like: Mapping[str, Any]) -> Layer:
-    """Returns `layer` with what is still a float array in the dtype that it has in `like`."""
+    """Returns `layer` with its float arrays in the dtypes of `like`."""
 
     def cast(new: Any, old: Any) -> Any:
         if isinstance(new, Mapping):
@@ -101,7 +101,7 @@ class LayerQuantizer:
         return to_dtype_of(p, layer), out, self.rows
 
     def _run(self, p: Layer, x: Array | None, needs_output: bool) -> Array | None:
-        """Quantizes `p` in place: finds QTensors, and leaves in `p` what they multiply as."""
+        """Finds the QTensors of `p`, and replaces its weights by what they multiply as."""
         if x is None:
             for group in GROUPS:
                 self._solve(p, group, None, None)
@@ -146,8 +146,10 @@ class LayerQuantizer:
         return calibrate.block_outputs(model, kind, p, residual, h, hidden)
 
     def _references(self) -> Iterator[Array | None]:
-        """Yields what each group's `_measure` takes as inputs, in the float model; the block's
-        outputs become `reference` when the last has been asked for."""
+        """Yields each group's inputs in the float model.
+
+        Before the last one, `reference` becomes the block's outputs.
+        """
         x, p, model, kind = self.reference, self.original, self.model, self.kind
         if x is None:
             yield from [None] * len(GROUPS)
@@ -197,7 +199,7 @@ class LayerQuantizer:
     def _measure(
         self, p: Layer, group: Group, inputs: Array, reference: Array | None = None
     ) -> Stats:
-        """Statistics of a group's inputs; of experts' `down` from the inputs of the MLP."""
+        """Returns statistics of a group's inputs; for experts' `down` from the MLP's inputs."""
         if group == DOWN and self.is_moe:
             gate, up = (p["mlp"][part]["w"] for part in GATES[1])
             out = []
@@ -234,7 +236,7 @@ class LayerQuantizer:
         return self.recipe.of(f"layers.{self.index}.{group[0]}.{part}")
 
     def _fold_of(self, group: Group) -> str:
-        """What all members of a group fold; "none" if they disagree."""
+        """Returns the common fold of a group's members; "none" if they differ."""
         methods = {self._method(group, part) for part in group[1]}
         method = methods.pop()
         return method.fold if method is not None and not methods else "none"
@@ -242,7 +244,7 @@ class LayerQuantizer:
     def _fold(
         self, p: Layer, stats: Mapping[Group, Stats], folds: tuple[str, ...]
     ) -> dict[Group, Stats]:
-        """Folds scales into `p`, and returns the statistics that inputs have afterwards."""
+        """Folds scales into `p`, and returns the statistics of the scaled inputs."""
         after = dict(stats)
         for group, measured in stats.items():
             fold = self._fold_of(group)
@@ -303,8 +305,8 @@ class LayerQuantizer:
         )
 
     def _fold_error(self, x: Array) -> float:
-        """How far all folds together, with nothing quantized, move the block's float outputs: the
-        largest difference over their largest change of x, on the first calibration tokens."""
+        """Returns how much all folds, without quantization, change the block's float outputs: the
+        largest difference over the block's largest change of x, on the first calibration tokens."""
         x = x[:1, :1, :FOLD_TOKENS]
         p = to_float32(self.original)
         for group, s in self.folded.items():
@@ -367,7 +369,7 @@ class LayerQuantizer:
 
 
 def _flat(w: Array) -> Array:
-    """[I, O], or experts [E, I, O] side by side, [I, E * O]."""
+    """Returns [I, O]; of experts [E, I, O] all side by side, [I, E * O]."""
     return w if w.ndim == 2 else jnp.moveaxis(w, 0, 1).reshape(w.shape[1], -1)
 
 

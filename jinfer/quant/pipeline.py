@@ -1,7 +1,8 @@
-"""Quantizes a model block by block; knows params trees and calibration tokens, no files.
+"""Quantizes a model block by block.
 
-Each block reads what the blocks before it, already quantized, give; inside a block q, k and v are
-quantized before o is calibrated, and so on ("true sequential"). One block's activations are held.
+Each block reads the outputs of the quantized blocks before it; inside a block q, k and v are
+quantized before o is calibrated, and so on ("true sequential"). Only one block's activations are
+in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Progress = Callable[[int, Layer, list[Row]], None]
 
 
 def linear_names(model: Model) -> list[str]:
-    """Names of the linears that may be quantized, layer by layer; routers are not among them."""
+    """Returns the names of the linears that may be quantized, by layer, without routers."""
     parts = [f"{block}.{part}" for block, parts in GROUPS for part in parts]
     return [f"layers.{i}.{part}" for i in range(model.config.num_layers) for part in parts]
 
@@ -74,13 +75,12 @@ def quantize_model(
     x = None
     if tokens is not None and recipe.needs_calibration:
         x = calibrate.first_inputs(model, params, tokens)
-    # What the float model has at the same place: where quantized blocks have led it astray, the
-    # methods that correct pull it back.
+    # The float model's activations at the same place, to which methods with `correct` move back.
     corrects = any(method is not None and method.correct for _, method in recipe.rules)
     require(
         not corrects or is_sequential,
-        "correct makes up for quantized inputs, and these are the float model's: it goes with "
-        "--sequential only",
+        "correct compensates for quantized inputs, and these are the float model's: it needs "
+        "--sequential",
     )
     reference = x if corrects else None
     new_layers, rows = [], []
@@ -106,7 +106,7 @@ def quantize_model(
 def fold_model(model: Model, params: Params, recipe: Recipe, tokens: Array) -> dict[str, Any]:
     """Returns float params with the recipe's AWQ and SmoothQuant scales folded in.
 
-    Logits are those of `params`, up to rounding: how folding is checked without quantization.
+    Logits equal those of `params` up to rounding; for checks of folding without quantization.
     """
     x = calibrate.first_inputs(model, params, tokens)
     layers = []

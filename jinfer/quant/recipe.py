@@ -1,4 +1,4 @@
-"""Which method each linear gets: presets by name, rules by pattern.
+"""Assigns a quantization method to each linear: presets by name, rules by pattern.
 
 Modules are named as the params tree names them: "layers.3.mlp.down".
 """
@@ -28,13 +28,13 @@ class Method:
     Attributes:
       name: for the report.
       format: the target.
-      fold: what is moved between the inputs and their producer before.
+      fold: scales that are folded into the producer of the inputs first.
       solver: how codes are found.
-      scales: what sets the ranges: "extremes"; "mse", a search (rtn, gptq); "hessian", a search
-        that weighs errors as GPTQ does (gptq alone).
+      scales: how ranges are chosen: "extremes"; "mse", a search (rtn, gptq); "hessian", a search
+        with GPTQ's weights of errors (gptq only).
       grid: symmetric integer grid, see `qformat.find_scales`.
       order, static_groups, damp: GPTQ's.
-      correct: how far GPTQ first moves weights to make up for quantized inputs, 0 .. 1; see
+      correct: how far GPTQ first moves weights to compensate for quantized inputs, 0 .. 1; see
         `correction`.
       alpha: SmoothQuant's.
       clip: AWQ's clip search.
@@ -210,7 +210,7 @@ def parse_quantization(text: str) -> Method:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Rules from module patterns to methods; the first that fits decides, none leaves it in float.
+    """Rules from module patterns to methods; the first match decides, and none means float.
 
     Attributes:
       rules: (pattern, method or None); a pattern is a shell one, "layers.*.mlp.*".
@@ -276,7 +276,7 @@ class Recipe:
         return rows
 
     def of(self, module: str) -> Method | None:
-        """The method of a module; None: stays in float."""
+        """Returns the method of a module; None: it stays in float."""
         for pattern, method in self.rules:
             if fnmatch.fnmatchcase(module, pattern):
                 return method
@@ -295,5 +295,5 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any method of it does."""
+        """Whether any of its methods does."""
         return any(method is not None and method.needs_calibration for _, method in self.rules)

@@ -1,8 +1,8 @@
-"""Bits where they count: a width for each group of linears, by what rounding it does to the model.
+"""Chooses a width for each group of linears by the effect of its rounding on the model.
 
-What each group costs is measured once, alone and at the lowest width: the KL divergence from the
-float model. At other widths it is taken to shrink as the squared error of the weights does, and
-costs of groups to add up. Widths then grow where a byte takes away most, until the bytes are used.
+The cost of each group is measured alone and at the lowest width: the KL divergence from the float
+model. At other widths it is assumed proportional to the squared error of the weights, and costs of
+groups are assumed to add up. Widths then grow where a byte reduces the cost most, up to the budget.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What one unit got: its modules, format, and the measured KL at the lowest width."""
+    """Result for one unit: its modules, format, and the measured KL at the lowest width."""
 
     modules: tuple[str, ...]
     format: str
@@ -57,8 +57,8 @@ class Choice:
 def grow(units: Sequence[Unit], budget: float) -> list[int]:
     """Returns for each unit the place of its width, all bytes together at most `budget`.
 
-    Starts at the lowest widths; of all steps up that still fit, the one that takes away most KL
-    for a byte is taken, until none fits. A step may pass over widths.
+    Starts at the lowest widths and repeatedly takes the step up with the largest reduction of KL
+    per byte among those that fit. A step may skip widths.
 
     Raises:
       ValueError: the lowest widths are more than the budget.
@@ -174,7 +174,7 @@ def choose(
 
 
 def mixed(method: Method) -> Recipe:
-    """Returns a recipe with several widths, to see what takes such a model before it is chosen."""
+    """Returns a recipe with several widths, to check exports before the widths are chosen."""
     rules = []
     for (block, parts), bits in zip(GROUPS, (WIDTHS[0], *WIDTHS[-3:])):
         fmt = dataclasses.replace(method.format, bits=bits)
@@ -184,7 +184,7 @@ def mixed(method: Method) -> Recipe:
 
 
 def check(model: Model, method: Method, target_bits: float) -> None:
-    """Raises ValueError where `choose` would, before anything is measured."""
+    """Raises the ValueErrors of `choose` before anything is measured."""
     fmt = method.format
     require(
         fmt.kind == "int" and fmt.act is None,

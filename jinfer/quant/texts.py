@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: files to token sequences; knows no model and no jax."""
+"""Reads calibration and evaluation text from files and packs it into token sequences."""
 
 from __future__ import annotations
 

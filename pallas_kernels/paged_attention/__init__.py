@@ -1,4 +1,4 @@
-"""Attention of ragged queries over paged keys and values; knows nothing of models or of the engine.
+"""Attention of ragged queries over paged keys and values.
 
 One form serves decode, chunked prefill, mixed batches and the verification of token trees.
 """

@@ -1,4 +1,4 @@
-"""What a warpgroup of the Hopper kernel does with one block of keys or values; knows no ring.
+"""The work of a warpgroup of the Hopper kernel on one block of keys or values.
 
 Shapes are those of registers and shared memory: 64 query rows, a block of 64 or 128 keys.
 """

@@ -1,4 +1,4 @@
-"""Query tokens of ragged sequences as equal tiles of rows, and back; knows no kernel.
+"""Packs query tokens of ragged sequences into equal tiles of rows, and unpacks them.
 
 A tile holds tokens of one sequence. For each KV head, query token j of the tile and query head g of
 the group are row j * G + g. Example with G = 4 and 16 tokens a tile:

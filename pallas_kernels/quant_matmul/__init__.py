@@ -1,7 +1,7 @@
-"""x @ dequant(q): int4, int8 and fp8 weights with group or channel scales; knows no model.
+"""x @ dequant(q): int4, int8 and fp8 weights with group or channel scales.
 
-`prepare` lays a weight out once, at load, as the kernels of a target read it; `quant_matmul` is one
-call of a step.
+`prepare` converts a weight once, at load, into the layout that the kernels of a target read;
+`quant_matmul` is called in a step.
 """
 
 from __future__ import annotations

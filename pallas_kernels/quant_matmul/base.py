@@ -1,4 +1,4 @@
-"""What every backend of the quantized matmul speaks: the static half of a call, and its checks."""
+"""Shared by all backends of the quantized matmul: the static part of a call, and its checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOAT_DTYPES = tuple(jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """The static half of a call; see `quant_matmul` for the meaning of each field."""
+    """The static part of a call; see `quant_matmul` for the meaning of each field."""
 
     group: int
     layout: Layout

@@ -1,4 +1,4 @@
-"""The Hopper product of few rows and a wide quantized weight; knows nothing of which op calls it.
+"""The Hopper product of few rows and a wide quantized weight, for several ops.
 
 Transposed, out^T[N, M] = w[N, K] x^T[K, M]: the many outputs fill `wgmma`'s 64 rows, the few rows
 of x its columns. One warpgroup copies, the others compute; blocks are persistent and take equal

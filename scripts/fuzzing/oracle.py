@@ -1,4 +1,4 @@
-"""Judges what one call of the library did; knows no door.
+"""Judges the outcome of one call of the library.
 
 A refusal is a ValueError, TypeError or FileNotFoundError of one line that names what it refuses.
 Any other exception is a finding, and so is a result that differs from the reference or a call that

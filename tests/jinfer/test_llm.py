@@ -113,7 +113,7 @@ def test_greedy_tokens_are_those_of_the_dense_forward_pass(llm, params):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_request_gets_the_same_tokens_in_any_company(llm, alone, seed):
+def test_a_request_gets_the_same_tokens_with_any_batch_mates(llm, alone, seed):
     order = np.random.default_rng(seed).permutation(len(MIXED_LENGTHS)).tolist()
     assert tokens_of(run_mixed(llm, order)) == tokens_of(alone)
     assert len({tuple(tokens) for tokens in tokens_of(alone)}) == len(alone)

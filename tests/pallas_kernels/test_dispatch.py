@@ -1,4 +1,4 @@
-"""Choosing a backend: named choices are obeyed or refused, automatic ones fall to what can run."""
+"""Choosing a backend: named choices are used or refused, automatic ones take what can run."""
 
 import jax
 import jax.numpy as jnp

@@ -298,7 +298,7 @@ def read_fp8(
 
 
 def _check_fp8_scales(module: str, q: np.ndarray, scale: np.ndarray, fmt: QFormat) -> None:
-    """A scale of zero stands for nothing but zeros."""
+    """Raises ValueError if codes with a scale of zero are not zero."""
     if np.all(scale > 0):
         return
     is_zero = (q.T.view(np.uint8) & 0x7F) == 0  # +0 and -0, [I, O]

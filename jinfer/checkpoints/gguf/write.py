@@ -1,7 +1,7 @@
-"""Params, quantized or not, -> a GGUF file, for llama.cpp and for our own reader.
+"""Writes params, quantized or not, as a GGUF file for llama.cpp and for our own reader.
 
-Does what `gguf` undoes: rows of q and k of "llama" files interleaved, Gemma's gammas + 1, Llama
-3.1's rope scaling as a tensor of divisors. Metadata are read back before the file gets its name.
+The inverse of `gguf.checkpoint`: rows of q and k of "llama" files interleaved, Gemma's gammas + 1,
+Llama 3.1's rope scaling as a tensor of divisors. Metadata are read back before the file is renamed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PARTS = {
     **{"mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down"},
     "mlp.router": "ffn_gate_inp",
 }
-_FUSED = {  # Phi-3: the first stands for the others
+_FUSED = {  # Phi-3: the first tensor contains the others
     **{"attn_q": ("attn_qkv", ("q", "k", "v")), "ffn_gate": ("ffn_up", ("gate", "up"))},
     **{"attn_k": None, "attn_v": None, "ffn_up": None},
 }
@@ -66,7 +66,7 @@ def write_gguf(
     tokenizer: Mapping[str, Any] | None = None,
     name: str = "",
 ) -> dict[str, int]:
-    """Writes one GGUF file; whole or not at all.
+    """Writes one GGUF file atomically.
 
     Args:
       path: of the file; must not exist.
@@ -364,7 +364,7 @@ def _matrix(
 
 
 def _exact(x: np.ndarray) -> tuple[np.ndarray, str]:
-    """The smallest float type that holds every value."""
+    """Returns the smallest float type that represents every value."""
     with np.errstate(over="ignore"):
         half = x.astype(np.float16)
     if np.array_equal(half.astype(np.float32), x):
@@ -376,7 +376,7 @@ def _exact(x: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _why_not_as_it_is(x: QTensor) -> str:
-    """Why neither Q4_0 nor Q8_0 holds a weight as it is; empty if one does."""
+    """Returns why neither Q4_0 nor Q8_0 represents a weight exactly; empty if one does."""
     fmt, num_inputs = x.fmt, x.shape[-2]
     if fmt.kind != "int":
         return "its types are integers"

@@ -1,4 +1,4 @@
-"""`jinfer bench kv`: what quantized K and V cost in perplexity, and save in bytes.
+"""`jinfer bench kv`: effect of quantized K and V on perplexity and memory.
 
 A text is cut into windows of the context's length. Each is a prompt whose own tokens are scored:
 every token attends to K and V as they lie in the cache, as it would if it were generated.

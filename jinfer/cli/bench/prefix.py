@@ -1,4 +1,4 @@
-"""`jinfer bench prefix`: what the prefix cache gains where prompts share a beginning, and costs.
+"""`jinfer bench prefix`: gains of the prefix cache with shared prompt prefixes, and its costs.
 
 The peer is the same engine with the cache off, or, where more prompts come back than the device can
 keep, without a host tier. Both live in one process and take turns, so that what else the machine

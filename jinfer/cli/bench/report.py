@@ -1,4 +1,4 @@
-"""The form that every bench writes: rows of case, metric and value, beside a peer and a goal."""
+"""The report format of all benches: rows of case, metric and value, with a peer and a goal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Row:
     Attributes:
       case, metric, unit: what was measured.
       value: ours.
-      peer, peer_value: what it stands beside, if anything.
+      peer, peer_value: what it is compared with, if anything.
       ratio: how many times better than the peer; `goal`: how many were aimed at.
       limit: what the hardware, or a bound that was promised, would allow.
       own: which variant of ours, where a bench tries several.

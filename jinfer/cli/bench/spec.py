@@ -1,4 +1,4 @@
-"""`jinfer bench spec`: tokens a step, acceptance and speed of speculation beside plain decoding.
+"""`jinfer bench spec`: tokens per step, acceptance and speed of speculation vs. plain decoding.
 
 Both engines read the same weights and the same chats, and take turns, a batch at a time and each
 batch several times, of which the median counts. They have read all prompts before, and find them in

@@ -13,7 +13,7 @@ from jinfer.config.speculative import SpeculativeConfig
 from jinfer.engine.request import Request
 from jinfer.speculation.ngram import NgramIndex
 
-ON_DEVICE = -1  # stands for a draft that the step makes
+ON_DEVICE = -1  # placeholder of a draft that the step makes
 
 
 class Proposer(Protocol):

@@ -1,7 +1,7 @@
-"""AWQ on matrices: scales and clipping found from a Gram matrix; knows no model.
+"""AWQ on matrices: searches scales and clipping with a Gram matrix.
 
-Lin et al. 2023 (arXiv:2306.00978). Inputs that matter are scaled up before rounding and their
-producer is scaled down (`folding`), so nothing is left to do at run time. The paper runs the layer
+Lin et al. 2023 (arXiv:2306.00978). Important inputs are scaled up before rounding and their
+producer is scaled down (`folding`), so that nothing is done at run time. The paper runs the layer
 again for each candidate; here X^T X replaces the tokens: ||X D||^2 = tr(D^T (X^T X) D), exactly.
 """
 
@@ -19,7 +19,7 @@ from jinfer.linear.grids import decode, encode, expand_groups, scales_from_range
 from jinfer.linear.qtensor import check_finite
 
 NUM_RATIOS = 20  # exponents 0, 1/20, .. 19/20
-COARSE = 4  # of them are passed over at first
+COARSE = 4  # step of the first pass over them
 NUM_CLIPS = 10  # ranges of 100 %, 95 %, .. 55 %
 CLIP_STEP = 0.05
 LEAST_SCALE = 1e-4
@@ -34,7 +34,7 @@ def search_scales(
     duo: bool = True,
     ties: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Finds s such that rounding W s and dividing by s again moves the outputs least.
+    """Finds s such that rounding W s and dividing by s changes the outputs least.
 
     Candidates: s = 1; and mean|x|^r (paper), or mean|x|^r / (mean|w| / amax)^(1 - r) with `duo`
     (AutoAWQ), normalized to sqrt(max s min s) = 1, for r = 0, 1/20, .. 19/20; nine of these twenty
@@ -45,7 +45,7 @@ def search_scales(
       gram: f32 [I, I], X^T X over calibration tokens.
       mean_abs: f32 [I], mean of |x| over tokens.
       fmt: the grid to round on; its group or channel scales.
-      duo: whether weights' sizes count too.
+      duo: whether to use the weights' magnitudes, too.
       ties: i32 [I], inputs with one id get one scale: their producer is one number (a KV head that
         several query heads read). None: all free.
 
@@ -109,7 +109,7 @@ def _search_scales(
 
 
 def _trials() -> tuple[Array, Array, Array]:
-    """Where the search looks: every fourth exponent, then two and one beside the best so far.
+    """Returns the trials of the search: every fourth exponent, then two and one beside the best.
 
     Returns:
       For each try: its exponent, or -1; else how far from the centre; and whether the centre moves
@@ -155,7 +155,7 @@ def _round_groups(parts: Array, fmt: QFormat) -> Array:
 
 @functools.partial(jax.jit, static_argnums=2)
 def clip_weights(w: Array, gram: Array, fmt: QFormat) -> Array:
-    """Clamps each group to the range that moves its share of the outputs least.
+    """Clamps each group to the range that changes its share of the outputs least.
 
     For each output and group, of max|w| times 1, 0.95, .. 0.55, the one with the least
     ||X_g (Q(clamp(w)) - w)||^2; X_g^T X_g is a block of the Gram matrix. Not for q and k, whose

@@ -1,9 +1,9 @@
-"""Weights that make up for what quantized neighbours did to their inputs; knows matrices only.
+"""Corrects weights for the errors that quantized blocks before them add to their inputs.
 
-GPTQ asks that Q do to the inputs X what W does to them; but X comes from blocks that are quantized
-already, and what the model needs is W's output on the float model's inputs X'. The weight that
-comes nearest to it is W + (X^T X)^-1 X^T (X' - X) W. This is QEP of Arai and Ichikawa 2025
-(arXiv:2504.09629); GPTAQ of Li et al. 2025 (arXiv:2504.02692) has the same aim.
+GPTQ minimizes the difference of X Q and X W. But the inputs X come from blocks that are already
+quantized, and the wanted output is X' W with the float model's inputs X'. The least squares
+solution is W + (X^T X)^-1 X^T (X' - X) W. This is QEP of Arai and Ichikawa 2025 (arXiv:2504.09629);
+GPTAQ of Li et al. 2025 (arXiv:2504.02692) has the same aim.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def correct_weight(
       w: [I, O], the float weight.
       gram: f32 [I, I], X^T X of the inputs that it will have.
       drift: f32 [I, I], X^T (X' - X), with X' the float model's inputs for the same tokens.
-      strength: 0 leaves `w` alone, 1 goes the whole way; in between less noise is learned.
+      strength: 0 keeps `w`, 1 is the full correction; values between fit less noise.
       damp: fraction of mean(diag gram) added to its diagonal.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Sums and factors of X^T X that are the same bits on every run and with any number of threads.
+"""Sums and factors of X^T X with the same bits on every run and with any number of threads.
 
-Knows nothing of weights. LAPACK's Cholesky depends on the number of threads, so here is one of
-them; XLA's CPU products a b and a b^T do not, those that read a^T in place do (their last bits:
-tests/jinfer/quant/methods/test_factor.py), so `dot_transposed` is for them.
+LAPACK's Cholesky depends on the number of threads, so this module has its own. XLA's CPU products
+a b and a b^T do not depend on it, but those that read a^T in place do in their last bits
+(tests/jinfer/quant/methods/test_factor.py); `dot_transposed` replaces these.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Moving input scales into whatever produces the input, so that float outputs stay the same.
+"""Folds input scales into the producer of the input, so that float outputs do not change.
 
-A consumer's inputs are divided by s: its weight's rows are multiplied (`scale_inputs`), its
-producer, a norm or the linear before it, divided. Knows arrays, not models.
+A consumer's inputs are divided by s: the rows of its weight are multiplied (`scale_inputs`), and
+its producer, a norm or the linear before it, is divided.
 """
 
 from __future__ import annotations

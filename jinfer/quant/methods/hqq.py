@@ -29,8 +29,8 @@ KAPPA = 1.01
 def quantize_hqq(w: Array, fmt: QFormat, *, scale_dtype: Any = jnp.float32) -> QTensor:
     """Rounds with zero points fitted to the weights.
 
-    Alternates W_e = shrink(W - W_q), which explains the largest errors away, and z = mean over the
-    group of (q - (W - W_e) / s); stops where the mean error does not fall.
+    Alternates W_e = shrink(W - W_q), which takes up the largest errors, and z = mean over the group
+    of (q - (W - W_e) / s); stops when the mean error does not decrease.
 
     Args:
       w: [I, O].

@@ -1,4 +1,4 @@
-"""SmoothQuant's scales on matrices; knows no model. Folding them is in `folding`.
+"""SmoothQuant's scales for matrices; `folding` applies them.
 
 Xiao et al. 2022 (arXiv:2211.10438): outlier features of the inputs are divided out and multiplied
 into the weights, so that both fit 8 bits.

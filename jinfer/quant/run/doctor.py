@@ -1,4 +1,4 @@
-"""Examines a quantized folder, whoever wrote it: what loads without an error may still be wrong.
+"""Examines a quantized folder of any origin, since a folder that loads may still be wrong.
 
 Signs that need no other model: values that are not finite, scales that the reader refuses (see
 `interop.check_scales`) or that are zero over codes that are not, inverted scales, zero points of
@@ -46,11 +46,11 @@ LARGEST_DISTANCE_ELSE = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What was found.
+    """Result of an examination.
 
     Attributes:
-      problems: (module, what is wrong with it).
-      facts: lines on what was examined.
+      problems: (module, problem).
+      facts: lines about what was examined.
     """
 
     problems: list[tuple[str, str]]
@@ -121,7 +121,7 @@ def examine(
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What a weight is kept in: its format, None if it is held in float, and its stored bits."""
+    """Format of a weight (None if it is kept in float), and its stored bits."""
 
     format: QFormat | None
     bits: int
@@ -130,7 +130,7 @@ class _Form:
 def _mixed_experts(
     checkpoint: Checkpoint, plan: Mapping[Path, Pieces], weights: Mapping[str, _Form]
 ) -> list[str]:
-    """A line on the stacks of experts of which some are quantized, but not as one."""
+    """Returns a line on stacks of experts with quantized members but no common format."""
     found = []
     for path, pieces in plan.items():
         forms = {place.expert or 0: weights.get(name, _Form(None, 16)) for name, place in pieces}
@@ -157,7 +157,7 @@ def _bits(plan: Mapping[Path, Pieces], weights: Mapping[str, _Form]) -> dict[Pat
 
 
 def signs(weight: Weight) -> list[str]:
-    """What is suspicious in one weight by itself."""
+    """Returns the problems of one weight by itself."""
     found = []
     if isinstance(weight, QTensor):
         stored = weight.scale.absmax if isinstance(weight.scale, DoubleScale) else weight.scale
@@ -196,7 +196,7 @@ def signs(weight: Weight) -> list[str]:
 
 
 def _num_lost(weight: QTensor, scale: jax.Array) -> int:
-    """Weights that a scale of zero makes zero, though their codes are not."""
+    """Returns the number of nonzero codes whose scale is zero."""
     if bool(jnp.all(scale != 0)):
         return 0
     fmt = dataclasses.replace(weight.fmt, double_quant=False)
@@ -210,7 +210,7 @@ def _examine_report(
     problems: list[tuple[str, str]],
     facts: list[str],
 ) -> str | os.PathLike[str] | None:
-    """Reads what the run that wrote the folder measured; returns the float model if it is there."""
+    """Reads the measurements of the folder's run; returns its float model, if present."""
     rows = [row for row in report.get("rows", []) if row.get("fold_error") is not None]
     if rows:
         worst = max(row["fold_error"] for row in rows)
@@ -234,7 +234,7 @@ def _compare(
     problems: list[tuple[str, str]],
     facts: list[str],
 ) -> None:
-    """Compares every linear with the float model's, as folded into the norms before it."""
+    """Compares every linear with the float model's, scaled as folded into the norm before it."""
     original = open_checkpoint(source)
     shapes, others = (expected_shapes(c.config) for c in (checkpoint, original))
     require(

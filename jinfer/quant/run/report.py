@@ -1,4 +1,4 @@
-"""What a quantization run says of itself: JSON, Markdown and an SVG plot. Arithmetic only."""
+"""The report of a quantization run, as JSON, Markdown and an SVG plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jinfer.quant.solve import Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """One artefact's story.
+    """Facts and measurements of a quantized model.
 
     Attributes:
       model: as the user named it.
@@ -65,7 +65,7 @@ class Report:
         return self.quantized_disk_bytes / max(self.quantized_params, 1) or None
 
     def summary(self) -> list[str]:
-        """A few lines for a terminal."""
+        """Returns a few lines for a terminal."""
         on_disk = self.disk_bytes_per_param
         lines = [
             f"{self.recipe} -> {self.export}: {self.bytes_per_param:.3f} bytes a quantized "
@@ -101,14 +101,14 @@ class Report:
         return sum(ratios) / len(ratios) if ratios else None
 
     def to_json(self) -> str:
-        """Everything, machine-readable."""
+        """Returns all fields as JSON."""
         data = dataclasses.asdict(self)
         for name in ("bytes_per_param", "disk_bytes_per_param", "error_ratio"):
             data[name] = getattr(self, name)
         return json.dumps(data, indent=1)
 
     def to_markdown(self) -> str:
-        """Tables: the model, its quality, each linear."""
+        """Returns tables of the model, its quality, and each linear."""
         lines = [f"# {self.model}, {self.recipe}", ""]
         lines += [f"- {line}" for line in self.summary()]
         if self.calibration:
@@ -140,7 +140,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def to_svg(self) -> str:
-        """Output error of each linear, layer by layer, beside round-to-nearest's."""
+        """Returns a plot of each linear's output error by layer, with round-to-nearest's."""
         return plot_errors(self.rows, f"{self.model}: {self.recipe}")
 
 
@@ -148,7 +148,7 @@ _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#
 
 
 def plot_errors(rows: Sequence[Row], title: str) -> str:
-    """An SVG: relative output error over layers, a line a kind of linear; dashes: rtn."""
+    """Returns an SVG: relative output error by layer, one line per kind of linear; dashed: rtn."""
     width, height, left, bottom = 760, 360, 60, 40
     lines: dict[str, list[tuple[int, float, float | None]]] = {}
     for row in rows:

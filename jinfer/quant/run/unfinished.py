@@ -1,4 +1,4 @@
-"""Layers of a quantization run on disk, so that a killed run goes on where it was.
+"""Stores finished layers of a quantization run, so that a killed run can be resumed.
 
 <output>.unfinished/key.json            what the run is: another run starts anew
 <output>.unfinished/layer-0003.safetensors  leaves of one finished layer
@@ -44,10 +44,10 @@ class Unfinished:
         is_sequential: bool,
         versions: Mapping[str, str],
     ) -> Unfinished:
-        """Finds the folder of an earlier try of the same run, or makes a new one.
+        """Opens the folder of an earlier try of the same run, or creates a new one.
 
-        Layers that other `versions` of the software made are no part of it: one file would hold
-        the bits of both.
+        Layers made by other `versions` of the software are not reused, so that one file does not
+        mix the bits of both.
         """
         folder = output.with_name(output.name + ".unfinished")
         path = checkpoint.path
@@ -72,7 +72,7 @@ class Unfinished:
         return cls(folder)
 
     def add(self, index: int, layer: Mapping[str, Any], rows: list[Row]) -> None:
-        """Keeps a finished layer."""
+        """Stores a finished layer."""
         from safetensors.numpy import save_file
 
         tensors, formats = {}, {}
@@ -114,7 +114,7 @@ class Unfinished:
         return layers, rows
 
     def remove(self) -> None:
-        """Forgets the run."""
+        """Removes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

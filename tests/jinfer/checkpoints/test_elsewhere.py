@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 WEIGHTS_ONLY = 1e-5  # of the largest logit: f32 forwards of the same weights
 ROUNDED_TO_HALF = 5e-4  # likewise, where the library decodes to the scales' f16
 GPTQMODEL = 1e-3  # likewise, and only half precision is taken: 1.5e-4 of 0.31 was seen
-# With quantized inputs a rounding that falls otherwise is carried on: the mean difference as a
+# With quantized inputs a different rounding propagates: the mean difference as a
 # share of what quantizing the inputs does. ":dyn" is amax / 127 here, amax / 127.5 there: two
 # roundings.
 QUANTIZED_INPUTS = {

@@ -41,7 +41,7 @@ def outcome(folder):
 
 
 def cases() -> list[tuple[str, str, str, int]]:
-    """Family, where a field stands, its name, and the place of the value in VALUES."""
+    """Family, the object with the field, the field's name, and the index of the value in VALUES."""
     found = []
     for family in FAMILIES:
         own = ["model_type", "architectures", *FIELDS, *FIELDS_OF.get(family, ())]

@@ -175,7 +175,10 @@ REFUSED = [
     (("generate", "--prompt", "x", "--sampling-params", '{"detokenize": false}'), "detokenize"),
     (("generate", "--raw", "--prompt", ""), "the prompt is empty"),
     (("generate", "--prompt", "x", "--length-penalty", "1"), "--length-penalty goes with --num-be"),
-    (("generate", "--prompt", "x", "--num-beams", "2", "--top-p", "0.5"), "top_p is nothing to a"),
+    (
+        ("generate", "--prompt", "x", "--num-beams", "2", "--top-p", "0.5"),
+        "top_p has no effect on a",
+    ),
     (("generate", "--prompt", "x", "--num-beams", "2", "--n", "3"), "num_return_sequences=3 is"),
     (("generate", "--prompt", "x", "--num-beams", "0"), "beam_width must be positive"),
     (("generate", "--prompt", "x", "--num-beams", "2", "--max-tokens", "none"), "max_tokens must"),
@@ -470,7 +473,7 @@ def test_a_stopped_job_goes_on_where_it_was(jinfer, tmp_path, number, status):
     assert process.returncode == status, err
     assert "Traceback" not in err
     if number == signal.SIGINT:
-        assert err.endswith("goes on from there\njinfer: interrupted\n")
+        assert err.endswith("continues from there\njinfer: interrupted\n")
     num_done = len(target.read_text().splitlines())
     assert 0 < num_done < 40
     status, _, err = jinfer(*argv)
@@ -593,7 +596,7 @@ def test_lines_that_come_during_a_job_are_counted_apart(jinfer, llm, monkeypatch
     monkeypatch.setitem(sys.modules, "jinfer.llm", types.SimpleNamespace(LLM=late))
     status, _, err = jinfer("generate", "--input", source, "--output", target)
     assert status == 0 and "jinfer: 1 of 1 lines done" in err
-    assert "1 lines came during the run: the same command does them" in err
+    assert "1 lines came during the run; run the same command to do them" in err
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(jinfer, llm, monkeypatch, tmp_path):

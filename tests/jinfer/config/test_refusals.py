@@ -119,7 +119,7 @@ def test_beam_search_refuses_names_of_sampling_by_their_own(name):
         BeamSearchParams(beam_width=2, max_tokens=3, **{name: 1})
 
 
-def test_a_name_that_nobody_knows_gets_the_nearest_one():
+def test_an_unknown_name_gets_the_nearest_one():
     with pytest.raises(
         TypeError, match="LLM has no argument max_model_length; did you mean max_mo"
     ):

@@ -1,4 +1,4 @@
-"""Scheduler and pages on a simulated device: whatever the company, a request's tokens are its own.
+"""Scheduler and pages on a simulated device: a request's tokens do not depend on batch mates.
 
 The device executes plans in the order of their dispatch, with the pages and rows that the requests
 have at that moment, and its results are committed 0, 1 or 2 plans later. Where a real one keeps K
@@ -133,7 +133,7 @@ class SimulatedDevice:
             inputs = [self.last_tokens[row], *seq.drafts.token_ids]
         assert len(inputs) == seq.num_tokens
         self._write(request, seq.start, inputs)
-        if seq.num_drafts:  # behind each, up to the first that falls
+        if seq.num_drafts:  # behind each, up to the first rejected one
             samples = [self._draw(request, seq.start + 1)]
             for i, draft in enumerate(seq.drafts.token_ids):
                 if draft != samples[-1]:
@@ -329,7 +329,7 @@ class Harness:
                 assert seq.start == 0 or config.enable_prefix_caching
 
     def check_writes(self, plan):
-        """No place is written twice in a step, and decodes write what nobody else can read."""
+        """No place is written twice in a step, and no other request can read what decodes write."""
         places = set()
         for seq in plan.seqs:
             first, last = seq.start, seq.start + max(seq.num_tokens, seq.num_samples)
@@ -350,7 +350,7 @@ class Harness:
             assert not seq.is_prefill or sources.isdisjoint(seq.pages)
 
     def check(self):
-        """Invariants, from the requests' own books rather than by `Scheduler.check`."""
+        """Checks invariants from the requests' own fields rather than by `integrity.check`."""
         scheduler = self.scheduler
         integrity.check(scheduler)
         prefix = scheduler.prefix
@@ -456,7 +456,7 @@ def random_load(seed, lag, **config):
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_tokens_in_any_company_are_those_of_the_request_alone(lag):
+def test_tokens_with_any_batch_mates_are_those_of_the_request_alone(lag):
     runs = [random_load(seed, lag) for seed in range(60)]
     stats = [run.scheduler.stats for run in runs]
     # Not vacuous: pages ran out often, plans overshot, and the device kept several steps.
@@ -499,7 +499,7 @@ def test_the_same_with_drafts():
 
 @pytest.mark.parametrize("lag", [0, 2])
 def test_the_same_where_drafts_come_and_go(lag, monkeypatch):
-    """Steps that rest run ahead; those that draft wait for the tokens of the last one."""
+    """Steps without drafts run ahead; those that draft wait for the tokens of the last one."""
     rng = random.Random(0)
     choose = lambda _, lengths, may_try: rng.choice((0, max(lengths, default=0)))  # noqa: E731
     monkeypatch.setattr(DraftLength, "choose", choose)
@@ -537,7 +537,7 @@ def test_lengths_around_pages_and_chunks(num_decode_steps, lag):
         harness.check_tokens()
 
 
-def test_nobody_starves_under_constant_preemption():
+def test_no_request_starves_under_constant_preemption():
     harness = Harness(8, 2, 2, max_num_seqs=4, max_num_batched_tokens=4, max_model_len=17)
     for i in range(8):
         harness.add(2, None, seed=i, ignore_eos=True)  # each fills the pool alone
@@ -552,7 +552,7 @@ def test_nobody_starves_under_constant_preemption():
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Any order of arrivals, launches, commits and aborts keeps the books whole."""
+    """Any order of arrivals, launches, commits and aborts keeps the bookkeeping consistent."""
 
     counts: ClassVar = collections.Counter()
 

@@ -1,4 +1,4 @@
-"""Who is admitted next: priority, then the longest cached prefix, then arrival; nobody starves."""
+"""Order of admission: priority, then the longest cached prefix, then arrival; none starves."""
 
 import pytest
 
@@ -95,7 +95,7 @@ def test_requests_with_a_cached_beginning_follow_each_other():
 
 
 @pytest.mark.parametrize("limit", [3, MAX_OVERTAKEN])
-def test_nobody_is_overtaken_more_often_than_the_limit(limit, monkeypatch):
+def test_no_request_is_overtaken_more_often_than_the_limit(limit, monkeypatch):
     monkeypatch.setattr(queue, "MAX_OVERTAKEN", limit)
     driver = Driver()
     driver.add(SHARED)

@@ -219,7 +219,7 @@ def test_logprobs_are_those_of_float_kv_up_to_the_step(make_llm, dtype, most):
     assert 0 < error < most
 
 
-def test_quantized_kv_gives_the_same_tokens_warm_and_cold_alone_and_in_company(make_llm):
+def test_quantized_kv_gives_the_same_tokens_warm_and_cold_alone_and_batched(make_llm):
     """Around every multiple of page (8) and chunk (16), with what the cache gave counted."""
     llm = make_llm("int8")
     warm = SamplingParams(temperature=0, max_tokens=5)

@@ -103,7 +103,7 @@ KINDS = ("plain", "loop", "ngram", "medusa", *SLOW)
     "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in KINDS]
 )
 def test_a_row_without_a_token_ends_that_request_alone(make_llm, alone, monkeypatch, kind):
-    # The n-grams draft on, whatever stands: one that is right, and then nothing is left.
+    # The n-grams keep drafting: one right draft, and then no token is left.
     monkeypatch.setattr(NgramIndex, "propose", lambda self, tokens, n: [A] * n)
     llm = make_llm(kind)
     for fields, num_tokens in DEAD_ENDS.values():
@@ -120,7 +120,7 @@ def test_a_row_without_a_token_ends_that_request_alone(make_llm, alone, monkeypa
             assert f"after {num_tokens} output tokens" in output.error
         llm.check_integrity()
     metrics = llm.get_metrics()
-    # Nothing is wrong with what was computed: nobody is computed anew, the cache keeps its pages.
+    # The computed KV is valid: no request is computed again, and the cache keeps its pages.
     assert metrics["num_errors"] == 9 and not metrics["num_failed_steps"]
     assert not metrics["num_preemptions"]
     [again] = llm.generate([PROMPTS[2]], GREEDY, use_tqdm=False)

@@ -97,7 +97,7 @@ VALUES = values()
 
 
 def may_be(field_kind: int, kind: int) -> bool:
-    """Whether a value of one type may stand where a sound file has another's."""
+    """Whether a value of one type is allowed where a valid file has another type."""
     groups = (set(INTEGERS), {F32, F64, *INTEGERS}, {BOOL}, {STRING})
     return any(field_kind in group and kind in group for group in groups[:1] + groups[2:]) or (
         field_kind == F32 and kind in groups[1]

@@ -242,7 +242,7 @@ def test_what_a_text_says_of_itself_agrees(llm):
 
 
 def run(searcher, llm, prompts, done=None):
-    """Runs searches and requests side by side; the books are checked after every step.
+    """Runs searches and requests side by side; checks the bookkeeping after every step.
 
     What requests have found when they end goes into `done`.
     """
@@ -274,7 +274,7 @@ def alone(llm):
     return texts
 
 
-def test_company_and_cached_prefixes_change_nothing(llm, alone):
+def test_batch_mates_and_cached_prefixes_change_nothing(llm, alone):
     llm.reset_prefix_cache()
     assert run(BeamSearcher(llm._engine, PARAMS), llm, PROMPTS) == alone
     hits = llm.get_metrics()["num_cached_tokens"]
@@ -282,7 +282,7 @@ def test_company_and_cached_prefixes_change_nothing(llm, alone):
     assert llm.get_metrics()["num_cached_tokens"] > hits
 
 
-def test_requests_go_on_beside_searches_and_nobody_changes_the_others(llm, alone):
+def test_requests_go_on_beside_searches_and_neither_changes_the_other(llm, alone):
     prompts = draw_prompts(1, (3, 9, 20))
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True)
     want = [out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)]

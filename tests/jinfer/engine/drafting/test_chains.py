@@ -1,4 +1,4 @@
-"""The adaptive choice in the scheduler, on a clock that tests wind: what pays is done, no more."""
+"""The adaptive choice of drafts in the scheduler, on a simulated clock."""
 
 import logging
 import random
@@ -25,7 +25,7 @@ METHODS = {
 
 
 class Engine:
-    """A scheduler before a device that takes so long, on which drafts stand so often.
+    """A scheduler with a simulated device of given step times and acceptance rates.
 
     Args:
       method: of speculation.

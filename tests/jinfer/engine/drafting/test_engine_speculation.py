@@ -235,7 +235,7 @@ def rest_at_random(llm, rng):
 def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method):
     """Few pages and chunks of 16; a drafter with KV of its own misses steps and catches up."""
     config = {**config_of(method), "adaptive": True}
-    if method == "draft":  # the model itself: while it is fed aright, all of its drafts stand
+    if method == "draft":  # the model itself: if it is fed correctly, all drafts are accepted
         config |= {"model": MODEL, "params": params, "num_speculative_tokens": 2}
     limits = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
     prompts = [prompt[:40] for prompt in make_prompts()[3:]]

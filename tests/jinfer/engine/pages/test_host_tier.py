@@ -1,4 +1,4 @@
-"""The books of the host tier against a host that does what they say; costs; no device."""
+"""The bookkeeping of the host tier against a simulated host; costs; no device."""
 
 import collections
 import itertools

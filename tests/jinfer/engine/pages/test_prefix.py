@@ -189,7 +189,7 @@ def test_a_page_computed_twice_is_kept_once():
     cache.insert((), [1, 1], mine)
     cache.insert((), [1, 1, 2, 2], theirs)  # nothing below a page that it does not hold
     assert cache.num_cached == 1
-    cache.release((), [1, 1, 2, 2], theirs)  # once it lets go, what nobody has is kept
+    cache.release((), [1, 1, 2, 2], theirs)  # now pages that are not cached yet are kept
     assert cache.find((), [1, 1, 2, 2], 9) == [mine[0], theirs[1]]
     cache.check()
     cache.release((), [1, 1, 2, 2], mine)

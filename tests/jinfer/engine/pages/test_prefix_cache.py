@@ -77,7 +77,7 @@ def test_warm_tokens_are_cold_tokens_around_every_multiple_of_page_and_chunk(col
     for prompt, (tokens, _) in zip(prompts, expected):
         assert run(warm, [prompt]) == (tokens, [0])
         assert run(warm, [prompt]) == (tokens, [len(prompt) - 1])
-    # All of them at once, cut otherwise by their company.
+    # All of them at once, with other chunk borders because of their batch mates.
     tokens, cached = run(warm, prompts)
     assert tokens == [first for ([first], _) in expected]
     assert cached == [length - 1 for length in LENGTHS]

@@ -1,4 +1,4 @@
-"""What goes wrong in one request or one step does not reach the others; pages are whole again."""
+"""Errors of one request or step do not affect other requests and leave no inconsistent page."""
 
 import itertools
 
@@ -132,7 +132,7 @@ def test_a_request_aborted_during_its_step_leaves_no_nan_behind(make_llm, length
     check_no_nan_is_left(llm)
 
 
-def test_pages_that_changed_hands_are_left_to_their_new_holder(make_llm, alone):
+def test_pages_with_a_new_owner_are_not_cleared(make_llm, alone):
     """The step of a request that is aborted, and its pages another one's, when it turns out bad."""
     llm = make_llm()
     bad = make_prompt(52, 16)
@@ -154,8 +154,8 @@ def test_pages_that_changed_hands_are_left_to_their_new_holder(make_llm, alone):
     check_whole(llm)
 
 
-def test_who_shares_the_beginning_of_a_bad_prompt_is_not_taken_along(make_llm):
-    """NaN at one place reaches the whole chunk, and within one step who reads its pages, too."""
+def test_a_request_that_shares_the_beginning_of_a_bad_prompt_does_not_fail(make_llm):
+    """NaN at one place reaches the whole chunk, and in the same step all readers of its pages."""
     llm = make_llm()
     good = [[*make_prompt(55, 24)[:23], i] for i in (30, 31)]
     expected = [output.token_ids for output in run(llm, good)]
@@ -308,7 +308,7 @@ def test_when_every_step_fails_every_request_ends_by_name(make_llm, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["launch", "fetch"])
-def test_an_interrupt_is_raised_and_blames_nobody(make_llm, alone, monkeypatch, name):
+def test_an_interrupt_is_raised_and_blames_no_request(make_llm, alone, monkeypatch, name):
     llm = make_llm()
     Fault(monkeypatch, name, 3, error=KeyboardInterrupt)
     for i, prompt in enumerate(PROMPTS):
@@ -398,7 +398,7 @@ def test_an_interrupt_while_the_engine_recovers_from_one_is_survived(make_llm, a
 # ---------------------------------------------------------------------- requests that are stuck
 
 
-def test_the_watchdog_names_who_makes_no_progress(make_llm, caplog):
+def test_the_watchdog_names_requests_without_progress(make_llm, caplog):
     llm = make_llm()
     scheduler = llm._engine.scheduler
     clock = [0.0]
@@ -425,7 +425,7 @@ def test_the_watchdog_names_who_makes_no_progress(make_llm, caplog):
     check_whole(llm)
 
 
-def test_a_line_that_nobody_can_leave_ends_with_an_error(make_llm, monkeypatch):
+def test_a_queue_that_cannot_advance_ends_with_an_error(make_llm, monkeypatch):
     llm = make_llm()
     pages = llm._engine.scheduler.prefix.alloc(38)  # somebody else's
     [error] = run(llm, [make_prompt(54, 30)])
