@@ -142,6 +142,7 @@ def run_some(fuzzing, name, kinds, most):
         ("cli", ("_words_case", "_bench_case"), 8),
     ],
 )
+@pytest.mark.thorough
 def test_some_cases_of_each_door_find_nothing(fuzzing, name, kinds, most):
     summary = run_some(fuzzing, name, kinds, most)
     assert summary["cases"] == most
@@ -163,6 +164,7 @@ def test_a_fault_of_the_engine_is_found(fuzzing, monkeypatch):
     assert any("control is cut" in signature for signature in summary["signatures"])
 
 
+@pytest.mark.thorough
 def test_a_fault_of_a_pure_function_is_found(fuzzing, monkeypatch):
     from jinfer import functional
 
@@ -171,6 +173,7 @@ def test_a_fault_of_a_pure_function_is_found(fuzzing, monkeypatch):
     assert any("a token that is not the best" in signature for signature in summary["signatures"])
 
 
+@pytest.mark.thorough
 def test_a_fault_of_a_command_is_found(fuzzing, monkeypatch):
     from jinfer.cli import plan
 

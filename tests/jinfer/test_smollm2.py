@@ -88,6 +88,7 @@ def torch_names(params):
             yield prefix + f"mlp.{name}_proj.weight", tensor(layer["mlp"][name]["w"])
 
 
+@pytest.mark.thorough
 def test_greedy_tokens_of_twenty_prompts_equal_those_of_transformers(llm, oracle):
     tokenizer = llm.get_tokenizer()
     prompts = [tokenizer.encode(question) for question in QUESTIONS]
@@ -146,6 +147,7 @@ def test_beam_search_equals_that_of_transformers(llm, oracle, early_stopping):
         np.testing.assert_allclose(scores, want.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_bad_word_comes_in_none_of_its_spellings(llm):
     """ "Tokyo" is two tokens at the start of a text and one after a space, which came."""
     prompts = ["The capital of Japan is", "Cities of Japan:\n*"]

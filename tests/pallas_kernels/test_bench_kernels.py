@@ -56,6 +56,7 @@ TINY = [
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda c: f"{c['kind']}-{c.get('kv', c.get('scales'))}")
+@pytest.mark.thorough
 def test_every_kind_of_case_runs_and_agrees_with_its_reference(bench, case, quick_timing):
     result = bench.measure_case(case)
     assert result.get("failure") is None, result

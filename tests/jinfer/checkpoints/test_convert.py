@@ -148,6 +148,7 @@ def test_float_folders_are_sent_to_quantize(tiny, write_hf, tmp_path, capsys):
         ("bnb-nf4", ("native", "bitsandbytes")),
     ],
 )
+@pytest.mark.thorough
 def test_files_of_other_libraries_come_back_byte_for_byte(name, chain, shared_data, tmp_path):
     source = folder = shared_data / "quantized" / name
     for i, export in enumerate(chain):

@@ -67,6 +67,7 @@ def test_the_tree_bench_fills_looks_up_and_evicts(tmp_path):
     assert all(row["value"] > 0 and row["limit"] == 50 for row in rows.values())
 
 
+@pytest.mark.thorough
 def test_the_prefix_bench_counts_the_prompt_tokens_that_were_computed(tmp_path, tiny_model):
     argv = ("--requests", 6, "--system-tokens", 150, "--own-tokens", 10, "--cold-tokens", 40)
     argv += ("--output-tokens", 4, "--cold-repeats", 1, "--max-num-seqs", 2)
@@ -80,6 +81,7 @@ def test_the_prefix_bench_counts_the_prompt_tokens_that_were_computed(tmp_path, 
     assert rows["shared", "requests_per_s"]["goal"] == 3
 
 
+@pytest.mark.thorough
 def test_the_prefix_bench_counts_what_comes_back_from_the_host(tmp_path, tiny_model, monkeypatch):
     for name in ("is_worth_loading", "is_worth_saving"):
         monkeypatch.setattr(TransferCosts, name, lambda *args: True)
@@ -90,6 +92,7 @@ def test_the_prefix_bench_counts_what_comes_back_from_the_host(tmp_path, tiny_mo
     assert work["peer_value"] > 2 * work["value"] and work["goal"] == 3
 
 
+@pytest.mark.thorough
 def test_the_beam_bench_compares_two_searches_that_find_the_same(tmp_path, tiny_model):
     argv = ("--prompts", 1, "--num-beams", 2, "--prompt-tokens", 20, "--output-tokens", 6)
     (row,) = bench(tmp_path, "beam", *argv, "--repeats", 1).values()
@@ -146,6 +149,7 @@ def test_a_bench_needs_a_name(capsys):
     assert "BENCH" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_short_soak_ends_whole(tmp_path):
     rows = bench(tmp_path, "soak", "--minutes", 0.05, "--max-num-seqs", 2, "--pages", 13)
     values = {metric: row["value"] for (_, metric), row in rows.items()}
@@ -154,6 +158,7 @@ def test_a_short_soak_ends_whole(tmp_path):
     assert logging.getLogger("jinfer").level == logging.NOTSET  # silent for the soak only
 
 
+@pytest.mark.thorough
 def test_a_soak_sees_wrong_tokens(tmp_path, monkeypatch, capsys):
     from jinfer.engine.request import Request
 
@@ -179,6 +184,7 @@ class Chat(Characters):
         return conversation[0]["content"]
 
 
+@pytest.mark.thorough
 def test_the_speculation_bench_gives_the_tokens_of_plain_decoding(
     tmp_path, tiny_model, monkeypatch, capsys
 ):

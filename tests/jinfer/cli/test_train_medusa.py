@@ -99,6 +99,7 @@ def num_texts(steps):
     return sum(output.finished for outputs in steps for output in outputs)
 
 
+@pytest.mark.thorough
 def test_the_same_command_makes_the_same_bytes(tmp_path, capsys, monkeypatch):
     argv = (*SMALL, "--draft-vocab-size", 9, "--temperature", 0, "--num-heads", 3)
     argv += ("--max-num-seqs", 2)

@@ -105,6 +105,7 @@ def test_tokens_move_with_their_scales_in_every_layer(dtype, where):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8", "int4"])
+@pytest.mark.thorough
 def test_on_a_tpu_heads_lie_128_wide_and_are_read_as_written(dtype):
     """Narrower ones no kernel reads there; int4, which none reads at all, stays as it is."""
     cache = CacheConfig(num_pages=5, page_size=2, dtype=dtype)

@@ -203,6 +203,7 @@ def test_a_pool_of_the_same_bytes_holds_more_pages(make_llm):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("fp8", 0.2), ("int8", 0.05), ("int4", 1.0)])
+@pytest.mark.thorough
 def test_logprobs_are_those_of_float_kv_up_to_the_step(make_llm, dtype, most):
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     rows = []
@@ -219,6 +220,7 @@ def test_logprobs_are_those_of_float_kv_up_to_the_step(make_llm, dtype, most):
     assert 0 < error < most
 
 
+@pytest.mark.thorough
 def test_quantized_kv_gives_the_same_tokens_warm_and_cold_alone_and_batched(make_llm):
     """Around every multiple of page (8) and chunk (16), with what the cache gave counted."""
     llm = make_llm("int8")

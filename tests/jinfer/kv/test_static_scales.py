@@ -99,6 +99,7 @@ def test_codes_are_those_of_the_given_scale(dtype):
     ],
     ids=["loop", "chain", "tree", "self"],
 )
+@pytest.mark.thorough
 def test_every_kind_of_step_keeps_k_and_v_so(dtype, drafts, params):
     """Chunks of a prompt, decode loops, verified chains and trees, and beams."""
     llm = make_llm(model_of(dtype), params, speculative_config=drafts)

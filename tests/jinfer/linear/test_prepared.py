@@ -173,6 +173,7 @@ def serve(params, num_tokens=3, **options):
 @pytest.mark.parametrize(
     "text", ["int4-g64", pytest.param("fp8-e4m3-block128:dyn", marks=pytest.mark.slow)]
 )
+@pytest.mark.thorough
 def test_the_engine_gives_the_same_tokens_through_the_tpu_kernels(dense, text):
     params = quantized(dense, text, only="mlp")
     expected, _ = serve(params)

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from tiers import thorough_but
 
 from jinfer import LLM, SamplingParams
 from jinfer.checkpoints import families
@@ -260,7 +261,18 @@ def generate_with_oracle(oracle, prompts, one_by_one):
     return texts
 
 
-@pytest.mark.parametrize("name", CASES)
+DEFAULT = (
+    "llama-gqa",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "gemma3-text",
+    "phi3-partial",
+    "mixtral",
+)
+
+
+@pytest.mark.parametrize("name", thorough_but(CASES, default=DEFAULT))
 def test_logits_and_greedy_tokens_equal_those_of_transformers(name, load_tensors):
     oracle = build_oracle(name)
     config = families.config_from_hf(oracle.config.to_dict())
@@ -307,6 +319,7 @@ def test_every_family_has_a_case():
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "phi3-partial", "gemma3-multimodal"])
+@pytest.mark.thorough
 def test_a_saved_checkpoint_and_the_model_in_memory_load_alike(name, load_tensors, tmp_path):
     """On disk experts are apart and prefixes older; in memory they are stacked."""
     import json

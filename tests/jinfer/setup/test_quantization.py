@@ -49,6 +49,7 @@ def tokens_of(llm):
     return [out.outputs[0].token_ids for out in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
+@pytest.mark.thorough
 def test_what_is_served_is_what_the_method_makes(params):
     options = {"skip_tokenizer_init": True, **LIMITS}
     llm = LLM(MODEL, params=params, quantization="int3-g32:rtn", **options)

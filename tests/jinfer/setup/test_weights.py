@@ -88,6 +88,7 @@ KINDS = ("numpy", "loose", "bound", "named", "split")
 
 
 @pytest.mark.parametrize("way", ["made with", "updated to"])
+@pytest.mark.thorough
 def test_what_is_written_into_numpy_arrays_later_changes_nothing(shared_llm, way):
     leaves = jax.tree.map(aligned, init(1))
     if way == "made with":
@@ -113,6 +114,7 @@ def test_no_step_compiles_whatever_the_weights_lie_in(shared_llm, first):
         assert compile_counter.count == before, second
 
 
+@pytest.mark.thorough
 def test_no_step_compiles_with_pages_on_the_host_and_another_model_that_drafts():
     spec = {"method": "draft", "model": MODEL, "params": jax.tree.map(aligned, init(2))}
     for options in ({"cpu_offload_gb": 1e-4}, {"speculative_config": spec}):
@@ -290,6 +292,7 @@ print("both")
 """
 
 
+@pytest.mark.thorough
 def test_weights_on_several_devices_are_brought_to_one():
     here = pathlib.Path(__file__).resolve().parent
     paths = [here, here.parents[1] / "helpers", here.parents[2]]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from tiers import thorough_but
 
 from jinfer import SamplingParams
 from jinfer.sampling.args import arg_row, pack_args
@@ -149,7 +150,7 @@ def p_value(pairs, expected):
     return stats.chisquare(seen, wanted).pvalue
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thorough_but(CASES, default=("penalties",)))
 def test_drawn_drafts_leave_the_distribution_of_the_next_two_tokens(name):
     tokens, counts, pairs, drafts = speculate(*start(CASES[name]))
     assert p_value(pairs, exact(CASES[name])) > 0.01
@@ -166,7 +167,7 @@ def test_drawn_drafts_leave_every_token_of_a_request_with_a_seed_as_it_is():
     assert np.mean(np.asarray(counts) == 3) > 0.3  # both drafts accepted
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thorough_but(CASES, default=("penalties",)))
 def test_given_drafts_leave_every_token_as_it_is(name):
     """Seed for seed, which is more than the distribution."""
     counts, pairs = speculate_given(*start(CASES[name]))
@@ -176,7 +177,7 @@ def test_given_drafts_leave_every_token_as_it_is(name):
     assert len(np.unique(np.asarray(counts))) > 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thorough_but(CASES, default=("penalties",)))
 def test_a_tree_of_drafts_leaves_every_token_as_it_is(name):
     counts, pairs = speculate_along_a_tree(*start(CASES[name]))
     assert np.array_equal(pairs, decode(*start(CASES[name])))
@@ -224,6 +225,7 @@ def test_typical_acceptance_takes_a_likely_child_and_no_unlikely_one():
 
 
 @pytest.mark.parametrize("bias", ["accepts too much", "wrong residual"])
+@pytest.mark.thorough
 def test_a_biased_rule_is_found_out(bias, monkeypatch):
     """The test above has the power to tell."""
     draw = accept.draw

@@ -18,6 +18,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("impl", ["xla", "mosaic_tpu"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.thorough
 def test_attention_is_the_same_with_x64(make_case, shape, impl):
     if impl == "mosaic_tpu" and shape is SHAPES["quantized pages"]:
         shape = {**shape, "page_size": 128}

@@ -99,6 +99,7 @@ def test_fp8_pages_need_no_scales(make_case, attend_both, simulated):
         MosaicGpuTiles(num_stages=2, min_part=1, max_part=1),
     ],
 )
+@pytest.mark.thorough
 def test_any_tiles_give_the_same(make_case, attend_both, simulated, tiles):
     case = make_case(name="", seqs=((1, 700), (1, 3), (0, 0), (1, 64)), page_size=16)
     attend_both(case.build(dtype="float16"), "mosaic_gpu", tiles)

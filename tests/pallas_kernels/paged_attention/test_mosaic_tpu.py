@@ -89,6 +89,7 @@ def test_heads_and_pages_of_real_models(
 
 
 @pytest.mark.parametrize("impl", ["xla", "mosaic_tpu"])
+@pytest.mark.thorough
 def test_it_agrees_with_the_specification_of_the_kernel_that_jax_brings(make_case, simulated, impl):
     """JAX's own wants K and V interleaved, [P, B, 2 K, H], and no empty place."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention

@@ -129,6 +129,7 @@ def test_types_without_an_encoder_of_ours_have_the_values_of_their_definition(tm
         np.testing.assert_array_equal(file.read(name)[0], values.reshape(-1), err_msg=name)
 
 
+@pytest.mark.thorough
 def test_the_default_models_metadata_reads_as_the_gguf_package_reads_it(smollm2_path):
     file, reference = GGUFFile(smollm2_path), gguf.GGUFReader(smollm2_path)
     for key, field in reference.fields.items():

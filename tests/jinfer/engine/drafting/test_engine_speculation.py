@@ -232,6 +232,7 @@ def rest_at_random(llm, rng):
     "method",
     ["self", "draft", *(pytest.param(m, marks=pytest.mark.slow) for m in ("medusa", "lookahead"))],
 )
+@pytest.mark.thorough
 def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method):
     """Few pages and chunks of 16; a drafter with KV of its own misses steps and catches up."""
     config = {**config_of(method), "adaptive": True}
@@ -268,6 +269,7 @@ def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method)
     llm.check_integrity()
 
 
+@pytest.mark.thorough
 def test_a_draft_model_is_fed_later_what_steps_without_drafts_computed(make_llm, params):
     """Every third step there are none; the model itself drafts: it needs the same KV.
 

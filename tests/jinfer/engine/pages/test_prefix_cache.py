@@ -157,6 +157,7 @@ def test_samples_share_a_prompt_and_have_the_tokens_that_they_have_alone(cold, w
     assert num_computed == len(prompt) + 2 * 3 + 3 * 8
 
 
+@pytest.mark.thorough
 def test_many_prompts_with_one_beginning_in_a_small_pool(cold, tight):
     shared = make_prompt(5, 3 * CHUNK)
     prompts = [shared + make_prompt(6 + i, 1 + 2 * i) for i in range(10)]
@@ -233,6 +234,7 @@ def test_a_salt_keeps_prompts_apart_and_skipping_reads_nothing(warm):
     ("scaling", "factors"),
     [("dynamic", {}), ("longrope", {"short_factor": (1.0,) * 4, "long_factor": (3.0,) * 4})],
 )
+@pytest.mark.thorough
 def test_ropes_that_look_at_the_length_share_nothing_beyond_it(scaling, factors):
     rope = RopeConfig(scaling=scaling, factor=4.0, original_max_position=2 * CHUNK, **factors)
     model = make_model(211, rope=rope)

@@ -110,6 +110,7 @@ def same_bits(script, num_threads, isa):
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])  # at most: a lesser CPU uses what it has
+@pytest.mark.thorough
 def test_one_thread_and_more_give_the_same_bits(isa):
     one, two, three = (same_bits(SAME_BITS, threads, isa) for threads in (1, 2, 3))
     assert one == two == three
