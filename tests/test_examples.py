@@ -22,7 +22,7 @@ PRINTS = {
     "speculation": r"[2-5]\.\d\d tokens a step\nsame tokens as plain decoding: True",
     "streaming": r"stream-\d+: [\s\S]*still running: False",
 }
-QUICK = ("offline_batch", "rl_update_loop")
+QUICK = ("rl_update_loop", "constrained_choice")
 
 
 CASES = [
