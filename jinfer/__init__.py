@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from jinfer.config.outputs import RequestOutput as RequestOutput
     from jinfer.config.sampling_params import RequestOutputKind as RequestOutputKind
     from jinfer.config.sampling_params import SamplingParams as SamplingParams
+    from jinfer.engine.loop import QueueFullError as QueueFullError
     from jinfer.functional import Generated as Generated
     from jinfer.functional import generate as generate
     from jinfer.llm import LLM as LLM
+    from jinfer.llm import AsyncLLM as AsyncLLM
     from jinfer.models.model import Model as Model
     from jinfer.quant.on_load import load as load
 
@@ -25,7 +27,9 @@ __version__ = "0.1.0"
 # Public names and their modules; loaded when first used, so that `import jinfer` stays light.
 _MODULES = {
     "Generated": "jinfer.functional",
+    "AsyncLLM": "jinfer.llm",
     "LLM": "jinfer.llm",
+    "QueueFullError": "jinfer.engine.loop",
     "Model": "jinfer.models.model",
     "BeamSearchOutput": "jinfer.config.outputs",
     "BeamSearchParams": "jinfer.config.beam_params",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinfer.config.beam_params import BeamSearchParams
-from jinfer.config.fields import check_kinds
+from jinfer.config.fields import check_kinds, read_int
 from jinfer.config.outputs import BeamSearchOutput, RequestOutput
 from jinfer.config.refusals import CALL_ARGUMENTS, LLM_ARGUMENTS, refuse
 from jinfer.config.sampling_params import RequestOutputKind, SamplingParams
@@ -17,14 +18,14 @@ from jinfer.engine.device.compile_counter import compile_counter
 from jinfer.engine.device.explain import check_named, explain
 from jinfer.engine.device.runner import Runner
 from jinfer.engine.engine import Engine
+from jinfer.engine.loop import EngineLoop
 from jinfer.linear.placement import Placement
 from jinfer.models.model import Model
 from jinfer.requests import beam_search as beams
-from jinfer.requests.groups import LogprobFormatter, OpenRequests
+from jinfer.requests.session import Client, Handle, Session, check_id, refuse_aborted
 from jinfer.setup import weights
 from jinfer.setup.options import (
     LLMOptions,
-    check_params,
     enable_compilation_cache,
     per_prompt,
     sampling_defaults,
@@ -33,15 +34,16 @@ from jinfer.setup.options import (
 from jinfer.setup.resolve import resolve
 from jinfer.setup.speculation import DraftSource, Target, take_speculation
 from jinfer.steps.tracing import refuse_tracing
-from jinfer.text.prompts import as_list, chat_prompts, read_prompt
+from jinfer.text.prompts import Prompt, as_list, chat_prompts, read_prompt
 from pallas_kernels.dispatch import Decisions
 
 
 class LLM:
     """A model behind a paged, continuously batched engine.
 
-    Threads may share one, and iterators of `stream` may be read in turns: each gets what is its
-    own, whoever runs the step that brings it.
+    A thread of its own runs the engine (see `engine.loop`). Threads may share an `LLM`, and
+    iterators of `stream` may be read in turns: each gets what is its own. Contexts of JAX that hold
+    where an `LLM` is made hold for its steps; those of a caller of `generate` do not.
 
     Args:
       model: a Hugging Face folder or hub name, a GGUF file, "smollm2" (the embedded default), or a
@@ -136,7 +138,9 @@ class LLM:
         self._runner = Runner(self.model, params, cache, self.config, drafts.heads, drafts.drafter)
         check_named(self._runner)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
-        self._open = OpenRequests(self._engine, LogprobFormatter(self._tokenizer))
+        self.loop = EngineLoop(self._engine)
+        self._client = Client(self.loop, self._tokenizer, self._default_fields)
+        self._stepped = Session(self._client, is_manual=True)  # requests of `add_request`
 
     # ------------------------------------------------------------------ making
 
@@ -151,8 +155,8 @@ class LLM:
 
         Nothing compiles after, save for `beam_search`, whose programs go by the number of beams.
         """
-        with self._open.lock:
-            return self._runner.warmup()
+        refuse_tracing()
+        return self.loop.call(self._runner.warmup)
 
     # ------------------------------------------------------------------ asking
 
@@ -162,7 +166,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns what `generate` uses when given none: the model's generation_config.json."""
-        return SamplingParams(**self._default_fields)
+        return self._client.default_params()
 
     @property
     def num_compilations(self) -> int:
@@ -175,11 +179,12 @@ class LLM:
 
     def get_metrics(self) -> dict[str, float]:
         """Returns the engine's counts since it was made."""
-        return {**self._engine.metrics(), "num_compilations": self.num_compilations}
+        metrics = self.loop.call(self._engine.metrics)
+        return {**metrics, "num_compilations": self.num_compilations}
 
     def check_integrity(self) -> None:
         """Raises if pages, rows and requests do not agree with each other."""
-        self._engine.check_integrity()
+        self.loop.call(self._engine.check_integrity)
 
     def update_weights(self, params: Params) -> None:
         """Serves `params` from the next step on, quantized first if `quantization` says so.
@@ -192,15 +197,27 @@ class LLM:
           ValueError: tree, shapes or dtypes differ from the present weights', which stay, or an
             array was donated or deleted. TypeError: a leaf is no array.
         """
+        refuse_tracing()
         params = weights.examine_params(self.model, params)
         params = weights.place(params, self._runner.placement, self._options.quantization)
-        with self._open.lock:
-            self._engine.update_weights(params)
+        self.loop.call(lambda: self._engine.update_weights(params))
 
     def reset_prefix_cache(self) -> None:
         """Forgets the KV of all past prompts and outputs; running requests keep their own."""
-        with self._open.lock:
-            self._engine.reset_prefix_cache()
+        refuse_tracing()
+        self.loop.call(self._engine.reset_prefix_cache)
+
+    def drain(self) -> None:
+        """Takes no more requests, and waits until those under way have ended."""
+        self.loop.drain().result()
+
+    def close(self) -> None:
+        """Ends all requests, and the engine's thread after the step under way.
+
+        An `LLM` that nobody refers to any more is closed by itself, and so is one that is left when
+        the interpreter exits.
+        """
+        self.loop.close()
 
     # ------------------------------------------------------------------ requests
 
@@ -225,23 +242,57 @@ class LLM:
           ValueError: the request cannot be served; nothing is queued.
           TypeError: the prompt is of another kind.
         """
-        params = check_params(params, self.get_default_sampling_params)
-        read = read_prompt(prompt, self._tokenizer)
-        self._open.add(request_id, read, params, priority=priority)
+        self._stepped.add(request_id, prompt, params, priority=priority)
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds; unknown ids are ignored."""
-        self._open.abort(request_id)
+        check_id(request_id)
+        self._stepped.abort(request_id)
+        self._client.abort(request_id)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has more to bring."""
-        return bool(self._open)
+        return bool(self._stepped)
 
     def step(self) -> list[RequestOutput]:
         """Advances the engine by one step and returns the requests that gained something."""
-        with self._open.lock:
-            self._open.advance()
-            return self._open.take()
+        refuse_tracing()
+        self.loop.step()
+        return self._stepped.take()
+
+    def session(self) -> Session:
+        """Returns a session: requests that run by themselves and whose outputs are read together.
+
+            with llm.session() as session:
+                session.add("a", "Once upon a time", SamplingParams(max_tokens=9))
+                while session:
+                    for output in session.read():
+                        ...
+
+        Adding and aborting return at once; leaving the context ends what is left.
+        """
+        return Session(self._client)
+
+    def submit(
+        self,
+        prompt: str | Mapping[str, Any] | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> Handle:
+        """Queues a request that runs by itself and returns its handle at once.
+
+        The handle is an iterator of the request's outputs, for threads (`for`) and asyncio (`async
+        for`), of the kind that `params.output_kind` says. One that is dropped ends its request.
+
+        Raises:
+          ValueError, TypeError: as for `add_request`.
+        """
+        session = self.session()
+        request_id = self._client.new_id("request") if request_id is None else request_id
+        session.add(request_id, prompt, params, priority=priority)
+        return Handle(session, request_id)
 
     # ------------------------------------------------------------------ generating
 
@@ -269,25 +320,25 @@ class LLM:
         prompts = as_list(prompts)
         params = per_prompt("sampling_params", sampling_params, len(prompts))
         priorities = per_prompt("priority", priority, len(prompts))
-        ids = [self._open.new_id("generate") for _ in prompts]
+        groups = []
+        for prompt, p, order in zip(prompts, params, priorities, strict=True):
+            p = self._client.read_params(p)
+            if p.output_kind is RequestOutputKind.DELTA:
+                raise ValueError("generate returns whole outputs; for deltas use stream")
+            p = dataclasses.replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
+            request_id = self._client.new_id("generate")
+            groups.append(
+                self._client.make_group(request_id, prompt, p, 0 if order is None else order)
+            )
         done: dict[str, RequestOutput] = {}
-        try:
-            for request_id, prompt, p, order in zip(ids, prompts, params, priorities, strict=True):
-                p = check_params(p, self.get_default_sampling_params)
-                if p.output_kind is RequestOutputKind.DELTA:
-                    raise ValueError("generate returns whole outputs; for deltas use stream")
-                p = dataclasses.replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
-                self.add_request(request_id, prompt, p, priority=0 if order is None else order)
-            wanted = set(ids)
-            with _progress_bar(len(ids), use_tqdm) as bar:
-                while len(done) < len(ids):
-                    for output in self._open.bring(wanted):
-                        done[output.request_id] = output
-                        bar.update()
-        finally:
-            for request_id in ids:
-                self.abort(request_id)
-        return [done[request_id] for request_id in ids]
+        with self.session() as session, _progress_bar(len(groups), use_tqdm) as bar:
+            session.submit(groups)
+            while session:
+                for output in session.read():
+                    refuse_aborted(output)
+                    done[output.request_id] = output
+                    bar.update()
+        return [done[group.request_id] for group in groups]
 
     def chat(
         self,
@@ -319,8 +370,29 @@ class LLM:
           ValueError, TypeError: no chat template, or it refuses the messages.
         """
         refuse("LLM.chat", refused, CALL_ARGUMENTS, LLM.chat.__annotations__)
+        prompts = self._read_chat(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _read_chat(
+        self,
+        messages: Any,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Prompt]:
+        """Returns the prompts of one conversation or several; the arguments are those of `chat`."""
         check_kinds(locals(), flags=("add_generation_prompt", "continue_final_message"))
-        prompts = chat_prompts(
+        return chat_prompts(
             self._tokenizer,
             messages,
             chat_template=self.chat_template if chat_template is None else chat_template,
@@ -329,7 +401,6 @@ class LLM:
             tools=tools,
             variables=chat_template_kwargs,
         )
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def beam_search(
         self,
@@ -361,16 +432,16 @@ class LLM:
             raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
         read = [read_prompt(prompt, self._tokenizer) for prompt in as_list(prompts)]
 
-        with self._open.lock, _progress_bar(len(read), use_tqdm, "beam search") as bar:
+        refuse_tracing()
+        with _progress_bar(len(read), use_tqdm, "beam search") as bar:
             return beams.search(
-                self._engine,
+                self.loop,
                 read,
                 params,
                 tokenizer=self._tokenizer,
                 concurrency_limit=concurrency_limit,
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                 bar=bar,
-                step_engine=self._open.advance,
             )
 
     def stream(
@@ -388,21 +459,151 @@ class LLM:
         refuse("LLM.stream", refused, CALL_ARGUMENTS, LLM.stream.__annotations__)
         prompts = as_list(prompts)
         params = per_prompt("sampling_params", sampling_params, len(prompts))
-        ids = [self._open.new_id("stream") for _ in prompts]
-        wanted, left = set(ids), set(ids)
-        try:
-            for request_id, prompt, p in zip(ids, prompts, params, strict=True):
-                p = check_params(p, self.get_default_sampling_params)
-                p = dataclasses.replace(p, output_kind=RequestOutputKind.DELTA)
-                self.add_request(request_id, prompt, p)
-            while left:
-                for output in self._open.bring(wanted):
-                    if output.finished:
-                        left.discard(output.request_id)
+        kind = RequestOutputKind.DELTA
+        with self.session() as session:
+            session.submit(
+                [
+                    self._client.make_group(
+                        self._client.new_id("stream"), prompt, self._client.read_params(p, kind)
+                    )
+                    for prompt, p in zip(prompts, params, strict=True)
+                ]
+            )
+            while session:
+                for output in session.read():
+                    refuse_aborted(output)
                     yield output
-        finally:
-            for request_id in ids:
-                self.abort(request_id)
+
+
+class AsyncLLM:
+    """An `LLM` for asyncio: requests are awaited, and nothing here blocks the event loop for long.
+
+    A prompt is checked and turned into tokens where `generate` is called; steps run in the engine's
+    thread. Tasks of several event loops may share one.
+
+    Args:
+      model: see `LLM`.
+      max_queued_requests: most requests that wait to be admitted; beyond, `generate` raises
+        `QueueFullError`. None for no limit.
+      **options: the arguments of `LLM`.
+
+    Raises:
+      As `LLM`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Model,
+        *,
+        max_queued_requests: int | None = None,
+        **options: Any,
+    ) -> None:
+        if max_queued_requests is not None:
+            max_queued_requests = read_int("max_queued_requests", max_queued_requests)
+            if max_queued_requests < 1:
+                raise ValueError(f"max_queued_requests must be positive, got {max_queued_requests}")
+        self.llm = LLM(model, **options)
+        self.llm.loop.max_queued_requests = max_queued_requests
+
+    def generate(
+        self,
+        prompt: str | Mapping[str, Any] | Sequence[int],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Queues a prompt at once and returns an iterator of its outputs.
+
+        They are of the kind that `sampling_params.output_kind` says: all so far each time, only
+        what is new, or one at the end. Leaving the iteration, or cancelling its task, ends the
+        request. One that is aborted by its id has a last output with finish reason "abort".
+
+        Args:
+          prompt: as for `LLM.add_request`.
+          sampling_params: how to sample; default `get_default_sampling_params()`.
+          request_id: any string not in use; None for a new one.
+          priority: lower is served first.
+
+        Raises:
+          ValueError, TypeError: the prompt cannot be served; nothing is queued.
+          QueueFullError: as many requests wait as may.
+        """
+        handle = self.llm.submit(prompt, sampling_params, request_id=request_id, priority=priority)
+        return _read(handle)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        **template: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """The same for the next message of one conversation.
+
+        Args:
+          messages: a list of {"role": ..., "content": ...}.
+          sampling_params, request_id, priority: as for `generate`.
+          **template: what `LLM.chat` takes for the chat template.
+        """
+        prompt: Any = self.llm._read_chat([messages], **template)[0]
+        return self.generate(prompt, sampling_params, request_id, priority=priority)
+
+    async def beam_search(
+        self, prompts: Any, params: BeamSearchParams, **options: Any
+    ) -> list[BeamSearchOutput]:
+        """See `LLM.beam_search`; it waits in a thread of the event loop's executor."""
+        return await asyncio.to_thread(self.llm.beam_search, prompts, params, **options)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request soon and returns at once; unknown ids are ignored."""
+        self.llm.abort(request_id)
+
+    def get_tokenizer(self) -> Any:
+        """Returns the tokenizer, or None with `skip_tokenizer_init`."""
+        return self.llm.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns what `generate` uses when given none."""
+        return self.llm.get_default_sampling_params()
+
+    async def warmup(self) -> float:
+        """See `LLM.warmup`."""
+        return await asyncio.to_thread(self.llm.warmup)
+
+    async def get_metrics(self) -> dict[str, float]:
+        """Returns the engine's counts as of the end of the step under way."""
+        return await asyncio.to_thread(self.llm.get_metrics)
+
+    async def check_integrity(self) -> None:
+        """Raises if pages, rows and requests do not agree with each other."""
+        await asyncio.to_thread(self.llm.check_integrity)
+
+    async def update_weights(self, params: Params) -> None:
+        """See `LLM.update_weights`."""
+        await asyncio.to_thread(self.llm.update_weights, params)
+
+    async def reset_prefix_cache(self) -> None:
+        """See `LLM.reset_prefix_cache`."""
+        await asyncio.to_thread(self.llm.reset_prefix_cache)
+
+    async def drain(self) -> None:
+        """Takes no more requests, and waits until those under way have ended."""
+        await self.llm.loop.drain().result_async()
+
+    async def close(self) -> None:
+        """Ends all requests, and the engine's thread after the step under way."""
+        await asyncio.to_thread(self.llm.close)
+
+
+async def _read(handle: Handle) -> AsyncIterator[RequestOutput]:
+    try:
+        async for output in handle:
+            yield output
+    finally:
+        handle.abort()
 
 
 def _progress_bar(total: int, is_shown: bool, name: str = "generate") -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -90,6 +90,38 @@ def races_found(kind: str = "tpu") -> bool:
 
         races = interpreter.races
     return races is not None and bool(races.races_found)
+
+
+# Contexts of a thread.
+
+
+def capture_contexts(user_contexts: Iterable[Any] = ()) -> Callable[[], None]:
+    """Returns a function that makes JAX's contexts of this thread hold in the one that calls it.
+
+    Those are the options that a context manager has set here (`jax.default_device`,
+    `jax.enable_x64`, `jax.default_matmul_precision`, `jax.set_mesh`, `jax.debug_nans`, ...); what
+    `jax.config.update` sets holds in all threads anyhow.
+
+    Args:
+      user_contexts: further ones, made by `jax.make_user_context` or `interpret`'s kind.
+    """
+    from jax._src import config
+
+    kind = config.config_ext.Config
+    states = [state for state in vars(config).values() if isinstance(state, kind)]
+    states += [state for state in config.config_states.values() if isinstance(state, kind)]
+    states += [context._obj for context in user_contexts]
+    found = {id(state): (state, state.get_local()) for state in states}
+    values = [pair for pair in found.values() if pair[1] is not config.config_ext.unset]
+
+    def enter() -> None:
+        for state, value in values:
+            state.set_local(value)
+            hook = getattr(state, "_update_thread_local_hook", None)
+            if hook is not None:
+                hook(value)
+
+    return enter
 
 
 # Differences between JAX versions.

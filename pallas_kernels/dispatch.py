@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pallas_kernels import compat
 from pallas_kernels import target as target_lib
 
 AUTO = "auto"
@@ -74,6 +75,9 @@ class Decisions(tuple[Decision, ...]):
 _forced = jax.make_user_context(default_value=())
 _recording = jax.make_user_context(default_value=None)
 _recorders: dict[object, list[Decision]] = {}
+
+# What contexts of this package state in a thread: see `compat.capture_contexts`.
+CONTEXTS = (_forced, target_lib._stated, compat._interpreted)
 
 
 @contextlib.contextmanager

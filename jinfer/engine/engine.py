@@ -7,9 +7,11 @@ drafts are to be made of these.
 from __future__ import annotations
 
 import collections
+import enum
 import itertools
 import logging
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -38,13 +40,24 @@ MAX_STEPS_IN_FLIGHT = 2
 MAX_IDLE_STEPS = 100  # in a row, with requests that wait
 
 
+class Bookkeeping(enum.Enum):
+    """What may be relied on of the scheduler's lists, pages and rows.
+
+    CONSISTENT -> CHANGING when a change begins -> CONSISTENT when it ends. A change that is found
+    in CHANGING has followed one that was interrupted: all is made anew from the live requests.
+    """
+
+    CONSISTENT = "consistent"
+    CHANGING = "changing"
+
+
 class Engine:
     """Serves requests of token ids, continuously batched.
 
     Args:
       runner: owns the device.
       config: limits and policies.
-      tokenizer: for incremental detokenization; None serves token ids only.
+      tokenizer: for stop strings and bad words; None serves token ids only.
       eos_token_ids: tokens that end a request unless it ignores them.
     """
 
@@ -71,12 +84,12 @@ class Engine:
         self.watchdog = Watchdog(self.scheduler)
         self.num_failed_steps = 0
         self._num_idle_steps = 0
-        self._is_torn = False  # whether the books are being changed, or a change was broken off
+        self._bookkeeping = Bookkeeping.CONSISTENT
         self._in_flight: collections.deque[Launched] = collections.deque()
         self._arrivals = itertools.count()
         self._seeds = random.Random(config.seed)
 
-    def add(
+    def make_request(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
@@ -86,12 +99,12 @@ class Engine:
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Request:
-        """Queues a request.
+        """Checks and returns a request for `queue`; may be called from any thread at any time.
 
         Args:
           request_id: unique among live requests.
           prompt_token_ids: at least one id, all inside the vocabulary.
-          params: how to sample.
+          params: how to sample. The text is made here only where a stop string needs it.
           sample_idx: which of `params.n` samples this is; it enters the seed.
           priority: lower is served first.
           cache_salt: cached prefixes are shared only among requests with the same one.
@@ -112,12 +125,21 @@ class Engine:
             cache_salt=cache_salt,
             kv_format=self.runner.cache.dtype,
             eos_token_ids=self.eos_token_ids,
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer if params.stop else None,
             bad_words_token_ids=bad_words,
             max_model_len=self.config.max_model_len,
         )
-        self.scheduler.add(request)
+        request.metrics.arrival_time = time.monotonic()
+        self.scheduler.check_fits(request)
         return request
+
+    def queue(self, request: Request) -> None:
+        """Puts a request into the waiting queue.
+
+        Raises:
+          ValueError: its id is in use by a live request.
+        """
+        self.scheduler.add(request)
 
     def check(
         self,
@@ -235,27 +257,22 @@ class Engine:
         self.watchdog.observe()
         return self._change(self._step)
 
-    @property
-    def is_changing(self) -> bool:
-        """Whether the books are being changed just now, so that nobody may read or change them."""
-        return self._is_torn
-
     def _change(self, change: Callable[[], T]) -> T:
-        """Makes a change of the books; if it is broken off halfway, they are made anew.
+        """Makes a change of the bookkeeping; if it is interrupted, all is made anew.
 
-        The next change sees to it, should that be interrupted as well. (No context manager: one
+        If that is interrupted, too, the next change does it first. (No context manager: one that is
         interrupted while it is left would be left by the garbage collector, at any time.)
         """
-        if self._is_torn:
+        if self._bookkeeping is Bookkeeping.CHANGING:
             self.lose_steps()
-        self._is_torn = True
+        self._bookkeeping = Bookkeeping.CHANGING
         try:
             result = change()
         except BaseException as error:
             logger.info("%r came in between: what was under way is computed again", error)
             self.lose_steps()
             raise
-        self._is_torn = False
+        self._bookkeeping = Bookkeeping.CONSISTENT
         return result
 
     def _step(self) -> list[Progress]:
@@ -304,7 +321,7 @@ class Engine:
         )
 
     def _recover(self, plan: Plan, error: Exception) -> list[Progress]:
-        """Makes pool and books anew after a step that failed; weights given away are raised."""
+        """Makes pool and bookkeeping anew after a step that failed; donated weights are raised."""
         self.runner.check_weights()
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         logger.warning("step %d failed and is repeated: %s", plan.step_id, reason, exc_info=error)
@@ -320,12 +337,12 @@ class Engine:
         Returns:
           One entry for each request that ended with an error.
         """
-        self._is_torn = True
+        self._bookkeeping = Bookkeeping.CHANGING
         self._in_flight.clear()
         self.num_failed_steps += 1
         ended = recovery.lose_steps(self.scheduler, failed, reason)
         self.runner.reset()
-        self._is_torn = False
+        self._bookkeeping = Bookkeeping.CONSISTENT
         return ended
 
     def _end_deadlock(self) -> list[Progress]:

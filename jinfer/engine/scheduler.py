@@ -123,14 +123,12 @@ class Scheduler:
 
     # ------------------------------------------------------------------ arrivals and ends
 
-    def add(self, request: Request) -> None:
-        """Puts a request into the waiting queue.
+    def check_fits(self, request: Request) -> None:
+        """Lowers `max_output_tokens` to what the page pool holds; needs no other request's state.
 
         Raises:
-          ValueError: the id is in use, or the prompt does not fit into the page pool.
+          ValueError: the prompt does not fit into the page pool.
         """
-        if request.request_id in self._requests:
-            raise ValueError(f"request id {request.request_id!r} is in use by a live request")
         capacity = self.pool.num_pages * self.page_size
         if request.num_prompt_tokens > capacity:
             raise ValueError(
@@ -141,7 +139,18 @@ class Scheduler:
         # The last token needs no place in the cache: no step reads it.
         room = capacity + 1 - request.num_prompt_tokens
         request.max_output_tokens = min(request.max_output_tokens, room)
-        request.metrics.arrival_time = self._now()
+
+    def add(self, request: Request) -> None:
+        """Puts a request into the waiting queue.
+
+        Raises:
+          ValueError: the id is in use, or the prompt does not fit into the page pool.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"request id {request.request_id!r} is in use by a live request")
+        self.check_fits(request)
+        if request.metrics.arrival_time is None:
+            request.metrics.arrival_time = self._now()
         self._requests[request.request_id] = request
         self.waiting.add(request)
 

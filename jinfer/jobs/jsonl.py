@@ -1,6 +1,6 @@
 """Batch jobs: prompts from one JSONL file, results into another; resumable after any kill.
 
-A job drives an engine through `add_request` and `step`.
+A job reads the outputs of one session of an engine.
 An output line is the only state: whole lines are appended and synced, each names its input line and
 a key over that line and the job's settings. A restart drops an incomplete last line, checks every
 key and continues.
@@ -40,12 +40,20 @@ _OTHER_KINDS = {
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Session(Protocol):
+    """The part of `requests.session.Session` that a batch job uses."""
+
+    def add(self, request_id: str, prompt: Any, params: Any) -> Any: ...
+
+    def read(self) -> list[Any]: ...
+
+    def close(self) -> None: ...
+
+
 class Engine(Protocol):
-    """The part of `LLM` that a batch job drives."""
+    """The part of `LLM` that a batch job uses."""
 
-    def add_request(self, request_id: str, prompt: Any, params: Any) -> Any: ...
-
-    def step(self) -> list[Any]: ...
+    def session(self) -> Session: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -394,56 +402,79 @@ def run(
 ) -> Summary:
     """Runs every line without a result through the engine and appends results as they finish.
 
-    At most `max_in_flight` lines are in memory, however long the input.
+    At most `max_in_flight` lines are in memory, however long the input. The engine goes on while
+    lines are read and results written.
 
     Args:
-      engine: an idle `LLM`.
+      engine: an `LLM`.
       job: the open job.
       make_request: turns a line into (prompt, sampling params); a ValueError or TypeError from it
-        or from `add_request` fails only this line.
+        or from `Session.add` fails only this line.
       max_in_flight: requests that the engine holds, running and waiting.
       on_error: called with line number and message of each line that fails when it is added or
         later; it has no result, so that another run of the job tries it again.
-      on_progress: called after each step that finished lines, and for failed lines.
+      on_progress: called whenever lines have finished, and for failed lines.
 
     Raises:
       OSError: the output cannot be written; it stays resumable.
     """
-    summary = Summary()
+    state = _Run(engine.session(), job, on_error, on_progress)
     lines = job.open_lines()
-    in_flight: dict[str, tuple[int, str | int, int]] = {}
-    has_more = True
-    while True:
-        while has_more and len(in_flight) < max_in_flight:
-            number, raw = next(lines, (0, b""))
-            has_more = number > 0
-            if not has_more:
-                break
-            try:
-                line = parse_line(raw, number)
-                prompt, params = make_request(line)
-                engine.add_request(str(number), prompt, params)
-            except (ValueError, TypeError) as error:
-                summary.note_failure(number)
-                on_error(number, str(error))
-                on_progress(summary)
-            else:
-                in_flight[str(number)] = (number, line.id, job.key(raw))
-        if not in_flight:
-            return summary
+    try:
+        while True:
+            while len(state.in_flight) < max_in_flight:
+                number, raw = next(lines, (0, b""))
+                if not number:
+                    break
+                state.add(number, raw, make_request)
+            if not state.in_flight:
+                return state.summary
+            state.write(state.session.read())
+    finally:
+        state.session.close()
+
+
+@dataclasses.dataclass
+class _Run:
+    """A job that is run: its lines in flight as {request id: (number, line id, key)}."""
+
+    session: Session
+    job: Job
+    on_error: Callable[[int, str], None]
+    on_progress: Callable[[Summary], None]
+    summary: Summary = dataclasses.field(default_factory=Summary)
+    in_flight: dict[str, tuple[int, str | int, int]] = dataclasses.field(default_factory=dict)
+
+    def add(self, number: int, raw: bytes, make_request: Callable[[Line], tuple[Any, Any]]) -> None:
+        """Queues a line, or counts it as failed."""
+        request_id = str(number)
+        try:
+            line = parse_line(raw, number)
+            self.session.add(request_id, *make_request(line))
+        except (ValueError, TypeError) as error:
+            self._fail(number, str(error))
+        else:
+            self.in_flight[request_id] = (number, line.id, self.job.key(raw))
+
+    def write(self, outputs: Iterable[Any]) -> None:
+        """Appends the results of the lines that have ended."""
         records = []
-        for output in engine.step():
-            if output.finished:
-                number, line_id, key = in_flight.pop(output.request_id)
-                error = next((c.error for c in output.outputs if c.finish_reason == "error"), None)
-                if error is not None:
-                    summary.note_failure(number)
-                    on_error(number, error)
-                    on_progress(summary)
-                    continue
-                records.append(make_record(output, number=number, line_id=line_id, key=key))
-                summary.num_output_tokens += sum(len(c.token_ids) for c in output.outputs)
+        for output in outputs:
+            if not output.finished:
+                continue
+            number, line_id, key = self.in_flight.pop(output.request_id)
+            error = next((c.error for c in output.outputs if c.finish_reason == "error"), None)
+            if error is not None:
+                self._fail(number, error)
+                continue
+            records.append(make_record(output, number=number, line_id=line_id, key=key))
+            self.summary.num_output_tokens += sum(len(c.token_ids) for c in output.outputs)
         if records:
-            job.append(records)
-            summary.num_done += len(records)
-            on_progress(summary)
+            self.job.append(records)
+            self.summary.num_done += len(records)
+            self.on_progress(self.summary)
+
+    def _fail(self, number: int, message: str) -> None:
+        self.summary.note_failure(number)
+        self.on_error(number, message)
+        self.on_progress(self.summary)

@@ -11,7 +11,7 @@ from jinfer.config.fields import read_token_ids, require
 from jinfer.config.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
 from jinfer.engine.beam.hypotheses import Finished, Token
 from jinfer.engine.beam.searcher import BeamSearcher
-from jinfer.engine.engine import Engine
+from jinfer.engine.loop import EngineLoop
 from jinfer.text.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ PrefixAllowedTokens = Callable[[int, list[int]], Sequence[int]]
 
 
 def search(
-    engine: Engine,
+    loop: EngineLoop,
     prompts: Sequence[Prompt],
     params: BeamSearchParams,
     *,
@@ -29,32 +29,43 @@ def search(
     concurrency_limit: int | None,
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None,
     bar: Any,
-    step_engine: Callable[[], None],
 ) -> list[BeamSearchOutput]:
     """Runs one search a prompt to its end; see `LLM.beam_search`.
 
+    Each step of the searches is a call in the engine's thread, between two steps of its requests.
+
     Args:
-      engine: whose requests go on meanwhile.
+      loop: of the engine, whose requests go on meanwhile.
       prompts: one search each.
       params: of all searches.
       tokenizer: makes text; None for token ids only.
       concurrency_limit: most searches at a time.
-      prefix_allowed_tokens_fn: restricts each beam.
+      prefix_allowed_tokens_fn: restricts each beam; called in the engine's thread.
       bar: a progress bar over prompts.
-      step_engine: advances the engine's own requests; called only when there are some.
 
     Raises:
       ValueError: a prompt cannot be served; none is.
       RuntimeError: no search can start though the engine is idle, or a step fails.
     """
+    loop.refuse_own_thread()
+    engine = loop.engine
     searcher = BeamSearcher(engine, params, concurrency_limit=concurrency_limit)
     for i, prompt in enumerate(prompts):
         allowed = _allowed(prefix_allowed_tokens_fn, i, prompt.token_ids, engine.runner.vocab_size)
         searcher.add(prompt.token_ids, cache_salt=prompt.cache_salt, allowed=allowed)
     found: dict[int, BeamSearchOutput] = {}
+
+    def step() -> tuple[list[tuple[int, list[Finished]]], bool]:
+        try:
+            return searcher.step(), engine.has_work()
+        except BaseException:
+            searcher.close()  # before the engine meets the pool that is lost
+            raise
+
     try:
         while searcher.has_work():
-            for i, texts in searcher.step():
+            over, has_requests = loop.call(step)
+            for i, texts in over:
                 found[i] = _output(texts, prompts[i].token_ids, params, tokenizer)
                 if not texts:
                     found[i].error = (
@@ -64,15 +75,15 @@ def search(
                     )
                     logger.warning("%s", found[i].error)
                 bar.update()
-            if engine.has_work():
-                step_engine()
+            if has_requests:
+                loop.step()
             elif searcher.is_stuck:
                 raise RuntimeError(
                     "no beam search can start though the engine is idle: its pages are held by "
                     "another search; end that one first"
                 )
     finally:
-        searcher.close()
+        loop.call(searcher.close)
     return [found[i] for i in range(len(prompts))]
 
 

@@ -7,14 +7,13 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jinfer.checkpoints.fill import resolve_dtype
 from jinfer.config.fields import check_kinds, require, shown
-from jinfer.config.sampling_params import SamplingParams
 from jinfer.config.speculative import SpeculativeConfig
 
 logger = logging.getLogger(__name__)
@@ -169,11 +168,3 @@ def per_prompt(name: str, values: Any, count: int) -> list[Any]:
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts")
     return list(values)
-
-
-def check_params(params: Any, make_default: Callable[[], SamplingParams]) -> SamplingParams:
-    """Returns `params`, or the default for None; raises TypeError for anything else."""
-    params = make_default() if params is None else params
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
-    return params

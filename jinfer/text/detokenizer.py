@@ -66,6 +66,15 @@ class Detokenizer:
         """The text that may be returned so far."""
         return "".join(self._pieces)
 
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of text that may be shown so far; a piece stays as it is."""
+        return len(self._pieces)
+
+    def text_between(self, begin: int, end: int) -> str:
+        """Returns the text of some pieces; another thread may go on pushing."""
+        return "".join(self._pieces[begin:end])
+
     def take(self) -> str:
         """Returns the new text since the last call."""
         new = "".join(self._pieces[self._num_taken :])

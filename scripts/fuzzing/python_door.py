@@ -138,10 +138,10 @@ class PythonDoor:
         [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
         found = list(output.outputs[0].token_ids)
         expect(len(found) == min(6, limit - len(prompt)), "the control is cut", len(found))
-        kv_is_exact = llm._runner.cache.dtype == "float32"
+        kv_is_exact = llm.loop.engine.runner.cache.dtype == "float32"
         if is_exact and kv_is_exact and len(prompt) == len(CONTROL):
             expect(found == self.expected[: len(found)], "the control differs", found)
-        while llm._engine.has_work():
+        while llm.loop.engine.has_work():
             llm.step()
         try:
             llm.check_integrity()

@@ -67,6 +67,10 @@ class FakeLLM:
         self.requests[request_id] = request
         self.most_requests = max(self.most_requests, len(self.requests))
 
+    def session(self):
+        """The requests of this session are all that the engine has."""
+        return SimpleNamespace(add=self.add_request, read=self.step, close=self.requests.clear)
+
     def has_unfinished_requests(self):
         return bool(self.requests)
 

@@ -51,7 +51,7 @@ def pages_are_whole(request):
     if "llm" in request.fixturenames:
         llm = request.getfixturevalue("llm")
         assert not llm.has_unfinished_requests()
-        while llm._engine.has_work():
+        while llm.loop.engine.has_work():
             llm.step()
         llm.check_integrity()
         metrics = llm.get_metrics()
@@ -171,7 +171,7 @@ def test_nothing_compiles_after_warmup(make_llm):
 
 def test_steps_run_ahead_of_the_host(make_llm, monkeypatch):
     llm = make_llm()
-    runner = llm._runner
+    runner = llm.loop.engine.runner
     events = []
     launch, fetch = runner.launch, runner.fetch
     monkeypatch.setattr(
@@ -282,12 +282,12 @@ def test_minus_one_asks_for_the_logprobs_of_the_whole_vocabulary(llm):
 def test_logprobs_are_formatted_once_however_many_steps_there_are(llm, monkeypatch, ask):
     num_formatted = 0
 
-    def count(entry, params, formatter=llm._open._format_logprobs):
+    def count(entry, params, formatter=llm._client.format_logprobs):
         nonlocal num_formatted
         num_formatted += 1
         return formatter(entry, params)
 
-    monkeypatch.setattr(llm._open, "_format_logprobs", count)
+    monkeypatch.setattr(llm._client, "format_logprobs", count)
     prompt = make_prompts(15, [40])[0]
     params = SamplingParams(temperature=0, max_tokens=12, logprobs=1, prompt_logprobs=1)
     params = dataclasses.replace(params, ignore_eos=True)
@@ -401,7 +401,7 @@ def test_new_weights_serve_without_a_copy_or_a_compilation(make_llm, params):
     llm.update_weights(other)
     new = tokens_of(llm.generate(prompt, greedy))
     assert llm.num_compilations == before
-    served, given = llm._runner.params["embed"]["w"], other["embed"]["w"]
+    served, given = llm.loop.engine.runner.params["embed"]["w"], other["embed"]["w"]
     assert served.unsafe_buffer_pointer() == given.unsafe_buffer_pointer()
     text = jnp.asarray(prompt[0] + new[0], jnp.int32)
     assert np.asarray(MODEL.logits(other, text)).argmax(-1)[5:-1].tolist() == new[0] != old[0]
@@ -496,7 +496,7 @@ def test_a_revision_is_of_the_model_not_of_a_tokenizer_from_elsewhere(monkeypatc
 def test_bfloat16_weights_and_kv_serve(params):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     llm = LLM(MODEL, params=half, skip_tokenizer_init=True, **LIMITS)
-    assert llm._runner.pool.kv.dtype == "bfloat16"
-    assert llm._runner.pool.kv.k.dtype.itemsize == 2
+    assert llm.loop.engine.runner.pool.kv.dtype == "bfloat16"
+    assert llm.loop.engine.runner.pool.kv.k.dtype.itemsize == 2
     out = llm.generate(make_prompts(13, [9, 30]), SamplingParams(temperature=0, max_tokens=8))
     assert all(1 <= len(tokens) <= 8 for tokens in tokens_of(out))

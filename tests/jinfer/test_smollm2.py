@@ -63,7 +63,9 @@ def oracle(llm, smollm2_path):
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(hf)
-    model.load_state_dict(dict(torch_names(llm._runner.params)), strict=False, assign=True)
+    model.load_state_dict(
+        dict(torch_names(llm.loop.engine.runner.params)), strict=False, assign=True
+    )
     model.tie_weights()
     # Buffers made on the meta device have no values yet.
     model.model.rotary_emb = type(model.model.rotary_emb)(hf)

@@ -159,7 +159,7 @@ class _Soak:
         deadline = time.monotonic() + 120
         while self.llm.has_unfinished_requests() and time.monotonic() < deadline:
             self._step()
-        while self.llm._engine.has_work() and time.monotonic() < deadline:
+        while self.llm.loop.engine.has_work() and time.monotonic() < deadline:
             self.llm.step()
         self._look()
         self._note_memory()
@@ -179,7 +179,7 @@ class _Soak:
             self.llm.reset_prefix_cache()
             self.num_resets += 1
         if draw.random() < 0.0005:
-            self.llm._engine.lose_steps()
+            self.llm.loop.call(self.llm.loop.engine.lose_steps)
 
     def _add(self) -> None:
         draw = self.draw

@@ -104,8 +104,8 @@ class BeamSearcher:
         """Queues a prompt and returns its number.
 
         Args:
-          prompt_token_ids: as for `Engine.add`.
-          cache_salt: as for `Engine.add`.
+          prompt_token_ids: as for `Engine.make_request`.
+          cache_salt: as for `Engine.make_request`.
           allowed: restricts each beam by what it has found; beside `params.allowed_token_ids`.
 
         Raises:

@@ -53,7 +53,7 @@ def engines():
     head = {"w": params["embed"]["w"].T}
     params = {**params, "embed": {"w": embed}, "lm_head": params.get("lm_head", head)}
     llm = LLM(MODEL, params=params, num_gpu_blocks_override=14, **LIMITS)
-    page_bytes = llm._runner.kv_bytes // 14
+    page_bytes = llm.loop.engine.runner.kv_bytes // 14
     tiered = LLM(
         MODEL,
         params=params,
@@ -61,7 +61,7 @@ def engines():
         cpu_offload_gb=NUM_HOST_PAGES * page_bytes / 2**30,
         **LIMITS,
     )
-    tiered._engine.tier.costs = TransferCosts(LIMITS["block_size"], token_s=1.0)
+    tiered.loop.engine.tier.costs = TransferCosts(LIMITS["block_size"], token_s=1.0)
     alone = []
     for prompt in PROMPTS:
         llm.reset_prefix_cache()
@@ -97,7 +97,7 @@ class Machine(RuleBasedStateMachine):
 
     @property
     def scheduler(self):
-        return self.llm._engine.scheduler
+        return self.llm.loop.engine.scheduler
 
     @rule(
         prompts=st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=4),
@@ -184,10 +184,10 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self):
         for _ in range(2000):
-            if not self.llm._engine.has_work():
+            if not self.llm.loop.engine.has_work():
                 break
             self.step()
-        assert not self.live and not self.llm._engine.has_work()
+        assert not self.live and not self.llm.loop.engine.has_work()
         self.llm.check_integrity()
         metrics = self.llm.get_metrics()
         assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
@@ -221,7 +221,7 @@ def test_in_any_order_of_events_each_request_has_its_own_tokens(engines, max_exa
 
 
 @pytest.mark.parametrize(
-    ("max_examples", "step_count"), [(8, 25), pytest.param(250, 50, marks=pytest.mark.slow)]
+    ("max_examples", "step_count"), [(12, 25), pytest.param(250, 50, marks=pytest.mark.slow)]
 )
 def test_the_same_with_pages_that_come_and_go_between_device_and_host(
     engines, max_examples, step_count
@@ -274,7 +274,7 @@ def a_page_border_off_by_one(monkeypatch):
 def test_a_seeded_bug_is_seen(engines, mutate, monkeypatch):
     llm, alone, _ = engines
     scenario(llm, alone)
-    broken = LLM(MODEL, params=llm._runner.params, num_gpu_blocks_override=14, **LIMITS)
+    broken = LLM(MODEL, params=llm.loop.engine.runner.params, num_gpu_blocks_override=14, **LIMITS)
     mutate(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
         scenario(broken, alone)
@@ -308,9 +308,10 @@ def test_a_seeded_bug_of_the_host_tier_is_seen(engines, mutate, monkeypatch):
         scenario(tiered, alone)
     mutate(monkeypatch)
     tiered.reset_prefix_cache()
-    tiered._runner.host = HostPages(NUM_HOST_PAGES, tiered._runner.placement)
+    runner = tiered.loop.engine.runner
+    runner.host = HostPages(NUM_HOST_PAGES, runner.placement)
     with pytest.raises((AssertionError, RuntimeError, TypeError)):
         for _ in range(2):
             scenario(tiered, alone)
-    while tiered._engine.has_work():
+    while tiered.loop.engine.has_work():
         tiered.step()

@@ -103,7 +103,7 @@ def test_codes_are_those_of_the_given_scale(dtype):
 def test_every_kind_of_step_keeps_k_and_v_so(dtype, drafts, params):
     """Chunks of a prompt, decode loops, verified chains and trees, and beams."""
     llm = make_llm(model_of(dtype), params, speculative_config=drafts)
-    assert llm._runner.cache.dtype == dtype  # "auto" is what the checkpoint asks for
+    assert llm.loop.engine.runner.cache.dtype == dtype  # "auto" is what the checkpoint asks for
     prompt = np.random.default_rng(0).integers(1, 199, 7).tolist() * 3
     asked = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
     [output] = llm.generate([prompt], asked, use_tqdm=False)

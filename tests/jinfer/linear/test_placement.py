@@ -101,7 +101,7 @@ def test_an_engine_serves_them_and_takes_new_ones_into_the_same_layouts():
     assert serve().token_ids == tokens
     assert llm.num_compilations == before  # what steps bring back is bound like what they took
     llm.update_weights(other)
-    served = llm._runner.params["lm_head"]["w"]
+    served = llm.loop.engine.runner.params["lm_head"]["w"]
     assert order(served) == (1, 0)
     np.testing.assert_array_equal(served, other["lm_head"]["w"])
     before = llm.num_compilations

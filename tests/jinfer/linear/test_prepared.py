@@ -220,7 +220,9 @@ def test_new_weights_are_laid_out_like_the_old_ones(dense):
     with target.state("h100"):
         llm = LLM(Model(CONFIG), params=old, **LIMITS)
         llm.update_weights(new)
-    leaves = jax.tree.leaves(llm._runner.params, is_leaf=lambda x: isinstance(x, PreparedWeight))
+    leaves = jax.tree.leaves(
+        llm.loop.engine.runner.params, is_leaf=lambda x: isinstance(x, PreparedWeight)
+    )
     assert sum(isinstance(x, PreparedWeight) for x in leaves) == 8
     assert not any(isinstance(x, QTensor) for x in leaves)
     assert isinstance(old["lm_head"]["w"], QTensor) and not old["lm_head"]["w"].q.is_deleted()

@@ -48,8 +48,8 @@ def alone(make_llm):
 def llm(make_llm):
     llm = make_llm()
     yield llm
-    assert not llm.has_unfinished_requests() and not llm._open._named
-    while llm._engine.has_work():
+    assert not llm.has_unfinished_requests() and not len(llm._client._in_use)
+    while llm.loop.engine.has_work():
         llm.step()
     llm.check_integrity()
     assert llm.get_metrics()["num_running"] == llm.get_metrics()["num_waiting"] == 0

@@ -78,7 +78,7 @@ def test_a_folder_is_quantized_while_it_loads(params, tmp_path, name):
         LLM(tmp_path / "m", quantization=name, **options),
         LLM(MODEL, params=params, quantization=name, **options),
     ):
-        served = jax.tree.leaves(served._runner.params)
+        served = jax.tree.leaves(served.loop.engine.runner.params)
         for a, b in zip(served, jax.tree.leaves(widen_on_cpu(expected)), strict=True):
             np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"layers.0.attn.[kq] is quantized already"):

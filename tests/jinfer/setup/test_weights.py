@@ -98,7 +98,9 @@ def test_what_is_written_into_numpy_arrays_later_changes_nothing(shared_llm, way
         llm.update_weights(leaves)
     for leaf in jax.tree.leaves(leaves):
         leaf[...] = 0
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(llm._runner.params))
+    assert all(
+        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(llm.loop.engine.runner.params)
+    )
     assert answer(llm) == expected(1)
 
 
@@ -279,7 +281,8 @@ first, second = jax.devices()
 split = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
 for where, home in ((split, first), (second, second)):
     llm = make_llm(jax.device_put(init(0), where), cpu_offload_gb=1e-4)
-    arrays = jax.tree.leaves((llm._runner.params, llm._runner.pool))
+    runner = llm.loop.engine.runner
+    arrays = jax.tree.leaves((runner.params, runner.pool))
     assert all(x.devices() == {home} for x in arrays)
     assert answer(llm) == expected(0)
     for other in (split, first, second):

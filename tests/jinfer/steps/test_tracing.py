@@ -57,11 +57,12 @@ CALLS = {
         [PROMPT], BeamSearchParams(beam_width=2, max_tokens=2)
     ),
     "LLM.add_request": lambda llm: llm.add_request("a", PROMPT, GREEDY),
+    "LLM.submit": lambda llm: llm.submit(PROMPT, GREEDY),
     "LLM.step": lambda llm: llm.step(),
     "LLM.warmup": lambda llm: llm.warmup(),
     "LLM.update_weights": lambda llm: llm.update_weights(PARAMS),
     "LLM.reset_prefix_cache": lambda llm: llm.reset_prefix_cache(),
-    "a step of the engine": lambda llm: llm._engine.step(),
+    "a step of the engine": lambda llm: llm.loop.engine.step(),
 }
 
 
@@ -80,6 +81,7 @@ def test_an_engine_inside_a_transform_is_refused_in_one_line(llm, call, transfor
 def test_every_public_method_is_tried_or_runs_nothing():
     run_nothing = {"abort", "check_integrity", "explain_kernels", "get_default_sampling_params"}
     run_nothing |= {"get_metrics", "get_tokenizer", "has_unfinished_requests", "num_compilations"}
+    run_nothing |= {"close", "drain", "session"}
     public = {name for name in vars(LLM) if not name.startswith("_")}
     assert public == run_nothing | {name.partition(".")[2] for name in CALLS} - {""}
 

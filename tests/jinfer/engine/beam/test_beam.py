@@ -89,7 +89,7 @@ def pages_are_whole(request):
 def check_idle(llm):
     assert not llm.has_unfinished_requests()
     llm.check_integrity()
-    assert not llm._engine.scheduler.reserved
+    assert not llm.loop.engine.scheduler.reserved
     metrics = llm.get_metrics()
     assert metrics["num_free_pages"] + metrics["num_cached_pages"] == metrics["num_pages"]
 
@@ -252,7 +252,7 @@ def run(searcher, llm, prompts, done=None):
     while searcher.has_work():
         found |= dict(searcher.step())
         llm.check_integrity()
-        if llm._engine.has_work():
+        if llm.loop.engine.has_work():
             done |= {out.request_id: out.outputs[0] for out in llm.step() if out.finished}
             llm.check_integrity()
         else:
@@ -276,9 +276,9 @@ def alone(llm):
 
 def test_batch_mates_and_cached_prefixes_change_nothing(llm, alone):
     llm.reset_prefix_cache()
-    assert run(BeamSearcher(llm._engine, PARAMS), llm, PROMPTS) == alone
+    assert run(BeamSearcher(llm.loop.engine, PARAMS), llm, PROMPTS) == alone
     hits = llm.get_metrics()["num_cached_tokens"]
-    assert run(BeamSearcher(llm._engine, PARAMS, concurrency_limit=1), llm, PROMPTS) == alone
+    assert run(BeamSearcher(llm.loop.engine, PARAMS, concurrency_limit=1), llm, PROMPTS) == alone
     assert llm.get_metrics()["num_cached_tokens"] > hits
 
 
@@ -303,7 +303,7 @@ def test_searches_wait_for_pages_and_requests_give_theirs_up(oracle_path, alone)
     llm.add_request("beside", draw_prompts(1, (9,))[0], params)
     llm.step()
     done = {}
-    assert run(BeamSearcher(llm._engine, PARAMS), llm, PROMPTS, done) == alone
+    assert run(BeamSearcher(llm.loop.engine, PARAMS), llm, PROMPTS, done) == alone
     while llm.has_unfinished_requests():
         done |= {out.request_id: out.outputs[0] for out in llm.step() if out.finished}
     assert len(done["beside"].token_ids) == 30
@@ -312,7 +312,7 @@ def test_searches_wait_for_pages_and_requests_give_theirs_up(oracle_path, alone)
 
 def test_two_searchers_on_one_pool_do_not_wait_for_each_other_forever(oracle_path):
     llm = LLM(oracle_path, dtype="float32", **{**LIMITS, "num_gpu_blocks_override": 22})
-    first = BeamSearcher(llm._engine, PARAMS)
+    first = BeamSearcher(llm.loop.engine, PARAMS)
     first.add(PROMPTS[1])
     first.step()
     with pytest.raises(RuntimeError, match="held by another search"):
@@ -364,10 +364,10 @@ def test_a_search_that_is_interrupted_while_it_takes_pages_loses_none(oracle_pat
 
 def test_a_failed_step_of_the_engine_ends_the_search(oracle_path):
     llm = LLM(oracle_path, dtype="float32", **LIMITS)
-    searcher = BeamSearcher(llm._engine, PARAMS)
+    searcher = BeamSearcher(llm.loop.engine, PARAMS)
     searcher.add(PROMPTS[0])
     searcher.step()
-    llm._engine.lose_steps()
+    llm.loop.engine.lose_steps()
     llm.check_integrity()
     with pytest.raises(RuntimeError, match="took the beams' KV along"):
         searcher.step()
@@ -377,7 +377,7 @@ def test_a_failed_step_of_the_engine_ends_the_search(oracle_path):
 
 def test_logits_that_are_not_finite_are_an_error(oracle_path):
     llm = LLM(oracle_path, dtype="float32", **LIMITS)
-    params = llm._runner.params
+    params = llm.loop.engine.runner.params
     llm.update_weights({**params, "final_norm": {"scale": params["final_norm"]["scale"] * np.nan}})
     with pytest.raises(RuntimeError, match="prompt 0 met logits that are not finite"):
         llm.beam_search(PROMPTS[:1], PARAMS)

@@ -37,7 +37,7 @@ def cold(params):
 
 def make_tiered(params, *, model=MODEL, **costs):
     llm = LLM(model, params=params, cpu_offload_gb=NUM_HOST_PAGES * PAGE_BYTES / 2**30, **LIMITS)
-    llm._engine.tier.costs = TransferCosts(PAGE, **{"token_s": 1.0, **costs})
+    llm.loop.engine.tier.costs = TransferCosts(PAGE, **{"token_s": 1.0, **costs})
     return llm
 
 
@@ -76,7 +76,7 @@ def test_prompts_beyond_the_pool_come_back_from_the_host(cold, tiered):
     assert second["num_compilations"] == 0
     tiered.reset_prefix_cache()
     assert run(tiered, PROMPTS[:1])[1]["num_cached_tokens"] == 0
-    tiered._engine.lose_steps()
+    tiered.loop.engine.lose_steps()
     tokens, third = run(tiered, PROMPTS)
     assert tokens == expected and third["num_compilations"] == 0
 
@@ -120,7 +120,7 @@ def test_costs_are_measured_and_the_size_is_logged(params, caplog):
         llm = LLM(MODEL, params=params, cpu_offload_gb=0.001, **LIMITS)
     [line] = [r.message for r in caplog.records if "host tier" in r.message]
     assert line.startswith(f"host tier: {int(0.001 * 2**30) // PAGE_BYTES} pages of 8 tokens")
-    costs = llm._engine.tier.costs
+    costs = llm.loop.engine.tier.costs
     assert costs.load_page_s > 0 and costs.save_page_s > 0 and costs.token_s is None
     run(llm, PROMPTS)
     assert 0 < costs.token_s < 10

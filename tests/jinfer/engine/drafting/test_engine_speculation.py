@@ -185,8 +185,8 @@ def test_heads_guess_from_the_last_draft_that_stands_and_the_token_after_it(
     """Against guesses made of the whole text at once."""
     config = config_of("medusa-few")
     llm = make_llm(speculative_config=config, max_num_seqs=1)
-    verify, found = llm._runner._verify_tree, []
-    llm._runner._verify_tree = lambda *args: found.append(verify(*args)) or found[-1]
+    verify, found = llm.loop.engine.runner._verify_tree, []
+    llm.loop.engine.runner._verify_tree = lambda *args: found.append(verify(*args)) or found[-1]
     prompt = make_prompts()[6]
     greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     text = [*prompt, *llm.generate([prompt], greedy, use_tqdm=False)[0].outputs[0].token_ids]
@@ -222,7 +222,7 @@ def test_models_draft_the_tokens_of_plain_decoding(make_llm, plain, config_of, m
 
 def rest_at_random(llm, rng):
     """Has the engine draft or rest for some steps as it comes, whatever is measured."""
-    length = llm._engine.scheduler.speculation.length
+    length = llm.loop.engine.scheduler.speculation.length
     most = length.sizes[-1]
     length.choose = lambda lengths, may_try: rng.choice((0, most)) if any(lengths) else 0
     length.num_steps_without = lambda lengths: rng.randint(0, 4)
@@ -246,10 +246,12 @@ def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method)
     rng = random.Random(0)
     rest_at_random(llm, rng)
     plans = []
-    launch, verify_tree = llm._runner.launch, llm._runner._verify_tree
-    llm._runner.launch = lambda plan: plans.append(plan) or launch(plan)
+    launch, verify_tree = llm.loop.engine.runner.launch, llm.loop.engine.runner._verify_tree
+    llm.loop.engine.runner.launch = lambda plan: plans.append(plan) or launch(plan)
     trees = []
-    llm._runner._verify_tree = lambda *args: trees.append((plans[-1], args)) or verify_tree(*args)
+    llm.loop.engine.runner._verify_tree = lambda *args: (
+        trees.append((plans[-1], args)) or verify_tree(*args)
+    )
     for _ in range(3):
         assert_same(llm.generate(prompts, greedy, use_tqdm=False), expected)
     # Trees are as wide as they may be, or not there at all.
@@ -278,8 +280,8 @@ def test_a_draft_model_is_fed_later_what_steps_without_drafts_computed(make_llm,
     config = {**NGRAM, "method": "draft", "model": MODEL, "params": params}
     limits = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 32}
     llm = make_llm(speculative_config=config, **limits)
-    runner, plans, verified, plain, gaps = llm._runner, [], [], [], []
-    proposer = llm._engine.scheduler.speculation._proposer
+    runner, plans, verified, plain, gaps = llm.loop.engine.runner, [], [], [], []
+    proposer = llm.loop.engine.scheduler.speculation._proposer
     propose = proposer.propose
     proposer.propose = lambda *args: propose(*args) if len(plans) % 3 else ()
     launch, verify, forward = runner.launch, runner._verify, runner._forward
@@ -434,5 +436,5 @@ def test_new_weights_are_rounded_anew_for_the_drafts(make_llm, params):
     llm = make_llm(speculative_config=SELF)
     other = MODEL.init(jax.random.key(4))
     llm.update_weights(other)
-    got = llm._runner.drafter.params["layers"][0]["mlp"]["up"]["w"]
+    got = llm.loop.engine.runner.drafter.params["layers"][0]["mlp"]["up"]["w"]
     assert 0.0 < np.max(np.abs(got - other["layers"][0]["mlp"]["up"]["w"])) < 0.2

@@ -51,7 +51,7 @@ def engine_is_whole(request):
     yield
     if "warm" in request.fixturenames:
         llm = request.getfixturevalue("warm")
-        while llm._engine.has_work():
+        while llm.loop.engine.has_work():
             llm.step()
         llm.check_integrity()
         metrics = llm.get_metrics()

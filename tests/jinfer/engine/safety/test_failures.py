@@ -67,7 +67,7 @@ def run(llm, prompts, params=GREEDY):
 
 
 def check_whole(llm):
-    while llm._engine.has_work():
+    while llm.loop.engine.has_work():
         llm.step()
     llm.check_integrity()
     metrics = llm.get_metrics()
@@ -75,9 +75,15 @@ def check_whole(llm):
     assert not metrics["num_running"] and not metrics["num_waiting"]
 
 
+def launch(llm):
+    """Dispatches a step that nobody has fetched yet."""
+    engine = llm.loop.engine
+    llm.loop.call(lambda: engine._in_flight.append(engine.runner.launch(engine.scheduler.plan())))
+
+
 def check_no_nan_is_left(llm):
     run(llm, [make_prompt(99, 2)])  # its first step clears what was spoilt
-    for pool in jax.tree.leaves(llm._runner.pool.kv):
+    for pool in jax.tree.leaves(llm.loop.engine.runner.pool.kv):
         assert np.isfinite(np.asarray(pool)).all()
 
 
@@ -97,7 +103,7 @@ def test_nan_in_a_prompt_ends_that_request_alone(make_llm, alone, place, num_dec
         assert "NaN" in error.error and "/0" in error.error
         check_whole(llm)
         # Whole pages before the chunk that failed are sound, and stay; none of the others does.
-        found = llm._engine.scheduler.prefix.find(NAMESPACE, bad, 99)
+        found = llm.loop.engine.scheduler.prefix.find(NAMESPACE, bad, 99)
         assert len(found) <= place // 8
     assert llm.get_metrics()["num_errors"] == 2
     check_no_nan_is_left(llm)
@@ -113,7 +119,7 @@ def test_nan_while_decoding_ends_that_request_alone(make_llm, alone, num_decode_
     assert [output.token_ids for output in outputs] == alone
     assert error.finish_reason == "error" and set(error.token_ids) <= {POISON}
     check_whole(llm)
-    assert len(llm._engine.scheduler.prefix.find(NAMESPACE, [*bad, POISON, 0, 0, 0], 99)) == 1
+    assert len(llm.loop.engine.scheduler.prefix.find(NAMESPACE, [*bad, POISON, 0, 0, 0], 99)) == 1
     check_no_nan_is_left(llm)
 
 
@@ -123,9 +129,10 @@ def test_a_request_aborted_during_its_step_leaves_no_nan_behind(make_llm, length
     bad = make_prompt(52, length)
     bad[2] = POISON
     llm.add_request("bad", bad, GREEDY)
-    engine = llm._engine
-    engine._in_flight.append(llm._runner.launch(engine.scheduler.plan()))
+    launch(llm)
     llm.abort("bad")
+    engine = llm.loop.engine
+    llm.check_integrity()
     assert len(engine.scheduler.prefix.find(NAMESPACE, bad, 99)) == min(length, 16) // 8
     check_whole(llm)
     assert not engine.scheduler.prefix.find(NAMESPACE, bad, 99)
@@ -138,14 +145,14 @@ def test_pages_with_a_new_owner_are_not_cleared(make_llm, alone):
     bad = make_prompt(52, 16)
     bad[7] = POISON
     llm.add_request("bad", bad, GREEDY)
-    engine = llm._engine
-    engine._in_flight.append(llm._runner.launch(engine.scheduler.plan()))
+    launch(llm)
+    engine = llm.loop.engine
     [request] = engine.scheduler.running
     pages = set(request.pages)
     llm.abort("bad")
     llm.reset_prefix_cache()
     llm.add_request("good", PROMPTS[0], GREEDY)
-    engine._in_flight.append(llm._runner.launch(engine.scheduler.plan()))
+    launch(llm)
     [request] = engine.scheduler.running
     assert set(request.pages) < pages
     while llm.has_unfinished_requests():
@@ -266,12 +273,13 @@ def test_an_abort_during_verification_leaves_whole_pages(make_llm, alone, monkey
     texts = [[*p, *a] for p, a in zip(PROMPTS, alone)]
     draft_what_comes(monkeypatch, texts, wrong=(21, 22))
     llm.add_request("gone", PROMPTS[1], GREEDY)
-    engine = llm._engine
+    engine = llm.loop.engine
     while not any(seq.num_drafts for launched in engine._in_flight for seq in launched.plan.seqs):
         llm.step()
-        plan = engine.scheduler.plan()
+        plan = llm.loop.call(engine.scheduler.plan)
         if plan is not None:
-            engine._in_flight.append(llm._runner.launch(plan))
+            launched = llm.loop.call(lambda plan=plan: engine.runner.launch(plan))
+            engine._in_flight.append(launched)
     llm.abort("gone")
     check_whole(llm)
     again = run(llm, PROMPTS)
@@ -317,7 +325,7 @@ def test_an_interrupt_is_raised_and_blames_no_request(make_llm, alone, monkeypat
     with pytest.raises(KeyboardInterrupt):
         while True:
             done |= {o.request_id: o for o in llm.step() if o.finished}
-    assert not any(r.num_failed_steps for r in llm._engine.scheduler.requests())
+    assert not any(r.num_failed_steps for r in llm.loop.engine.scheduler.requests())
     while llm.has_unfinished_requests():
         done |= {o.request_id: o for o in llm.step() if o.finished}
     assert [done[str(i)].outputs[0].token_ids for i in range(len(PROMPTS))] == alone
@@ -400,7 +408,7 @@ def test_an_interrupt_while_the_engine_recovers_from_one_is_survived(make_llm, a
 
 def test_the_watchdog_names_requests_without_progress(make_llm, caplog):
     llm = make_llm()
-    scheduler = llm._engine.scheduler
+    scheduler = llm.loop.engine.scheduler
     clock = [0.0]
     dog = Watchdog(scheduler, now=lambda: clock[0])
 
@@ -427,9 +435,9 @@ def test_the_watchdog_names_requests_without_progress(make_llm, caplog):
 
 def test_a_queue_that_cannot_advance_ends_with_an_error(make_llm, monkeypatch):
     llm = make_llm()
-    pages = llm._engine.scheduler.prefix.alloc(38)  # somebody else's
+    pages = llm.loop.engine.scheduler.prefix.alloc(38)  # somebody else's
     [error] = run(llm, [make_prompt(54, 30)])
     assert error.finish_reason == "error" and "no step can be planned" in error.error
     assert core.MAX_IDLE_STEPS > 1
-    llm._engine.scheduler.prefix.free(pages)
+    llm.loop.engine.scheduler.prefix.free(pages)
     check_whole(llm)

@@ -1,0 +1,289 @@
+"""Clients of an engine's loop: sessions of requests that are read together, handles of one each."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinfer.config.fields import read_int, require, shown
+from jinfer.config.outputs import RequestOutput
+from jinfer.config.sampling_params import RequestOutputKind, SamplingParams
+from jinfer.engine.loop import EngineLoop, Failure, Submission
+from jinfer.engine.mailbox import Mailbox
+from jinfer.requests.groups import LogprobFormatter, RequestGroup
+from jinfer.text.prompts import read_prompt
+
+
+class Client:
+    """What all sessions of one engine share: the loop, the ids in use, how outputs are made.
+
+    Args:
+      loop: owns the engine.
+      tokenizer: reads prompts and makes text; None for token ids only.
+      defaults: the sampling parameters of who gives none.
+    """
+
+    def __init__(
+        self, loop: EngineLoop, tokenizer: Any | None, defaults: Mapping[str, Any]
+    ) -> None:
+        self.loop = loop
+        self.tokenizer = tokenizer
+        self.format_logprobs = LogprobFormatter(tokenizer)
+        self._defaults = dict(defaults)
+        self._lock = threading.RLock()
+        self._in_use: dict[str, Submission] = {}
+        self._numbers = itertools.count()
+
+    def default_params(self) -> SamplingParams:
+        """Returns the sampling parameters of who gives none."""
+        return SamplingParams(**self._defaults)
+
+    def read_params(self, params: Any, kind: RequestOutputKind | None = None) -> SamplingParams:
+        """Returns `params`, or the default for None, with another output kind if one is given.
+
+        Raises:
+          TypeError: they are of another kind.
+        """
+        params = self.default_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+        return params if kind is None else dataclasses.replace(params, output_kind=kind)
+
+    def new_id(self, kind: str) -> str:
+        """Returns an id that is not in use."""
+        names = (f"{kind}-{number}" for number in self._numbers)
+        return next(name for name in names if name not in self._in_use)
+
+    def make_group(
+        self, request_id: str, prompt: Any, params: SamplingParams, priority: Any = 0
+    ) -> RequestGroup:
+        """Checks a prompt and everything about it; queues nothing.
+
+        Raises:
+          ValueError: the id is no text, the priority no integer, or the engine cannot serve it.
+          TypeError: the prompt is of another kind.
+        """
+        read = read_prompt(prompt, self.tokenizer)
+        check_id(request_id)
+        priority = read_int("priority", priority)
+        others = params
+        if params.prompt_logprobs is not None and params.n > 1:  # one computes them for all
+            others = dataclasses.replace(params, prompt_logprobs=None)
+        requests = [
+            self.loop.engine.make_request(
+                f"{request_id}/{idx}",
+                read.token_ids,
+                others if idx else params,
+                sample_idx=idx,
+                priority=priority,
+                cache_salt=read.cache_salt,
+            )
+            for idx in range(params.n)
+        ]
+        return RequestGroup(request_id, read.text, params, requests, self.tokenizer)
+
+    def claim(self, request_id: str, submission: Submission) -> None:
+        """Takes an id until `release`.
+
+        Raises:
+          ValueError: the id is in use.
+        """
+        with self._lock:
+            if request_id in self._in_use:
+                raise ValueError(f"request id {request_id!r} is in use")
+            self._in_use[request_id] = submission
+
+    def release(self, request_id: str, submission: Submission) -> None:
+        """Gives an id back, if it is this submission's."""
+        with self._lock:
+            if self._in_use.get(request_id) is submission:
+                del self._in_use[request_id]
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, whose reader is told; unknown ids are ignored."""
+        check_id(request_id)
+        submission = self._in_use.get(request_id)
+        if submission is not None:
+            self.loop.abort(submission)
+
+
+class Session:
+    """Requests that are read together; only one thread or task may read a session at a time.
+
+    Args:
+      client: whose engine serves them.
+      is_manual: they advance by `EngineLoop.step` alone, or beside others.
+    """
+
+    def __init__(self, client: Client, *, is_manual: bool = False) -> None:
+        self._client = client
+        self._is_manual = is_manual
+        self._mailbox = Mailbox()
+        self._groups: dict[Submission, RequestGroup] = {}
+
+    def __len__(self) -> int:
+        """Requests whose last output has not been read."""
+        return len(self._groups)
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> None:
+        """Queues a request; see `LLM.add_request`.
+
+        Raises:
+          ValueError, TypeError: the request cannot be served; nothing is queued.
+          QueueFullError: as many wait as may.
+          RuntimeError: the engine takes no requests any more.
+        """
+        client = self._client
+        params = client.read_params(params)
+        self.submit([client.make_group(request_id, prompt, params, priority)])
+
+    def submit(self, groups: Sequence[RequestGroup]) -> None:
+        """Queues requests together: all or none; returns at once."""
+        made = []
+        try:
+            for group in groups:
+                submission = Submission(
+                    group.requests,
+                    self._mailbox,
+                    is_final_only=group.params.output_kind is RequestOutputKind.FINAL_ONLY,
+                    is_manual=self._is_manual,
+                )
+                made.append(submission)
+                self._groups[submission] = group
+                self._client.claim(group.request_id, submission)
+            self._client.loop.submit(made)
+        except BaseException:
+            for submission in made:
+                self._drop(submission)
+            raise
+
+    def read(self) -> list[RequestOutput]:
+        """Returns the next outputs, as soon as there are some; an empty list when all have ended.
+
+        Raises:
+          RuntimeError: the engine was closed.
+          BaseException: whatever ended a request beside its own doing.
+        """
+        while self._groups:
+            self._client.loop.refuse_own_thread()
+            self._mailbox.wait()
+            if outputs := self.take():
+                return outputs
+        return []
+
+    async def read_async(self) -> list[RequestOutput]:
+        """The same in asyncio."""
+        while self._groups:
+            await self._mailbox.wait_async()
+            if outputs := self.take():
+                return outputs
+        return []
+
+    def take(self) -> list[RequestOutput]:
+        """Returns the outputs that are here."""
+        outputs: list[RequestOutput] = []
+        while (item := self._mailbox.first()) is not None:
+            submission, news = item
+            group = self._groups.get(submission)
+            if group is not None and isinstance(news, Failure) and outputs:
+                break  # first what came before
+            self._mailbox.take()
+            if group is None:
+                continue  # aborted, or failed
+            if isinstance(news, Failure):
+                self._drop(submission)
+                raise news.take()
+            output = group.output(news, self._client.format_logprobs)
+            if group.is_finished:
+                self._forget(submission)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, of which nothing more is read; ids of others are ignored."""
+        for submission, group in tuple(self._groups.items()):
+            if group.request_id == request_id:
+                self._drop(submission)
+
+    def close(self) -> None:
+        """Ends all requests of this session."""
+        while self._groups:
+            self._drop(next(iter(self._groups)))
+
+    def _drop(self, submission: Submission) -> None:
+        self._client.loop.abort(submission)
+        self._forget(submission)
+
+    def _forget(self, submission: Submission) -> None:
+        group = self._groups.pop(submission, None)
+        if group is not None:
+            self._client.release(group.request_id, submission)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Handle:
+    """One request: an iterator of its outputs for threads (`for`) and asyncio (`async for`).
+
+    A handle that nobody refers to any more ends its request.
+    """
+
+    def __init__(self, session: Session, request_id: str) -> None:
+        self.request_id = request_id
+        self._session = session
+        self._outputs: collections.deque[RequestOutput] = collections.deque()
+
+    def abort(self) -> None:
+        """Ends the request and the iteration."""
+        self._session.close()
+        self._outputs.clear()
+
+    def __iter__(self) -> Handle:
+        return self
+
+    def __next__(self) -> RequestOutput:
+        if not self._outputs:
+            self._outputs.extend(self._session.read())
+        if not self._outputs:
+            raise StopIteration
+        return self._outputs.popleft()
+
+    def __aiter__(self) -> Handle:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if not self._outputs:
+            self._outputs.extend(await self._session.read_async())
+        if not self._outputs:
+            raise StopAsyncIteration
+        return self._outputs.popleft()
+
+
+def check_id(request_id: Any) -> None:
+    """Raises ValueError if a request id is no text."""
+    require(isinstance(request_id, str), f"request_id must be a text, got {shown(request_id)}")
+
+
+def refuse_aborted(output: RequestOutput) -> None:
+    """Raises RuntimeError if someone else has aborted the request."""
+    if any(completion.finish_reason == "abort" for completion in output.outputs):
+        raise RuntimeError("requests were aborted while someone waited for their outputs")
