@@ -488,7 +488,7 @@ class AsyncLLM:
       **options: the arguments of `LLM`.
 
     Raises:
-      As `LLM`.
+      ValueError, TypeError: see `LLM`.
     """
 
     def __init__(
