@@ -27,6 +27,7 @@ from jinfer.engine.request import Request
 from jinfer.engine.safety import integrity, recovery
 from jinfer.engine.safety.watchdog import Watchdog
 from jinfer.engine.scheduler import Scheduler
+from jinfer.engine.token_masks import TokenMaskError, TokenMasks
 from jinfer.models.rope import needs_context_lens
 from jinfer.sampling.check import check_request
 from jinfer.steps.tracing import refuse_tracing
@@ -98,6 +99,7 @@ class Engine:
         sample_idx: int = 0,
         priority: int = 0,
         cache_salt: str | None = None,
+        token_masks: TokenMasks | None = None,
     ) -> Request:
         """Checks and returns a request for `queue`; may be called from any thread at any time.
 
@@ -108,6 +110,7 @@ class Engine:
           sample_idx: which of `params.n` samples this is; it enters the seed.
           priority: lower is served first.
           cache_salt: cached prefixes are shared only among requests with the same one.
+          token_masks: restricts each token by those before it.
 
         Raises:
           ValueError: the prompt is empty, too long or has foreign ids, or a field cannot be met.
@@ -127,6 +130,7 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
             tokenizer=self.tokenizer if params.stop else None,
             bad_words_token_ids=bad_words,
+            token_masks=token_masks,
             max_model_len=self.config.max_model_len,
         )
         request.metrics.arrival_time = time.monotonic()
@@ -323,9 +327,18 @@ class Engine:
     def _recover(self, plan: Plan, error: Exception) -> list[Progress]:
         """Makes pool and bookkeeping anew after a step that failed; donated weights are raised."""
         self.runner.check_weights()
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if isinstance(error, TokenMaskError):
+            return self.lose_steps() + self._fail(error)
+        reason = _in_one_line(error)
         logger.warning("step %d failed and is repeated: %s", plan.step_id, reason, exc_info=error)
         return self.lose_steps(plan, reason)
+
+    def _fail(self, error: TokenMaskError) -> list[Progress]:
+        """Ends the request whose provider of token masks failed; nothing runs at this time."""
+        logger.warning("%s", error, exc_info=error.__cause__)
+        found = [r for r in self.scheduler.requests() if r.request_id == error.request_id]
+        message = f"{error}: {_in_one_line(error.__cause__)}"
+        return [self.scheduler.fail(request, message) for request in found]
 
     def lose_steps(self, failed: Plan | None = None, reason: str = "") -> list[Progress]:
         """Makes the pool and the sampler state anew, and queues again all that were being computed.
@@ -354,6 +367,10 @@ class Engine:
         self._num_idle_steps = 0
         request = next(iter(self.scheduler.requests()))
         return [self.scheduler.fail(request, f"{request} cannot go on: no step can be planned")]
+
+
+def _in_one_line(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _max_cached_tokens(config: ModelConfig) -> int | None:

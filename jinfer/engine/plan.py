@@ -49,6 +49,8 @@ class ScheduledSeq:
       pages: pages that the step writes to; at its commit they may belong to another request.
       uses_cached_kv: part of the KV that it reads was found in the prefix cache.
       drafts: drafts after the newest token, for the step to verify.
+      is_masked: what it samples is restricted by the request's token masks, which need all tokens
+        before it: none is in flight.
     """
 
     request: Request
@@ -60,6 +62,7 @@ class ScheduledSeq:
     pages: tuple[int, ...] = ()
     uses_cached_kv: bool = False
     drafts: Drafts = Drafts()
+    is_masked: bool = False
 
     @property
     def num_drafts(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 from jinfer.config.outputs import FinishReason, RequestMetrics
 from jinfer.config.sampling_params import NO_TOKEN, SamplingParams
 from jinfer.engine.safety.trust import Trust
+from jinfer.engine.token_masks import TokenMasks
 from jinfer.text.detokenizer import Detokenizer
 
 
@@ -50,6 +51,7 @@ class Request:
       cache_salt: KV is shared only with requests of the same salt; None counts as a salt.
       kv_format: format of the KV pool.
       bad_words_token_ids: the token sequences of `params.bad_words`, for the sampler.
+      token_masks: restricts each token by those before it; None: none is restricted in this way.
       tokenizer: (argument only) makes the detokenizer, if `params.detokenize`.
       detokenizer: turns the output into text; None for token ids only.
       max_output_tokens: limit of generated tokens: the least of `params.max_tokens`, what
@@ -91,6 +93,7 @@ class Request:
     kv_format: str | None = None
     eos_token_ids: Sequence[int] = ()
     bad_words_token_ids: Sequence[Sequence[int]] = ()
+    token_masks: TokenMasks | None = None
     tokenizer: dataclasses.InitVar[Any] = None
     detokenizer: Detokenizer | None = dataclasses.field(default=None, init=False)
     max_output_tokens: int = dataclasses.field(init=False)
@@ -253,10 +256,11 @@ class Request:
             "allowed_token_ids": params.allowed_token_ids is not None,
             "bad_words": bool(params.bad_words),
             "min_tokens": num_outputs < params.min_tokens,
+            "the token mask": self.token_masks is not None,
         }
         names = " and ".join(name for name, is_set in fields.items() if is_set)
         self.error = (
-            f"request {self.request_id}: {names or 'the token mask'} left no token to sample after "
+            f"request {self.request_id}: {names} left no token to sample after "
             f"{num_outputs} output tokens; allow more of them"
         )
         self.end("error")

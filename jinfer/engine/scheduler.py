@@ -288,7 +288,10 @@ class Scheduler:
         for request in tuple(self.running):
             if request.is_prefilling or request.num_unplanned_outputs <= 0:
                 continue
-            if request.num_unverified:  # its next position depends on the commit in flight
+            # Its next position, or the mask of its next token, depends on the commit in flight.
+            if request.num_unverified or (
+                request.token_masks is not None and request.num_in_flight
+            ):
                 continue
             while request.status is RequestStatus.RUNNING:
                 missing = self.holdings.num_missing_pages(request, 1)
@@ -302,13 +305,17 @@ class Scheduler:
     def _num_decode_steps(self, decodes: list[Request]) -> int:
         """Returns how many decode steps to run in one program, and takes the pages for them.
 
-        One where a request wants logprobs, which the host fetches after each step.
+        One where a request wants logprobs, which the host fetches after each step. Requests with
+        token masks take part in the first step only.
         """
-        if any(request.params.logprobs is not None for request in decodes):
+        free = [request for request in decodes if request.token_masks is None]
+        if not free or any(request.params.logprobs is not None for request in decodes):
             return 1
-        return self.holdings.extend(decodes, self.config.num_decode_steps)
+        return self.holdings.extend(free, self.config.num_decode_steps)
 
     def _schedule_decode(self, request: Request, num_steps: int, drafts: Drafts) -> ScheduledSeq:
+        is_masked = request.token_masks is not None
+        num_steps = 1 if is_masked else num_steps
         num_samples = min(num_steps + drafts.depth, request.num_unplanned_outputs)
         start = request.num_computed_tokens
         written = self.holdings.written_pages(request, start, max(num_samples, 1 + len(drafts)))
@@ -322,6 +329,7 @@ class Scheduler:
             pages=written,
             uses_cached_kv=request.num_found_tokens > 0,
             drafts=drafts,
+            is_masked=is_masked,
         )
         request.num_computed_tokens += num_samples
         request.num_in_flight += num_samples
@@ -342,6 +350,7 @@ class Scheduler:
             is_prefill=True,
             pages=written,
             uses_cached_kv=request.num_found_tokens > 0,
+            is_masked=is_last and request.token_masks is not None,
         )
         request.has_used_row = True
         request.num_computed_tokens += n

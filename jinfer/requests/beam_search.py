@@ -12,6 +12,7 @@ from jinfer.config.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
 from jinfer.engine.beam.hypotheses import Finished, Token
 from jinfer.engine.beam.searcher import BeamSearcher
 from jinfer.engine.loop import EngineLoop
+from jinfer.sampling.state import pack_bits
 from jinfer.text.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,12 @@ def search(
     engine = loop.engine
     searcher = BeamSearcher(engine, params, concurrency_limit=concurrency_limit)
     for i, prompt in enumerate(prompts):
-        allowed = _allowed(prefix_allowed_tokens_fn, i, prompt.token_ids, engine.runner.vocab_size)
-        searcher.add(prompt.token_ids, cache_salt=prompt.cache_salt, allowed=allowed)
+        masks = None
+        if prefix_allowed_tokens_fn is not None:
+            masks = _AllowedTokens(
+                prefix_allowed_tokens_fn, i, prompt.token_ids, engine.runner.vocab_size
+            )
+        searcher.add(prompt.token_ids, cache_salt=prompt.cache_salt, token_masks=masks)
     found: dict[int, BeamSearchOutput] = {}
 
     def step() -> tuple[list[tuple[int, list[Finished]]], bool]:
@@ -87,22 +92,30 @@ def search(
     return [found[i] for i in range(len(prompts))]
 
 
-def _allowed(fn: PrefixAllowedTokens | None, idx: int, prompt: list[int], vocab_size: int) -> Any:
-    """Returns what restricts the beams of one prompt by their tokens; checks what `fn` says."""
-    if fn is None:
-        return None
+class _AllowedTokens:
+    """Token masks of one prompt's beams, of what a function of the user's allows."""
 
-    def allowed(tokens: list[int]) -> tuple[int, ...]:
-        ids = read_token_ids("prefix_allowed_tokens_fn's result", fn(idx, [*prompt, *tokens]))
-        foreign = [i for i in ids if i >= vocab_size][:1]
+    def __init__(self, fn: PrefixAllowedTokens, idx: int, prompt: list[int], vocab_size: int):
+        self._fn = fn
+        self._idx = idx
+        self._prompt = prompt
+        self._vocab_size = vocab_size
+
+    def mask(self, token_ids: Sequence[int], drafts: Sequence[int]) -> np.ndarray:
+        """Returns the mask after a beam's tokens; see `TokenMasks`.
+
+        Raises:
+          ValueError, TypeError: what the function returns are no ids of the vocabulary.
+        """
+        allowed = self._fn(self._idx, [*self._prompt, *token_ids, *drafts])
+        ids = read_token_ids("prefix_allowed_tokens_fn's result", allowed)
+        foreign = [i for i in ids if i >= self._vocab_size][:1]
         require(
             not foreign,
             f"prefix_allowed_tokens_fn's result holds {foreign}: expected ids in "
-            f"0..{vocab_size - 1}",
+            f"0..{self._vocab_size - 1}",
         )
-        return ids
-
-    return allowed
+        return pack_bits(ids, self._vocab_size)
 
 
 def _output(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
-from jinfer.sampling.process import unpack_bits
+from jinfer.sampling.process import apply_mask, restricts
 from jinfer.sampling.threshold import _BLOCK, NEG_INF
 
 
@@ -61,7 +61,9 @@ def best_continuations(
     vocab_size = logits.shape[1]
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature[:, None], axis=-1)
     if token_mask is not None:
-        logprobs = jnp.where(unpack_bits(token_mask, vocab_size), logprobs, NEG_INF)
+        logprobs = lax.cond(
+            restricts(token_mask), lambda x: apply_mask(x, token_mask), lambda x: x, logprobs
+        )
     totals = totals[:, None]
     # Padding beams may have any logits, NaN included.
     sums = jnp.where(totals == NEG_INF, NEG_INF, logprobs + totals)

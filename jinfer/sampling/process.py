@@ -49,7 +49,8 @@ def process_logits(
       state: the sampler's state.
       rows: [S] row of each sequence; rows out of range are padding, whose result is undefined.
       positions: [S] position of the token to be sampled, equal to the context length.
-      token_mask: [S, ceil(V / 32)] u32, bit v % 32 of word v // 32 is 1 where token v is allowed.
+      token_mask: [S, ceil(V / 32)] u32, bit v % 32 of word v // 32 is 1 where token v is allowed;
+        words of ones allow all, and cost next to nothing if all are.
 
     Returns:
       [S, V] f32, unnormalized log probabilities, -inf for excluded tokens; never NaN. All -inf if
@@ -59,13 +60,11 @@ def process_logits(
     # NaN passes min() and is replaced next, since it is not equal to itself.
     x = jnp.minimum(x, jnp.finfo(jnp.float32).max)
     x = jnp.where(x == x, x, NEG_INF)
-    if token_mask is not None:
-        x = jnp.where(unpack_bits(token_mask, x.shape[1]), x, NEG_INF)
     rows = jnp.clip(rows, 0, state.num_rows - 1)
-    needs_state = jnp.any(args.has(STATE))
+    is_masked = jnp.zeros((), bool) if token_mask is None else restricts(token_mask)
     x = lax.cond(
-        needs_state,
-        lambda x: _apply_state(x, args, state, rows, positions),
+        is_masked | jnp.any(args.has(STATE)),
+        lambda x: _apply_state(apply_mask(x, token_mask), args, state, rows, positions),
         lambda x: x,
         x,
     )
@@ -122,6 +121,18 @@ def _apply_state(
     ):
         x = lax.cond(needed, apply, lambda x: x, x)
     return x
+
+
+def restricts(token_mask: Array) -> Array:
+    """Returns [] bool, whether any word of a mask has a zero."""
+    return jnp.any(token_mask != jnp.uint32(0xFFFFFFFF))
+
+
+def apply_mask(x: Array, token_mask: Array | None) -> Array:
+    """Returns x [S, V] with -inf where the mask [S, W] has a zero; x if it is None."""
+    if token_mask is None:
+        return x
+    return jnp.where(unpack_bits(token_mask, x.shape[1]), x, NEG_INF)
 
 
 def unpack_bits(words: Array, vocab_size: int) -> Array:

@@ -77,7 +77,8 @@ class StepInputs:
       num_steps: decode steps to run in one program, 1 to the program's `max_steps`.
       beams: what a step of beam search needs beside the batch.
       token_mask: u32 words of ceil(V / 32) bits, of the tokens that may be sampled: [S, W], and
-        [K + 1, S, W] where K drafts are verified, one mask after each; None: every token.
+        [K + 1, S, W] where K drafts are verified, one mask after each; None: every token. An engine
+        always gives some, so that it needs one program for steps with and without restrictions.
     """
 
     batch: StepBatch | DecodeBatch

@@ -64,6 +64,13 @@ def make_engine(params, method=None, *, num_pages=40, fields=None, **limits) -> 
     return Engine(runner, config, None, ())
 
 
+def add(engine, request_id, prompt, params, **options):
+    """Queues a request and returns it."""
+    request = engine.make_request(request_id, prompt, params, **options)
+    engine.queue(request)
+    return request
+
+
 def run(engine):
     """Steps until nothing is left."""
     while engine.has_work():

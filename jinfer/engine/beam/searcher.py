@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,8 @@ from jinfer.engine.device.packing import BeamRow, Chunk
 from jinfer.engine.device.programs import BeamSizes
 from jinfer.engine.engine import Engine
 from jinfer.engine.request import Request
+from jinfer.engine.token_masks import TokenMasks, fill_masks
 from jinfer.sampling.state import pack_bits
-
-AllowedTokens = Callable[[list[int]], Sequence[int]]
-"""From the tokens that a beam has found to the ids that may come next."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,7 +37,7 @@ class _Job:
     idx: int
     request: Request
     num_pages: int
-    allowed: AllowedTokens | None
+    token_masks: TokenMasks | None
     search: Search | None = None
 
 
@@ -99,14 +97,14 @@ class BeamSearcher:
         prompt_token_ids: Sequence[int],
         *,
         cache_salt: str | None = None,
-        allowed: AllowedTokens | None = None,
+        token_masks: TokenMasks | None = None,
     ) -> int:
         """Queues a prompt and returns its number.
 
         Args:
           prompt_token_ids: as for `Engine.make_request`.
           cache_salt: as for `Engine.make_request`.
-          allowed: restricts each beam by what it has found; beside `params.allowed_token_ids`.
+          token_masks: restricts each beam by its tokens; beside `params.allowed_token_ids`.
 
         Raises:
           ValueError: the prompt is empty, too long or has foreign ids, or the pool is too small.
@@ -133,7 +131,7 @@ class BeamSearcher:
                 f"may need {needed} pages of {page_size} tokens, the KV cache has "
                 f"{runner.cache.num_pages}: lower beam_width or max_tokens, or give it more memory"
             )
-        self._waiting.append(_Job(self._num_added, request, needed, allowed))
+        self._waiting.append(_Job(self._num_added, request, needed, token_masks))
         self._num_added += 1
         return self._num_added - 1
 
@@ -273,7 +271,7 @@ class BeamSearcher:
     def _token_mask(self, size: int) -> Any:
         """Returns the beams' masks, or None where nothing is banned."""
         constant = self.params.allowed_token_ids
-        if constant is None and all(job.allowed is None for job in self._active):
+        if constant is None and all(job.token_masks is None for job in self._active):
             return None
         vocab_size, width = self.engine.runner.vocab_size, self.params.beam_width
         everything = np.arange(vocab_size) if constant is None else np.asarray(constant)
@@ -281,9 +279,11 @@ class BeamSearcher:
         mask = np.tile(always, (size, 1))
         for group, job in enumerate(self._active):
             assert job.search is not None
-            if job.allowed is None:
+            if job.token_masks is None:
                 continue
             for i, beam in enumerate(job.search.beams):
                 found = [] if beam.last is None else [x.token for x in beam.last.path()]
-                mask[group * width + i] &= pack_bits(job.allowed(found), vocab_size)
+                own = np.tile(always, (1, 1))
+                fill_masks(own, job.token_masks, found)
+                mask[group * width + i] &= own[0]
         return mask

@@ -14,6 +14,7 @@ from jinfer.config.engine import EngineConfig
 from jinfer.engine.device.buckets import Buckets, fit
 from jinfer.engine.plan import Plan, ScheduledSeq
 from jinfer.engine.request import Request
+from jinfer.engine.token_masks import TokenMaskError, fill_masks, no_masks
 from jinfer.sampling.args import ArgRow, SampleArgs, arg_row, pack_args
 from jinfer.speculation import trees as draft_tree
 from jinfer.steps.batch import DecodeBatch, StepBatch
@@ -58,15 +59,17 @@ class Packer:
     Args:
       config: limits of the engine.
       cache: size of the KV pool.
+      vocab_size: of the model.
     """
 
-    def __init__(self, config: EngineConfig, cache: CacheConfig) -> None:
+    def __init__(self, config: EngineConfig, cache: CacheConfig, vocab_size: int) -> None:
         self.buckets = Buckets.of(config)
         self.is_tree = config.speculation is not None and config.speculation.is_tree
         self.num_rows = config.max_num_seqs
         self.num_slots = cache.num_slots
         self.page_size = cache.page_size
         self.max_pages = -(-config.max_model_len // cache.page_size)
+        self.num_mask_words = -(-vocab_size // 32)
         self._arg_rows: weakref.WeakKeyDictionary[Request, ArgRow] = weakref.WeakKeyDictionary()
 
     # ------------------------------------------------------------------ padding
@@ -75,7 +78,8 @@ class Packer:
         """Returns inputs of `forward_step` with nothing in them."""
         batch = self._batch(num_tokens, num_seqs)
         sampled: Any = np.zeros(num_seqs, np.bool_)
-        return StepInputs(batch, pack_args([], num_seqs), sampled)
+        masks = no_masks(num_seqs, self.num_mask_words)
+        return StepInputs(batch, pack_args([], num_seqs), sampled, token_mask=masks)
 
     def verification(
         self, max_drafts: int, num_seqs: int, num_tokens: int | None = None
@@ -96,12 +100,16 @@ class Packer:
         sampled: Any = np.zeros(num_seqs, np.bool_)
         num_drafts: Any = np.zeros(num_seqs, np.int32)
         parents: Any = np.full((width, num_seqs), -1, np.int32) if self.is_tree else None
-        return StepInputs(batch, pack_args([], num_seqs), sampled, num_drafts, parents)
+        masks = no_masks(width, num_seqs, self.num_mask_words)
+        args = pack_args([], num_seqs)
+        return StepInputs(batch, args, sampled, num_drafts, parents, token_mask=masks)
 
     def decode(self, num_seqs: int) -> StepInputs:
         """Returns inputs of `decode_loop` with nothing in them."""
         batch = DecodeBatch.padding(num_seqs, max_pages=self.max_pages, num_rows=self.num_rows)
-        return StepInputs(batch, pack_args([], num_seqs), num_steps=_int32(1))
+        masks = no_masks(num_seqs, self.num_mask_words)
+        args = pack_args([], num_seqs)
+        return StepInputs(batch, args, num_steps=_int32(1), token_mask=masks)
 
     def beams(self, num_seqs: int) -> StepInputs:
         """Returns inputs of `beam_step` with no beam in them."""
@@ -110,7 +118,8 @@ class Packer:
         np.asarray(batch.q_starts)[:] = np.arange(num_seqs + 1)
         totals: Any = np.full(num_seqs, -np.inf, np.float32)
         temperature: Any = np.ones(num_seqs, np.float32)
-        return StepInputs(batch, beams=Beams(totals, temperature))
+        masks = no_masks(num_seqs, self.num_mask_words)
+        return StepInputs(batch, beams=Beams(totals, temperature), token_mask=masks)
 
     def _batch(self, num_tokens: int, num_seqs: int, max_q_len: int | None = None) -> StepBatch:
         return StepBatch.padding(
@@ -127,14 +136,20 @@ class Packer:
     def pack_decode(self, plan: Plan) -> Packed:
         """Packs a plan of decodes for `decode_loop`."""
         size = fit(self.buckets.decode, len(plan.seqs))
-        batch: Any = DecodeBatch.padding(size, max_pages=self.max_pages, num_rows=self.num_rows)
+        inputs = self.decode(size)
+        batch: Any = inputs.batch
         for s, seq in enumerate(plan.seqs):
             _put_request(batch, s, seq.request, seq.request.pages)
             batch.positions[s] = seq.start
             batch.limits[s] = seq.num_samples
             batch.tokens[s] = known_tokens(seq.request, seq.start, 1)[0]
-        args = self._args(plan.seqs, size)
-        return Packed(StepInputs(batch, args, num_steps=_int32(plan.num_steps)))
+        inputs = dataclasses.replace(
+            inputs,
+            args=self._args(plan.seqs, size),
+            num_steps=_int32(plan.num_steps),
+            token_mask=_masks(plan.seqs, inputs.token_mask),
+        )
+        return Packed(inputs)
 
     def pack_ragged(self, plan: Plan) -> Packed:
         """Packs any plan for the step over ragged batches, or the one that verifies drafts."""
@@ -157,8 +172,12 @@ class Packer:
                 following = prompt[seq.start + 1 : end + 1]
                 targets[begin : begin + len(following)] = following
             begin += seq.num_tokens
-        args = self._args(plan.seqs, sampled.shape[0])
-        return Packed(dataclasses.replace(inputs, args=args), max_drafts, targets)
+        inputs = dataclasses.replace(
+            inputs,
+            args=self._args(plan.seqs, sampled.shape[0]),
+            token_mask=_masks(plan.seqs, inputs.token_mask),
+        )
+        return Packed(inputs, max_drafts, targets)
 
     def _padding(self, plan: Plan) -> tuple[StepInputs, int]:
         """Returns the inputs to fill with a plan, and the most drafts that they have room for."""
@@ -191,7 +210,7 @@ class Packer:
     def pack_beams(
         self, rows: Sequence[tuple[int, BeamRow]], size: int, temperature: float, token_mask: Any
     ) -> StepInputs:
-        """Packs beams, each with its place among `size` of them."""
+        """Packs beams, each with its place among `size` of them; `token_mask` None: no masks."""
         inputs = self.beams(size)
         batch: Any = inputs.batch
         assert inputs.beams is not None
@@ -203,6 +222,8 @@ class Packer:
             batch.slots[s] = row.pages[page] * self.page_size + offset
             batch.kv_lens[s] = row.position + 1
             np.asarray(inputs.beams.totals)[s] = row.total
+        if token_mask is None:
+            return inputs
         return dataclasses.replace(inputs, token_mask=token_mask)
 
     def _args(self, seqs: Sequence[ScheduledSeq], size: int) -> SampleArgs:
@@ -245,6 +266,30 @@ def _put_tree(inputs: StepInputs, s: int, seq: ScheduledSeq) -> None:
     depths = np.array(draft_tree.depths(shape), np.int32)
     batch.positions[root + 1 : end] = seq.start + depths
     np.asarray(inputs.parents)[1 : 1 + len(shape), s] = shape
+
+
+def _masks(seqs: Sequence[ScheduledSeq], nothing: Any) -> Any:
+    """Returns the masks of a plan's sequences; `nothing`, of the same shape, if none has any.
+
+    Raises:
+      TokenMaskError: a provider failed.
+    """
+    masked = [(s, seq) for s, seq in enumerate(seqs) if seq.is_masked]
+    if not masked:
+        return nothing
+    masks = nothing.copy()
+    for s, seq in masked:
+        request, drafts = seq.request, seq.drafts
+        assert request.token_masks is not None
+        own = masks[None, s] if masks.ndim == 2 else masks[:, s]  # views
+        try:
+            fill_masks(
+                *(own, request.token_masks, request.output_token_ids),
+                *(drafts.token_ids, drafts.parents),
+            )
+        except Exception as error:
+            raise TokenMaskError(request.request_id) from error
+    return masks
 
 
 def known_tokens(request: Request, start: int, count: int) -> list[int]:

@@ -146,7 +146,7 @@ class _Table:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
-        self.packer = Packer(spec.config, spec.cache)
+        self.packer = Packer(spec.config, spec.cache, spec.model.config.vocab_size)
         self.calls = Calls(spec.model, spec.config, spec.drafter)
         self.weights = jax.tree.map(_of_weight, spec.weights)
         vocab_size, num_rows = spec.model.config.vocab_size, spec.config.max_num_seqs
@@ -209,7 +209,10 @@ class _Table:
         return self._step(kind, f"{shape} drafts={max_drafts}", call, inputs)
 
     def _step(self, kind: str, shape: str, call: Call, inputs: StepInputs) -> Program:
-        args = (call.model, call.pick(self.weights), self.pool, jax.tree.map(_of_packed, inputs))
+        shapes: StepInputs = jax.tree.map(_of_packed, inputs)
+        masks = self._on_device(shapes.token_mask)
+        shapes = dataclasses.replace(shapes, token_mask=masks)
+        args = (call.model, call.pick(self.weights), self.pool, shapes)
         return Program(kind, shape, call.fn, args, call.static)
 
     def logprobs(self, steps: Iterable[Program]) -> Iterator[Program]:

@@ -35,6 +35,7 @@ from jinfer.engine.device.results import Launched, StepResult
 from jinfer.engine.pages.costs import TransferCosts
 from jinfer.engine.plan import PageMoves, Plan
 from jinfer.engine.request import Request
+from jinfer.engine.token_masks import has_masks
 from jinfer.kv import cache as kv_cache
 from jinfer.kv.cache import KVCache
 from jinfer.linear import placement
@@ -79,11 +80,12 @@ class Runner:
         self.config = config
         self.drafter = drafter
         self._note_weights()
-        self.packer = Packer(config, cache)
+        self.packer = Packer(config, cache, model.config.vocab_size)
         self._calls = Calls(model, config, None if drafter is None else drafter.model)
         self.vocab_size = model.config.vocab_size
         self.top_k = min(config.max_logprobs, self.vocab_size)
         self._heads = heads
+        self._no_masks: dict[tuple[int, ...], jax.Array] = {}  # of each shape, on the device
         self.reset()
 
     def reset(self) -> None:
@@ -208,8 +210,18 @@ class Runner:
     # ------------------------------------------------------------------ steps
 
     def _run(self, call: Call, inputs: StepInputs) -> Any:
+        if inputs.token_mask is not None:
+            inputs = dataclasses.replace(inputs, token_mask=self._place_masks(inputs.token_mask))
         output, self.pool = call(self._weights, self.pool, inputs)
         return output
+
+    def _place_masks(self, masks: Any) -> jax.Array:
+        """Returns masks on the device; those that allow all tokens are there already."""
+        if has_masks(masks):
+            return self.placement.bind(masks)
+        if masks.shape not in self._no_masks:
+            self._no_masks[masks.shape] = self.placement.bind(masks)
+        return self._no_masks[masks.shape]
 
     def _feed(self, inputs: StepInputs) -> None:
         """Has a drafter with a KV cache of its own compute a step's tokens, before that step."""

@@ -155,9 +155,15 @@ class Speculation:
             self._num_paused_steps = max(0, num_steps - self._steps_per_plan)
 
     def _propose(self, request: Request, limit: int) -> tuple[int, ...]:
-        """Returns at most `limit` drafts after the known tokens; none if tokens are in flight."""
+        """Returns at most `limit` drafts after the known tokens; none if tokens are in flight.
+
+        None either if a request has token masks and drafts are made in the step: the mask after a
+        draft that the host does not know cannot be made.
+        """
         limit = min(limit, self.config.num_speculative_tokens)
         if self._proposer is None or limit <= 0 or request.num_in_flight:
+            return ()
+        if request.token_masks is not None and not self._is_lookup:
             return ()
         return self._proposer.propose(request, limit)
 

@@ -6,7 +6,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from tiny_engines import VOCAB, make_engine, make_params, run
+from tiny_engines import VOCAB, add, make_engine, make_params, run
 
 from jinfer.config.beam_params import BeamSearchParams
 from jinfer.config.sampling_params import SamplingParams
@@ -64,13 +64,33 @@ def texts(*lengths):
 
 def serve(engine, prompts, **fields):
     params = SamplingParams(detokenize=False, **{"max_tokens": 9, **fields})
-    requests = [engine.add(f"request {i}", prompt, params) for i, prompt in enumerate(prompts)]
+    requests = [add(engine, f"request {i}", prompt, params) for i, prompt in enumerate(prompts)]
     run(engine)
     return [request.finish_reason for request in requests]
 
 
+class EvenTokens:
+    """Masks that allow every second token."""
+
+    def mask(self, token_ids, drafts):
+        return np.full(-(-VOCAB // 32), 0x55555555, np.uint32)
+
+
+def serve_masked(engine):
+    """A request with token masks, one without beside it."""
+    params = SamplingParams(detokenize=False, max_tokens=9, temperature=0, ignore_eos=True)
+    for lengths in ((3,), (3, 30)):
+        first, *others = texts(*lengths)
+        masked = add(engine, "masked", first, params, token_masks=EvenTokens())
+        for prompt in others:
+            add(engine, "free", prompt, params)
+        run(engine)
+        assert masked.finish_reason == "length"
+        assert not any(token % 2 for token in masked.output_token_ids)
+
+
 def serve_all_kinds(engine):
-    """Requests alone and together, short and in chunks, with all logprobs, with NaN."""
+    """Requests alone and together, short and in chunks, with all logprobs and masks, with NaN."""
     plain = {"temperature": 0, "ignore_eos": True}
     every = {"logprobs": -1, "prompt_logprobs": -1}
     for length in (3, 13, 30):
@@ -83,17 +103,18 @@ def serve_all_kinds(engine):
         for lengths in ((3,), (3, 4)):
             serve(engine, texts(*lengths), **{**plain, "max_tokens": 2}, **more)
         params = SamplingParams(detokenize=False, max_tokens=20, **plain, **more)
-        first = engine.add("first", texts(14)[0], params)
+        first = add(engine, "first", texts(14)[0], params)
         while len(first.output_token_ids) <= 8:
             engine.step()
         serve(engine, texts(40), **plain, **more)
+    serve_masked(engine)
     assert serve(engine, [[1, 2, POISON]], **plain) == ["error"]
     known_in_part = [*texts(20)[0][:12], 7, 8, 9]
     assert serve(engine, [*texts(20), known_in_part], **plain) == ["length"] * 2
 
 
-SLOW = ("ngram", "lookahead", "self", "draft", "medusa")
-METHODS = [None, *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW)]
+THOROUGH = ("ngram", "lookahead", "self", "draft", "medusa")
+METHODS = [None, *(pytest.param(method, marks=pytest.mark.thorough) for method in THOROUGH)]
 
 
 def warm_up(engine, table):
@@ -120,7 +141,7 @@ def test_serving_calls_what_the_table_has_and_compiles_nothing(params, called, m
     check(engine, engine.runner.programs(), called, serve_all_kinds)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["ngram", "medusa"])
 def test_with_pauses_of_speculation_and_pages_on_the_host(params, called, method):
     """Without drafts steps are plain ones, also where drafts are trees."""
@@ -138,7 +159,7 @@ def test_with_pauses_of_speculation_and_pages_on_the_host(params, called, method
     check(engine, engine.runner.programs(), called, serve)
 
 
-@pytest.mark.parametrize("method", [None, pytest.param("medusa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", [None, pytest.param("medusa", marks=pytest.mark.thorough)])
 def test_beam_searches_call_what_the_table_has_for_them(params, called, method):
     engine = make_engine(params, method, max_num_seqs=4)
     search = BeamSearcher(engine, BeamSearchParams(beam_width=2, max_tokens=12))
@@ -158,7 +179,7 @@ def test_beam_searches_call_what_the_table_has_for_them(params, called, method):
     check(engine, table, called, serve)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_compiling_in_threads_keeps_the_contexts_of_the_caller(params):
     """A step traced for one matmul precision is not what another one calls."""
     engine = make_engine(params)
