@@ -139,8 +139,8 @@ class LLM:
         check_named(self._runner)
         self._engine = Engine(self._runner, self.config, self._tokenizer, self._eos_token_ids())
         self.loop = EngineLoop(self._engine)
-        self._client = Client(self.loop, self._tokenizer, self._default_fields)
-        self._stepped = Session(self._client, is_manual=True)  # requests of `add_request`
+        self.client = Client(self.loop, self._tokenizer, self._default_fields)
+        self._stepped = Session(self.client, is_manual=True)  # requests of `add_request`
 
     # ------------------------------------------------------------------ making
 
@@ -166,7 +166,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns what `generate` uses when given none: the model's generation_config.json."""
-        return self._client.default_params()
+        return self.client.default_params()
 
     @property
     def num_compilations(self) -> int:
@@ -248,7 +248,7 @@ class LLM:
         """Ends a request and frees what it holds; unknown ids are ignored."""
         check_id(request_id)
         self._stepped.abort(request_id)
-        self._client.abort(request_id)
+        self.client.abort(request_id)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has more to bring."""
@@ -271,7 +271,7 @@ class LLM:
 
         Adding and aborting return at once; leaving the context ends what is left.
         """
-        return Session(self._client)
+        return Session(self.client)
 
     def submit(
         self,
@@ -290,7 +290,7 @@ class LLM:
           ValueError, TypeError: as for `add_request`.
         """
         session = self.session()
-        request_id = self._client.new_id("request") if request_id is None else request_id
+        request_id = self.client.new_id("request") if request_id is None else request_id
         session.add(request_id, prompt, params, priority=priority)
         return Handle(session, request_id)
 
@@ -322,13 +322,13 @@ class LLM:
         priorities = per_prompt("priority", priority, len(prompts))
         groups = []
         for prompt, p, order in zip(prompts, params, priorities, strict=True):
-            p = self._client.read_params(p)
+            p = self.client.read_params(p)
             if p.output_kind is RequestOutputKind.DELTA:
                 raise ValueError("generate returns whole outputs; for deltas use stream")
             p = dataclasses.replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
-            request_id = self._client.new_id("generate")
+            request_id = self.client.new_id("generate")
             groups.append(
-                self._client.make_group(request_id, prompt, p, 0 if order is None else order)
+                self.client.make_group(request_id, prompt, p, 0 if order is None else order)
             )
         done: dict[str, RequestOutput] = {}
         with self.session() as session, _progress_bar(len(groups), use_tqdm) as bar:
@@ -463,8 +463,8 @@ class LLM:
         with self.session() as session:
             session.submit(
                 [
-                    self._client.make_group(
-                        self._client.new_id("stream"), prompt, self._client.read_params(p, kind)
+                    self.client.make_group(
+                        self.client.new_id("stream"), prompt, self.client.read_params(p, kind)
                     )
                     for prompt, p in zip(prompts, params, strict=True)
                 ]

@@ -9,6 +9,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # What each prints, as a regular expression. Two run by default, .ci/run runs the others as well.
 PRINTS = {
+    "asyncio_serving": r"' Paris.*\n.*\nstopped early: True\nfinish reason: abort",
     "beam_search": r"-0\.\d+ ' Paris",
     "chat": r"Paris.*\n.*\n.*\n.*Seine.*\n\([1-9]\d* of \d+ prompt tokens were cached\)",
     "constrained_choice": r"positive: I loved .*\nnegative: It was boring",

@@ -1,6 +1,7 @@
 """The rules of docs/explanation/architecture.md: the folder is the floor, imports go down only."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,6 +133,24 @@ def folder(module: str) -> str:
     """Returns which entry of FLOORS a module belongs to: its folder, or its name in the root."""
     package, _, rest = module.partition(".")
     return package if package != "jinfer" else rest.partition(".")[0]
+
+
+def private_reads(root: Path) -> list[str]:
+    """Returns one sentence for each private attribute of an engine that a test or bench reads.
+
+    Owners are names and attributes called `llm`, and what is reached through `llm.loop`.
+    """
+    sentences = []
+    folders = ("tests", "scripts", "examples", "benchmarks", "jinfer/cli")
+    for path in sorted(path for name in folders for path in (root / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or not re.match("_[^_]", node.attr):
+                continue
+            owner = re.split(r"[.\[(]", ast.unparse(node.value))
+            if owner[0] == "llm" or "llm" in owner[1:]:
+                here = path.relative_to(root)
+                sentences.append(f"{here}:{node.lineno} reads {ast.unparse(node)}")
+    return sentences
 
 
 def floor_violations(root: Path) -> list[str]:
@@ -446,3 +465,7 @@ def test_import_jinfer_is_light():
         if best < 2:
             break
     assert best < 2
+
+
+def test_tests_and_benches_read_no_private_member_of_an_engine():
+    assert private_reads(ROOT) == []

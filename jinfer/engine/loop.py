@@ -192,13 +192,13 @@ class EngineLoop:
         self._tickets: collections.deque[Task] = collections.deque()  # of `step`
         self._drains: list[Task] = []
         enter = capture_contexts(CONTEXTS)
-        self._thread = threading.Thread(
+        self.thread = threading.Thread(
             target=contextvars.copy_context().run,
             args=(_serve, self._inbox, weakref.ref(self), enter, sys.gettrace()),
             name="jinfer-engine",
             daemon=True,
         )
-        self._thread.start()
+        self.thread.start()
         weakref.finalize(self, self._inbox.put, None).atexit = False
         _live_loops.add(self)
 
@@ -242,7 +242,7 @@ class EngineLoop:
 
     def call(self, function: Callable[[], T]) -> T:
         """Returns what a function returns that the thread calls between two steps."""
-        if threading.current_thread() is self._thread:
+        if threading.current_thread() is self.thread:
             return function()
         return self.start(function).result()
 
@@ -264,12 +264,12 @@ class EngineLoop:
             if self.state in (LoopState.RUNNING, LoopState.DRAINING):
                 self.state = LoopState.CLOSED
                 self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+        if threading.current_thread() is not self.thread:
+            self.thread.join(timeout)
 
     def refuse_own_thread(self) -> None:
         """Raises where waiting would never end: in a function that the thread itself calls."""
-        if threading.current_thread() is self._thread:
+        if threading.current_thread() is self.thread:
             raise RuntimeError(
                 "the engine's own thread cannot wait for the engine: a function that is called "
                 "during a step may add requests, but not read their outputs"
@@ -286,7 +286,7 @@ class EngineLoop:
             raise RuntimeError(
                 f"the engine is {self.state.value} and takes no more requests: make another one"
             ) from self._error
-        if not self._thread.is_alive():
+        if not self.thread.is_alive():
             raise RuntimeError(
                 "the engine's thread is not in this process: make the engine after the fork"
             )

@@ -38,6 +38,11 @@ class Client:
         self._in_use: dict[str, Submission] = {}
         self._numbers = itertools.count()
 
+    @property
+    def num_open(self) -> int:
+        """Requests whose last output has not been read."""
+        return len(self._in_use)
+
     def default_params(self) -> SamplingParams:
         """Returns the sampling parameters of who gives none."""
         return SamplingParams(**self._defaults)

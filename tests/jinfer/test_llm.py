@@ -282,12 +282,12 @@ def test_minus_one_asks_for_the_logprobs_of_the_whole_vocabulary(llm):
 def test_logprobs_are_formatted_once_however_many_steps_there_are(llm, monkeypatch, ask):
     num_formatted = 0
 
-    def count(entry, params, formatter=llm._client.format_logprobs):
+    def count(entry, params, formatter=llm.client.format_logprobs):
         nonlocal num_formatted
         num_formatted += 1
         return formatter(entry, params)
 
-    monkeypatch.setattr(llm._client, "format_logprobs", count)
+    monkeypatch.setattr(llm.client, "format_logprobs", count)
     prompt = make_prompts(15, [40])[0]
     params = SamplingParams(temperature=0, max_tokens=12, logprobs=1, prompt_logprobs=1)
     params = dataclasses.replace(params, ignore_eos=True)

@@ -185,14 +185,14 @@ class Runner:
 
     def _run_ragged(self, packed: Packed, *, is_fed: bool) -> StepOutput:
         if self.packer.is_tree:
-            return self._verify_tree(packed.inputs, packed.max_drafts)
+            return self.verify_tree(packed.inputs, packed.max_drafts)
         if packed.max_drafts:
-            return self._verify(packed.inputs, packed.max_drafts)
-        return self._forward(packed.inputs, is_fed=is_fed)
+            return self.verify(packed.inputs, packed.max_drafts)
+        return self.forward(packed.inputs, is_fed=is_fed)
 
     def prefill(self, chunk: Chunk) -> None:
         """Computes known tokens of a request that is in no plan, and samples nothing."""
-        self._forward(self.packer.pack_chunks([chunk]))
+        self.forward(self.packer.pack_chunks([chunk]))
 
     def _catch_up(self, plan: Plan, *, is_fed: bool) -> None:
         """Feeds a drafter what it missed of the sequences that it is to draft for.
@@ -228,7 +228,8 @@ class Runner:
         if self.pool.draft_kv is not None:
             self._run(self._calls.feed(), StepInputs(inputs.batch))
 
-    def _forward(self, inputs: StepInputs, *, is_fed: bool = True) -> StepOutput:
+    def forward(self, inputs: StepInputs, *, is_fed: bool = True) -> StepOutput:
+        """Dispatches a step over a ragged batch; `is_fed`: a draft model computes it, too."""
         if is_fed:
             self._feed(inputs)
         return self._run(self._calls.forward(), inputs)
@@ -236,10 +237,12 @@ class Runner:
     def _decode(self, inputs: StepInputs) -> StepOutput:
         return self._run(self._calls.decode(), inputs)
 
-    def _verify(self, inputs: StepInputs, max_drafts: int) -> StepOutput:
+    def verify(self, inputs: StepInputs, max_drafts: int) -> StepOutput:
+        """Dispatches a step that verifies chains of drafts."""
         return self._run(self._calls.verify(max_drafts), inputs)
 
-    def _verify_tree(self, inputs: StepInputs, max_drafts: int) -> StepOutput:
+    def verify_tree(self, inputs: StepInputs, max_drafts: int) -> StepOutput:
+        """Dispatches a step that verifies trees of drafts."""
         return self._run(self._calls.tree(max_drafts), inputs)
 
     def continue_beams(self, inputs: StepInputs, *, num_beams: int, k: int) -> tuple[Any, ...]:

@@ -79,7 +79,7 @@ class Speculation:
         self.length = DraftLength(sizes) if self.config.adaptive else None
         self._now = now
         self._noted_at = now()
-        self._proposer = None if self.is_tree else make_proposer(self.config)
+        self.proposer = None if self.is_tree else make_proposer(self.config)
         # N-gram drafting needs the known tokens of each step, and its steps compute nothing for
         # later drafts. The other methods can draft after any step, at some cost in every step.
         self._is_lookup = self.config.method == "ngram"
@@ -161,11 +161,11 @@ class Speculation:
         draft that the host does not know cannot be made.
         """
         limit = min(limit, self.config.num_speculative_tokens)
-        if self._proposer is None or limit <= 0 or request.num_in_flight:
+        if self.proposer is None or limit <= 0 or request.num_in_flight:
             return ()
         if request.token_masks is not None and not self._is_lookup:
             return ()
-        return self._proposer.propose(request, limit)
+        return self.proposer.propose(request, limit)
 
     def note(
         self,

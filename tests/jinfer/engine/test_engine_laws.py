@@ -198,7 +198,7 @@ class Harness:
             num_pages, page_size, self.config.max_num_seqs, max_cached_tokens
         )
         if self.scheduler.speculation is not None:
-            self.scheduler.speculation._proposer = Foresight(max_cached_tokens)
+            self.scheduler.speculation.proposer = Foresight(max_cached_tokens)
         self.lag = lag
         self.in_flight = collections.deque()
         self.requests = []

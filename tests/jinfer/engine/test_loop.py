@@ -87,7 +87,7 @@ def llm(shared):
     shared.check_integrity()
     metrics = shared.get_metrics()
     assert not metrics["num_running"] and not metrics["num_waiting"]
-    assert not len(shared._client._in_use)
+    assert not shared.client.num_open
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_asyncio_goes_on_in_the_middle_of_a_step(gated):
 
 def test_text_and_logprobs_are_made_in_the_readers_thread(llm, monkeypatch):
     threads = set()
-    for owner, name in ((llm._client, "format_logprobs"), (Detokenizer, "push")):
+    for owner, name in ((llm.client, "format_logprobs"), (Detokenizer, "push")):
         function = getattr(owner, name)
 
         def note(*args, function=function):
@@ -228,11 +228,11 @@ def test_an_id_is_in_use_until_the_last_output_is_read(llm):
 
 
 def test_a_session_takes_all_its_requests_or_none(llm):
-    groups = [llm._client.make_group(name, PROMPT, GREEDY) for name in ("a", "b", "a")]
+    groups = [llm.client.make_group(name, PROMPT, GREEDY) for name in ("a", "b", "a")]
     session = llm.session()
     with pytest.raises(ValueError, match="'a' is in use"):
         session.submit(groups)
-    assert not session and not len(llm._client._in_use)
+    assert not session and not llm.client.num_open
 
 
 # ---------------------------------------------------------------------- errors, drain, close
@@ -306,7 +306,7 @@ def test_drain_lets_requests_end_and_takes_no_more(make_llm, expected):
 
 def test_close_ends_every_request_and_the_thread(make_llm):
     llm = make_llm()
-    handle, thread = llm.submit(PROMPT, LONG), llm.loop._thread
+    handle, thread = llm.submit(PROMPT, LONG), llm.loop.thread
     next(handle)
     llm.close()
     assert not thread.is_alive() and llm.loop.state is LoopState.CLOSED
@@ -410,9 +410,9 @@ def test_async_methods_do_what_those_of_an_llm_do(async_llm, params):
 # ---------------------------------------------------------------------- many at once
 
 
-@pytest.mark.parametrize("num_each", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_each", [12, pytest.param(100, marks=pytest.mark.thorough)])
 def test_requests_from_threads_and_asyncio_all_end_while_others_abort(make_llm, num_each):
-    """From 8 threads and an event loop: 1,000 in the slow case, of which a third is aborted."""
+    """From 8 threads and an event loop: 1,000 in the thorough case, of which a third is aborted."""
     llm = make_llm(max_num_seqs=32, max_num_batched_tokens=64, num_gpu_blocks_override=200)
     llm.generate([PROMPT], GREEDY, use_tqdm=False)
     ends, num_tasks = [], 2 * num_each
@@ -464,7 +464,7 @@ def test_an_engine_that_nobody_refers_to_is_freed_and_its_thread_ends(make_llm):
     stream = llm.stream(PROMPT, LONG)
     next(stream)
     llm.add_request("left", PROMPT, GREEDY)
-    engine, thread = weakref.ref(llm.loop.engine), llm.loop._thread
+    engine, thread = weakref.ref(llm.loop.engine), llm.loop.thread
     pool = weakref.ref(llm.loop.engine.runner.pool.kv.k)
     llm.step()
     gc.collect()
@@ -539,7 +539,7 @@ def test_a_child_forked_after_the_import_serves(run_script):
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_engine_of_the_parent_is_refused_in_a_forked_child(run_script):
     done = run_script(
         """
@@ -560,7 +560,7 @@ def test_an_engine_of_the_parent_is_refused_in_a_forked_child(run_script):
     assert "make the engine after the fork" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_ctrl_c_at_any_moment_leaves_an_engine_that_serves(run_script):
     done = run_script(
         """
@@ -681,7 +681,7 @@ def test_pdb_stops_in_the_engines_thread(llm, expected, monkeypatch):
     assert "12345" in shown.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_breakpoints_of_a_debugger_hold_in_the_engines_thread(run_script):
     """As with `python -m pdb script.py`."""
     done = run_script(

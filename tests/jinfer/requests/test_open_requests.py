@@ -48,7 +48,7 @@ def alone(make_llm):
 def llm(make_llm):
     llm = make_llm()
     yield llm
-    assert not llm.has_unfinished_requests() and not len(llm._client._in_use)
+    assert not llm.has_unfinished_requests() and not llm.client.num_open
     while llm.loop.engine.has_work():
         llm.step()
     llm.check_integrity()

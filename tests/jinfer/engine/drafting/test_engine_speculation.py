@@ -185,8 +185,8 @@ def test_heads_guess_from_the_last_draft_that_stands_and_the_token_after_it(
     """Against guesses made of the whole text at once."""
     config = config_of("medusa-few")
     llm = make_llm(speculative_config=config, max_num_seqs=1)
-    verify, found = llm.loop.engine.runner._verify_tree, []
-    llm.loop.engine.runner._verify_tree = lambda *args: found.append(verify(*args)) or found[-1]
+    verify, found = llm.loop.engine.runner.verify_tree, []
+    llm.loop.engine.runner.verify_tree = lambda *args: found.append(verify(*args)) or found[-1]
     prompt = make_prompts()[6]
     greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     text = [*prompt, *llm.generate([prompt], greedy, use_tqdm=False)[0].outputs[0].token_ids]
@@ -246,10 +246,10 @@ def test_rests_change_no_token_and_no_draft(make_llm, params, config_of, method)
     rng = random.Random(0)
     rest_at_random(llm, rng)
     plans = []
-    launch, verify_tree = llm.loop.engine.runner.launch, llm.loop.engine.runner._verify_tree
+    launch, verify_tree = llm.loop.engine.runner.launch, llm.loop.engine.runner.verify_tree
     llm.loop.engine.runner.launch = lambda plan: plans.append(plan) or launch(plan)
     trees = []
-    llm.loop.engine.runner._verify_tree = lambda *args: (
+    llm.loop.engine.runner.verify_tree = lambda *args: (
         trees.append((plans[-1], args)) or verify_tree(*args)
     )
     for _ in range(3):
@@ -281,10 +281,10 @@ def test_a_draft_model_is_fed_later_what_steps_without_drafts_computed(make_llm,
     limits = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 32}
     llm = make_llm(speculative_config=config, **limits)
     runner, plans, verified, plain, gaps = llm.loop.engine.runner, [], [], [], []
-    proposer = llm.loop.engine.scheduler.speculation._proposer
+    proposer = llm.loop.engine.scheduler.speculation.proposer
     propose = proposer.propose
     proposer.propose = lambda *args: propose(*args) if len(plans) % 3 else ()
-    launch, verify, forward = runner.launch, runner._verify, runner._forward
+    launch, verify, forward = runner.launch, runner.verify, runner.forward
 
     def check_and_verify(*args):
         verified.append(args[-1])
@@ -299,8 +299,8 @@ def test_a_draft_model_is_fed_later_what_steps_without_drafts_computed(make_llm,
         return verify(*args)
 
     runner.launch = lambda plan: plans.append(plan) or launch(plan)
-    runner._verify = check_and_verify
-    runner._forward = lambda *args, **options: plain.append(plans[-1]) or forward(*args, **options)
+    runner.verify = check_and_verify
+    runner.forward = lambda *args, **options: plain.append(plans[-1]) or forward(*args, **options)
     greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     prompts = [prompt[:18] for prompt in make_prompts()[5:7]]
     llm.generate(prompts, greedy, use_tqdm=False)
