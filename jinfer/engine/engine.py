@@ -344,7 +344,7 @@ class Engine:
         """Makes the pool and the sampler state anew, and queues again all that were being computed.
 
         Args:
-          failed: the step whose requests are suspects; None blames nobody.
+          failed: the step whose requests are suspects; None: no request is.
           reason: what happened.
 
         Returns:
@@ -359,8 +359,10 @@ class Engine:
         return ended
 
     def _end_deadlock(self) -> list[Progress]:
-        """Ends the first request of a line that nobody leaves: a defect, better named than met with
-        silence."""
+        """Ends the first request with an error when no step can be planned for a long time.
+
+        This would be a defect of the scheduler; an error is better than a silent hang.
+        """
         self._num_idle_steps += 1
         if self._num_idle_steps < MAX_IDLE_STEPS:
             return []

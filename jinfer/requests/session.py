@@ -24,7 +24,7 @@ class Client:
     Args:
       loop: owns the engine.
       tokenizer: reads prompts and makes text; None for token ids only.
-      defaults: the sampling parameters of who gives none.
+      defaults: fields of the sampling parameters that are used where none are given.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Client:
         return len(self._in_use)
 
     def default_params(self) -> SamplingParams:
-        """Returns the sampling parameters of who gives none."""
+        """Returns the sampling parameters that are used where none are given."""
         return SamplingParams(**self._defaults)
 
     def read_params(self, params: Any, kind: RequestOutputKind | None = None) -> SamplingParams:
