@@ -105,10 +105,11 @@ def capture_contexts(user_contexts: Iterable[Any] = ()) -> Callable[[], None]:
     Args:
       user_contexts: further ones, made by `jax.make_user_context` or `interpret`'s kind.
     """
-    from jax._src import config
+    from jax._src import config, mesh  # jax 0.12 keeps the mesh in context in the second
 
     kind = config.config_ext.Config
-    states = [state for state in vars(config).values() if isinstance(state, kind)]
+    found_in = (*vars(config).values(), *vars(mesh).values())
+    states = [state for state in found_in if isinstance(state, kind)]
     states += [state for state in config.config_states.values() if isinstance(state, kind)]
     states += [context._obj for context in user_contexts]
     found = {id(state): (state, state.get_local()) for state in states}

@@ -509,6 +509,11 @@ def run_script():
     return run
 
 
+def complaints(done):
+    """Returns the lines of a script's stderr, but for a note of transformers without PyTorch."""
+    return [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
+
+
 def test_an_interpreter_that_exits_with_requests_open_exits_promptly(run_script):
     done = run_script(
         """
@@ -520,7 +525,7 @@ def test_an_interpreter_that_exits_with_requests_open_exits_promptly(run_script)
         print("ready", flush=True)
         """
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
+    assert (done.returncode, done.stdout, complaints(done)) == (0, "ready\n", [])
 
 
 def test_a_child_forked_after_the_import_serves(run_script):
@@ -536,7 +541,7 @@ def test_a_child_forked_after_the_import_serves(run_script):
         """,
         makes_llm=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+    assert (done.returncode, done.stdout, complaints(done)) == (0, "1\n", [])
 
 
 @pytest.mark.thorough
