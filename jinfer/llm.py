@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -141,6 +142,7 @@ class LLM:
         self.loop = EngineLoop(self._engine)
         self.client = Client(self.loop, self._tokenizer, self._default_fields)
         self._stepped = Session(self.client, is_manual=True)  # requests of `add_request`
+        self._stepped_lock = threading.Lock()  # threads that call `step` read them in turns
 
     # ------------------------------------------------------------------ making
 
@@ -258,7 +260,8 @@ class LLM:
         """Advances the engine by one step and returns the requests that gained something."""
         refuse_tracing()
         self.loop.step()
-        return self._stepped.take()
+        with self._stepped_lock:
+            return self._stepped.take()
 
     def session(self) -> Session:
         """Returns a session: requests that run by themselves and whose outputs are read together.
@@ -370,7 +373,7 @@ class LLM:
           ValueError, TypeError: no chat template, or it refuses the messages.
         """
         refuse("LLM.chat", refused, CALL_ARGUMENTS, LLM.chat.__annotations__)
-        prompts = self._read_chat(
+        prompts = self.read_chat(
             messages,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
@@ -380,7 +383,7 @@ class LLM:
         )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def _read_chat(
+    def read_chat(
         self,
         messages: Any,
         *,
@@ -548,7 +551,7 @@ class AsyncLLM:
           sampling_params, request_id, priority: as for `generate`.
           **template: what `LLM.chat` takes for the chat template.
         """
-        prompt: Any = self.llm._read_chat([messages], **template)[0]
+        prompt: Any = self.llm.read_chat([messages], **template)[0]
         return self.generate(prompt, sampling_params, request_id, priority=priority)
 
     async def beam_search(

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_NOT_HERE = "the engine's thread is not in this process: make the engine after the fork"
 EXIT_TIMEOUT_S = 10.0  # an interpreter that exits waits so long for the step under way
 
 
@@ -267,8 +268,18 @@ class EngineLoop:
         if threading.current_thread() is not self.thread:
             self.thread.join(timeout)
 
+    def check_can_wait(self, mailbox: Mailbox) -> None:
+        """Raises where waiting for an item of a mailbox would never end.
+
+        Raises:
+          RuntimeError: in a function that the thread itself calls, or in a forked child.
+        """
+        self.refuse_own_thread()
+        if not self.thread.is_alive() and mailbox.first() is None:  # in this order: it tells all
+            raise RuntimeError(_NOT_HERE)
+
     def refuse_own_thread(self) -> None:
-        """Raises where waiting would never end: in a function that the thread itself calls."""
+        """Raises RuntimeError in a function that the thread itself calls."""
         if threading.current_thread() is self.thread:
             raise RuntimeError(
                 "the engine's own thread cannot wait for the engine: a function that is called "
@@ -287,9 +298,7 @@ class EngineLoop:
                 f"the engine is {self.state.value} and takes no more requests: make another one"
             ) from self._error
         if not self.thread.is_alive():
-            raise RuntimeError(
-                "the engine's thread is not in this process: make the engine after the fork"
-            )
+            raise RuntimeError(_NOT_HERE)
 
     # ------------------------------------------------------------------ in the thread
 
@@ -322,18 +331,25 @@ class EngineLoop:
             handler(self, argument)
 
     def _take_in(self, submissions: Sequence[Submission]) -> None:
-        for submission in submissions:
-            with self._lock:
-                self._num_in_inbox -= len(submission.requests)
+        for submission in submissions:  # first all of them, so that whatever fails reaches all
             self._submissions[submission] = None
             self._num_served += not submission.is_manual
             for idx, request in enumerate(submission.requests):
                 self._open[request] = submission, idx
-            try:
-                for request in submission.requests:
-                    self.engine.queue(request)
-            except Exception as error:
+        for submission in submissions:
+            with self._lock:  # so that `submit` counts each request once
+                self._num_in_inbox -= len(submission.requests)
+                error = self._queue(submission)
+            if error is not None:
                 self._fail(submission, error)
+
+    def _queue(self, submission: Submission) -> Exception | None:
+        try:
+            for request in submission.requests:
+                self.engine.queue(request)
+        except Exception as error:
+            return error
+        return None
 
     def _abort(self, submission: Submission) -> None:
         if submission in self._submissions:
@@ -354,7 +370,7 @@ class EngineLoop:
 
     def _advance(self) -> None:
         """Makes a step and posts its news."""
-        ticket = self._tickets.popleft() if self._tickets else None
+        ticket = self._tickets[0] if self._tickets else None  # there, it is told of all errors
         try:
             self._post(self.engine.step())
         except BaseException as error:
@@ -365,11 +381,11 @@ class EngineLoop:
                 else:
                     self._fail(submission, error)
             if ticket is not None:
-                ticket.end(Failure(error))
+                self._tickets.popleft().end(Failure(error))
             return
         if ticket is not None:
-            ticket.end(None)
-        if self._num_served and not self.engine.has_work():
+            self._tickets.popleft().end(None)
+        if (self._num_served or self._drains) and not self.engine.has_work():
             lost = RuntimeError("requests were aborted while someone waited for their outputs")
             for submission in tuple(self._submissions):
                 self._fail(submission, lost)
@@ -447,10 +463,13 @@ class EngineLoop:
         self._tickets.clear()
         self._drains.clear()
         for submission in tuple(self._submissions):
-            if state is LoopState.CLOSED:
-                self._abort_requests(submission)
             self._forget(submission)
             self._fail(submission, error)
+            if state is LoopState.CLOSED:
+                try:
+                    self._abort_requests(submission)
+                except BaseException:
+                    logger.exception("the requests of a closed engine could not be aborted")
 
 
 def _serve(

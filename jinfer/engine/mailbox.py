@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Mailbox:
-    """A queue with one writer, and one reader who looks at it in turns with no other."""
+    """A queue that one thread or task reads at a time; any thread may put items into it."""
 
     def __init__(self) -> None:
         self._items: collections.deque[Any] = collections.deque()
@@ -62,8 +62,9 @@ class Mailbox:
     def take_waiters(self) -> list[Any]:
         """Returns those that wait, who are to be woken now."""
         waiters = []
-        while self._waiters:
-            waiters.append(self._waiters.popleft())
+        with contextlib.suppress(IndexError):  # no more; a reader may leave at any moment
+            while True:
+                waiters.append(self._waiters.popleft())
         return waiters
 
     def _forget(self, waiter: Any) -> None:

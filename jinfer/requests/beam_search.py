@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from jinfer.config.beam_params import BeamSearchParams
 from jinfer.config.fields import read_token_ids, require
 from jinfer.config.outputs import BeamSearchOutput, BeamSearchSequence, Logprob

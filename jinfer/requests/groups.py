@@ -1,7 +1,8 @@
 """From engine requests to what the user sees: n samples of a prompt as one RequestOutput.
 
 All of this runs in the reader's thread, while the engine's thread goes on. Of a request it reads
-what does not change any more: tokens and logprobs up to the number that the news state.
+what does not change any more: tokens and logprobs up to the number that the news state. So an
+output whose making was interrupted (Ctrl-C) can be made again, from the first token.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class SampleReader:
 
     Attributes:
       request: the engine's.
-      detokenizer: makes the text; None where the engine does (stop strings), or nobody.
+      tokenizer: makes the text; None where the engine does (stop strings), or nobody.
+      news: the last ones.
       num_tokens, num_pieces: tokens read, and pieces of the engine's text.
       text: all text so far.
       rows: the tokens' logprobs as far as they have been formatted.
@@ -67,7 +69,9 @@ class SampleReader:
     """
 
     request: Request
-    detokenizer: Detokenizer | None
+    tokenizer: Any | None
+    detokenizer: Detokenizer | None = dataclasses.field(init=False)
+    news: News | None = None
     num_tokens: int = 0
     num_pieces: int = 0
     text: str = ""
@@ -76,8 +80,21 @@ class SampleReader:
     is_finished: bool = False
     sent: tuple[int, int] = (0, 0)
 
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Reads anew what has been read; what has been handed out stays so."""
+        params = self.request.params
+        self.detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, params)
+        self.num_tokens = self.num_pieces = 0
+        self.text, self.rows, self.cumulative = "", [], 0.0
+        if self.news is not None:
+            self.read(self.news)
+
     def read(self, news: News) -> None:
         """Takes in how far the request is: makes the text up to there."""
+        self.news = news
         request, begin = self.request, self.num_tokens
         self.num_tokens = max(begin, news.num_tokens)
         self.is_finished |= news.is_finished
@@ -102,7 +119,6 @@ class SampleReader:
         request, end = self.request, self.num_tokens
         is_delta = params.output_kind is RequestOutputKind.DELTA
         begin, begin_text = self.sent if is_delta else (0, 0)
-        self.sent = end, len(self.text)
         logprobs = cumulative = None
         if request.logprobs is not None:
             for entry in request.logprobs[len(self.rows) : end]:
@@ -144,12 +160,12 @@ class RequestGroup:
         self.prompt = prompt
         self.params = params
         self.requests = requests
-        makes_text = params.detokenize and tokenizer is not None and not params.stop
+        reads_text = params.detokenize and not params.stop
         self._samples = [
-            SampleReader(request, Detokenizer(tokenizer, params) if makes_text else None)
-            for request in requests
+            SampleReader(request, tokenizer if reads_text else None) for request in requests
         ]
         self._prompt_rows: list[dict[int, Logprob] | None] = []
+        self._is_reading = False  # when reading begins: the last time was interrupted
 
     @property
     def is_finished(self) -> bool:
@@ -159,9 +175,24 @@ class RequestGroup:
     def output(
         self, news: Iterable[News], format_logprobs: LogprobFormatter
     ) -> RequestOutput | None:
-        """Returns what is to be handed out now, under `params.output_kind`; None for nothing."""
+        """Returns what is to be handed out now, under `params.output_kind`; None for nothing.
+
+        Interrupted, it may be called again with the same news.
+        """
+        if self._is_reading:
+            self._prompt_rows = []
+            for sample in self._samples:
+                sample.restart()
+        self._is_reading = True
         for entry in news:
             self._samples[entry.idx].read(entry)
+        output = self._make_output(format_logprobs)
+        for sample in self._samples:
+            sample.sent = sample.num_tokens, len(sample.text)
+        self._is_reading = False
+        return output
+
+    def _make_output(self, format_logprobs: LogprobFormatter) -> RequestOutput | None:
         kind = self.params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY and not self.is_finished:
             return None

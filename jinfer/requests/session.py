@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -12,8 +13,8 @@ from typing import Any
 from jinfer.config.fields import read_int, require, shown
 from jinfer.config.outputs import RequestOutput
 from jinfer.config.sampling_params import RequestOutputKind, SamplingParams
-from jinfer.engine.loop import EngineLoop, Failure, Submission
-from jinfer.engine.mailbox import Mailbox
+from jinfer.engine.loop import EngineLoop, Failure, News, Submission
+from jinfer.engine.mailbox import Mailbox, wake
 from jinfer.requests.groups import LogprobFormatter, RequestGroup
 from jinfer.text.prompts import read_prompt
 
@@ -129,10 +130,11 @@ class Session:
         self._is_manual = is_manual
         self._mailbox = Mailbox()
         self._groups: dict[Submission, RequestGroup] = {}
+        self._ready: list[RequestOutput] = []  # not empty where a reader was interrupted
 
     def __len__(self) -> int:
         """Requests whose last output has not been read."""
-        return len(self._groups)
+        return len(self._groups) + sum(output.finished for output in self._ready)
 
     def add(
         self,
@@ -171,6 +173,9 @@ class Session:
         except BaseException:
             for submission in made:
                 self._drop(submission)
+            # Who reads in another thread may have begun to wait for them.
+            self._mailbox.put((None, ()))
+            wake((self._mailbox,))
             raise
 
     def read(self) -> list[RequestOutput]:
@@ -180,41 +185,57 @@ class Session:
           RuntimeError: the engine was closed.
           BaseException: whatever ended a request beside its own doing.
         """
-        while self._groups:
-            self._client.loop.refuse_own_thread()
-            self._mailbox.wait()
+        while self:
+            self._client.loop.check_can_wait(self._mailbox)
+            if not self._ready:
+                self._mailbox.wait()
             if outputs := self.take():
                 return outputs
         return []
 
     async def read_async(self) -> list[RequestOutput]:
         """The same in asyncio."""
-        while self._groups:
-            await self._mailbox.wait_async()
+        while self:
+            if not self._ready:
+                await self._mailbox.wait_async()
             if outputs := self.take():
                 return outputs
         return []
 
     def take(self) -> list[RequestOutput]:
-        """Returns the outputs that are here."""
-        outputs: list[RequestOutput] = []
+        """Returns the outputs that are here.
+
+        Interrupted (Ctrl-C), it has lost nothing: news are taken when their output has been made.
+
+        Raises:
+          BaseException: whatever ended a request, or kept its output from being made.
+        """
         while (item := self._mailbox.first()) is not None:
             submission, news = item
             group = self._groups.get(submission)
-            if group is not None and isinstance(news, Failure) and outputs:
-                break  # first what came before
+            if group is not None:  # neither aborted nor failed
+                if isinstance(news, Failure):
+                    if self._ready:
+                        break  # first what came before
+                    self._drop(submission)
+                    raise news.take()
+                self._make_output(submission, group, news)
             self._mailbox.take()
-            if group is None:
-                continue  # aborted, or failed
-            if isinstance(news, Failure):
-                self._drop(submission)
-                raise news.take()
-            output = group.output(news, self._client.format_logprobs)
-            if group.is_finished:
-                self._forget(submission)
-            if output is not None:
-                outputs.append(output)
+        outputs, self._ready = self._ready, []
         return outputs
+
+    def _make_output(
+        self, submission: Submission, group: RequestGroup, news: Sequence[News]
+    ) -> None:
+        try:
+            output = group.output(news, self._client.format_logprobs)
+        except Exception:  # it would come again each time
+            self._drop(submission)
+            raise
+        if output is not None:
+            self._ready.append(output)
+        if group.is_finished:
+            self._forget(submission)
 
     def abort(self, request_id: str) -> None:
         """Ends a request, of which nothing more is read; ids of others are ignored."""
@@ -225,7 +246,9 @@ class Session:
     def close(self) -> None:
         """Ends all requests of this session."""
         while self._groups:
-            self._drop(next(iter(self._groups)))
+            for submission in tuple(self._groups):
+                self._drop(submission)
+        self._ready.clear()
 
     def _drop(self, submission: Submission) -> None:
         self._client.loop.abort(submission)
@@ -268,9 +291,9 @@ class Handle:
     def __next__(self) -> RequestOutput:
         if not self._outputs:
             self._outputs.extend(self._session.read())
-        if not self._outputs:
-            raise StopIteration
-        return self._outputs.popleft()
+        with contextlib.suppress(IndexError):  # none, or aborted just now by another thread
+            return self._outputs.popleft()
+        raise StopIteration
 
     def __aiter__(self) -> Handle:
         return self
@@ -278,9 +301,9 @@ class Handle:
     async def __anext__(self) -> RequestOutput:
         if not self._outputs:
             self._outputs.extend(await self._session.read_async())
-        if not self._outputs:
-            raise StopAsyncIteration
-        return self._outputs.popleft()
+        with contextlib.suppress(IndexError):
+            return self._outputs.popleft()
+        raise StopAsyncIteration
 
 
 def check_id(request_id: Any) -> None:

@@ -275,6 +275,62 @@ def test_when_the_loop_itself_fails_everybody_is_told(make_llm, monkeypatch):
             call()
 
 
+@pytest.fixture
+def broken(make_llm, monkeypatch):
+    """An engine with requests whose aborting fails, each time."""
+    llm = make_llm()
+    handles = [llm.submit(PROMPT, LONG) for _ in range(3)]
+    for handle in handles:
+        next(handle)
+    monkeypatch.setattr(Engine, "abort", lambda engine, request_id: 1 / 0)
+    return llm, handles
+
+
+def ended(function, *args):
+    """Returns the error that a call raises in a thread of its own, where it may not hang."""
+    errors = []
+
+    def run():
+        try:
+            function(*args)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive(), "it waits for ever"
+    return errors[0]
+
+
+def test_nobody_hangs_when_a_step_fails_and_aborting_its_requests_fails_too(broken, monkeypatch):
+    llm, handles = broken
+    monkeypatch.setattr(Scheduler, "plan", lambda scheduler: [][0])
+    assert isinstance(ended(llm.step), (IndexError, ZeroDivisionError, RuntimeError))
+    for handle in handles:
+        assert isinstance(ended(list, handle), (IndexError, ZeroDivisionError))
+
+
+def test_nobody_hangs_when_closing_cannot_abort_the_requests(broken):
+    llm, handles = broken
+    llm.close()
+    for handle in handles:
+        assert "was closed" in str(ended(list, handle))
+
+
+def test_nobody_hangs_when_the_loop_fails_between_two_requests_that_came_together(
+    make_llm, monkeypatch
+):
+    llm = make_llm()
+    monkeypatch.setattr(Engine, "queue", lambda engine, request: [][0])
+    monkeypatch.setattr(Engine, "abort", lambda engine, request_id: 1 / 0)
+    with llm.session() as session:
+        session.submit([llm.client.make_group(name, PROMPT, GREEDY) for name in "abc"])
+        for _ in "abc":
+            assert isinstance(ended(session.read), (IndexError, ZeroDivisionError))
+        assert not session
+
+
 def test_a_call_raises_what_its_function_raises(llm):
     with pytest.raises(ZeroDivisionError):
         llm.loop.call(lambda: 1 / 0)
@@ -290,6 +346,15 @@ def test_the_engines_thread_refuses_to_wait_for_itself(llm):
         with pytest.raises(RuntimeError, match="cannot wait for the engine"):
             llm.loop.call(ask)
     assert "num_running" in llm.loop.call(llm.get_metrics)  # what needs no waiting is answered
+
+
+def test_drain_waits_for_no_request_that_the_engine_has_lost(make_llm):
+    llm = make_llm()
+    llm.add_request("stepped", PROMPT, LONG)
+    llm.loop.call(lambda: llm.loop.engine.abort("stepped/0"))
+    with pytest.raises(RuntimeError, match="aborted"):
+        raise ended(lambda: (llm.drain(), llm.step()))
+    llm.close()
 
 
 def test_drain_lets_requests_end_and_takes_no_more(make_llm, expected):
@@ -392,6 +457,33 @@ def test_an_aborted_request_has_a_last_output(async_llm):
 
     *others, last = asyncio.run(run())
     assert last == "abort" and set(others) == {None}
+
+
+def test_a_request_whose_iterator_is_dropped_unread_ends(async_llm):
+    async def run():
+        async_llm.generate(PROMPT, LONG)
+        iterator = async_llm.generate(PROMPT, LONG)
+        await anext(iterator)
+        del iterator
+        for _ in range(3):
+            await asyncio.sleep(0)  # asyncio closes it in a task of its own
+        return await async_llm.get_metrics()
+
+    metrics = asyncio.run(run())
+    assert metrics["num_running"] == metrics["num_waiting"] == 0
+    assert not async_llm.llm.client.num_open
+
+
+def test_cancelling_a_wait_in_the_middle_of_a_step_ends_the_request(gated):
+    llm, _ = gated
+
+    async def run():
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(llm.submit(PROMPT, LONG)), 0.01)
+        assert not GatedModel.gate.is_set()
+
+    asyncio.run(run())
+    assert llm.client.num_open == 1  # the fixture's
 
 
 def test_async_methods_do_what_those_of_an_llm_do(async_llm, params):
@@ -550,12 +642,14 @@ def test_an_engine_of_the_parent_is_refused_in_a_forked_child(run_script):
         """
         import warnings
         warnings.simplefilter("ignore")
+        handle = llm.submit(PROMPT, jinfer.SamplingParams(max_tokens=1))
         child = os.fork()
         if not child:
-            try:
-                llm.submit(PROMPT)
-            except RuntimeError as error:
-                print(error, flush=True)
+            for ask in (lambda: llm.submit(PROMPT), lambda: list(handle)):
+                try:
+                    ask()
+                except RuntimeError as error:
+                    print(error, flush=True)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         llm.generate([PROMPT], jinfer.SamplingParams(max_tokens=2), use_tqdm=False)
