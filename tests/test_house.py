@@ -138,19 +138,36 @@ def folder(module: str) -> str:
 def private_reads(root: Path) -> list[str]:
     """Returns one sentence for each private attribute of an engine that a test or bench reads.
 
-    Owners are names and attributes called `llm`, and what is reached through `llm.loop`.
+    An engine is what is called `llm` or `..._llm`, what `LLM` or `AsyncLLM` makes, everything that
+    is reached through one (`llm.loop.engine`), and names that are assigned any of these.
     """
     sentences = []
     folders = ("tests", "scripts", "examples", "benchmarks", "jinfer/cli")
     for path in sorted(path for name in folders for path in (root / name).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Attribute) or not re.match("_[^_]", node.attr):
-                continue
-            owner = re.split(r"[.\[(]", ast.unparse(node.value))
-            if owner[0] == "llm" or "llm" in owner[1:]:
+        tree = ast.parse(path.read_text())
+        names: set[str] = set()
+        for node in ast.walk(tree):  # outer names come before those made of them
+            if isinstance(node, ast.Assign) and reaches_engine(node.value, names):
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        for node in ast.walk(tree):
+            is_private = isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)
+            if is_private and reaches_engine(node.value, names):
                 here = path.relative_to(root)
                 sentences.append(f"{here}:{node.lineno} reads {ast.unparse(node)}")
     return sentences
+
+
+def reaches_engine(node: ast.AST, names: set[str]) -> bool:
+    """Whether an expression is an engine, or a chain of attributes that begins at one."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in ("LLM", "AsyncLLM")
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"(\w+_)?llm", node.attr):
+            return True
+        node = node.value
+    return isinstance(node, ast.Name) and (
+        node.id in names or re.fullmatch(r"(\w+_)?llm", node.id) is not None
+    )
 
 
 def floor_violations(root: Path) -> list[str]:
@@ -381,6 +398,17 @@ def test_a_long_or_wide_function_is_a_sentence(house):
         "functions past 8 parameters: 2",
         "  pallas_kernels.tiles.outer.inner: 9: not named",
         "  jinfer.linear.ops.wide: 9: a reason",
+    ]
+
+
+def test_a_private_read_of_an_engine_is_a_sentence(house):
+    text = "engine = AsyncLLM('m')\nloop = engine.llm.loop\nother = make()\n"
+    text += "loop.engine._step\nother._mine\nself.my_llm.loop._inbox[0]\nengine.llm.__dict__\n"
+    root = house(tests__test_it=text, jinfer__cli__run="llm._x = 1", jinfer__llm="self.llm._x")
+    assert private_reads(root) == [
+        "jinfer/cli/run.py:1 reads llm._x",
+        "tests/test_it.py:4 reads loop.engine._step",
+        "tests/test_it.py:6 reads self.my_llm.loop._inbox",
     ]
 
 

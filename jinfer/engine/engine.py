@@ -60,6 +60,9 @@ class Engine:
       config: limits and policies.
       tokenizer: for stop strings and bad words; None serves token ids only.
       eos_token_ids: tokens that end a request unless it ignores them.
+
+    Attributes:
+      in_flight: steps that were dispatched and not read, oldest first.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Engine:
         self.num_failed_steps = 0
         self._num_idle_steps = 0
         self._bookkeeping = Bookkeeping.CONSISTENT
-        self._in_flight: collections.deque[Launched] = collections.deque()
+        self.in_flight: collections.deque[Launched] = collections.deque()
         self._arrivals = itertools.count()
         self._seeds = random.Random(config.seed)
 
@@ -237,7 +240,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether any request is unfinished or any step is under way."""
-        return self.scheduler.has_work() or bool(self._in_flight)
+        return self.scheduler.has_work() or bool(self.in_flight)
 
     def check_integrity(self) -> None:
         """Raises PageError if pages, rows and requests do not agree with each other."""
@@ -281,7 +284,7 @@ class Engine:
 
     def _step(self) -> list[Progress]:
         most = 1 if self.scheduler.is_drafting else MAX_STEPS_IN_FLIGHT
-        while len(self._in_flight) < most:
+        while len(self.in_flight) < most:
             plan = self.scheduler.plan()
             if plan is None:
                 break
@@ -289,10 +292,10 @@ class Engine:
                 launched = self.runner.launch(plan)
             except Exception as error:
                 return self._finish_in_flight(plan, error)
-            self._in_flight.append(launched)
+            self.in_flight.append(launched)
             if self.tier is not None:
                 self.tier.costs.begin(plan)
-        if not self._in_flight:
+        if not self.in_flight:
             return self._end_deadlock() if self.scheduler.has_work() else []
         self._num_idle_steps = 0
         return self._finish_oldest()
@@ -300,14 +303,14 @@ class Engine:
     def _finish_in_flight(self, plan: Plan, error: Exception) -> list[Progress]:
         """Brings in the steps that were dispatched before `plan`, which could not be."""
         progress, num_failed = [], self.num_failed_steps
-        while self._in_flight:
+        while self.in_flight:
             progress += self._finish_oldest()
         if self.num_failed_steps > num_failed:
             return progress  # an earlier step was the one that failed
         return progress + self._recover(plan, error)
 
     def _finish_oldest(self) -> list[Progress]:
-        launched = self._in_flight.popleft()
+        launched = self.in_flight.popleft()
         try:
             result = self.runner.fetch(launched)
         except Exception as error:
@@ -351,7 +354,7 @@ class Engine:
           One entry for each request that ended with an error.
         """
         self._bookkeeping = Bookkeeping.CHANGING
-        self._in_flight.clear()
+        self.in_flight.clear()
         self.num_failed_steps += 1
         ended = recovery.lose_steps(self.scheduler, failed, reason)
         self.runner.reset()

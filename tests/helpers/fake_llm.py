@@ -79,7 +79,7 @@ class FakeLLM:
         outputs = []
         for request in list(self.requests.values())[: self.config.max_num_seqs]:
             request.num_out += 1
-            outputs.append(self._output(request, 0))
+            outputs.append(self.make_output(request, 0))
             if outputs[-1].finished:
                 del self.requests[request.request_id]
         return outputs
@@ -99,10 +99,10 @@ class FakeLLM:
         while self.has_unfinished_requests():
             request = self.requests["stream"]
             self.step()
-            yield self._output(request, num_seen)
+            yield self.make_output(request, num_seen)
             num_seen = request.num_out
 
-    def _output(self, request, start):
+    def make_output(self, request, start):
         text = request.answer[start : request.num_out]
         is_finished = request.num_out >= len(request.answer)
         completions = [

@@ -534,7 +534,7 @@ def test_a_turn_that_does_not_fit_is_forgotten_and_the_chat_goes_on(jinfer, monk
 
 def fail_on(monkeypatch, words, tokens=0):
     """Has texts of prompts with one of `words` end with an error after so many tokens."""
-    make_output = fake_llm.FakeLLM._output
+    make_output = fake_llm.FakeLLM.make_output
 
     def fail(self, request, start):
         output = make_output(self, request, start)
@@ -548,7 +548,7 @@ def fail_on(monkeypatch, words, tokens=0):
                 completion.error = "request x: the model computed NaN or infinity"
         return output
 
-    monkeypatch.setattr(fake_llm.FakeLLM, "_output", fail)
+    monkeypatch.setattr(fake_llm.FakeLLM, "make_output", fail)
 
 
 @pytest.mark.parametrize(("tokens", "text"), [(0, ""), (3, "BAD\n")])

@@ -171,7 +171,7 @@ def test_bad_lines_are_named_and_the_rest_is_done(tmp_path):
 def test_a_line_that_ends_with_an_error_is_named_and_tried_again(tmp_path, monkeypatch):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_prompts(source, 5)
-    make_output = fake_llm.FakeLLM._output
+    make_output = fake_llm.FakeLLM.make_output
 
     def fail_the_third(self, request, start):
         output = make_output(self, request, start)
@@ -181,7 +181,7 @@ def test_a_line_that_ends_with_an_error_is_named_and_tried_again(tmp_path, monke
         return output
 
     with monkeypatch.context() as patch:
-        patch.setattr(fake_llm.FakeLLM, "_output", fail_the_third)
+        patch.setattr(fake_llm.FakeLLM, "make_output", fail_the_third)
         summary, errors, _ = run(source, target)
     assert (summary.num_done, summary.num_failed, summary.failed_lines) == (4, 1, [3])
     assert list(errors) == [3] and "NaN" in errors[3]

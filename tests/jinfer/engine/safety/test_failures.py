@@ -78,7 +78,7 @@ def check_whole(llm):
 def launch(llm):
     """Dispatches a step that nobody has fetched yet."""
     engine = llm.loop.engine
-    llm.loop.call(lambda: engine._in_flight.append(engine.runner.launch(engine.scheduler.plan())))
+    llm.loop.call(lambda: engine.in_flight.append(engine.runner.launch(engine.scheduler.plan())))
 
 
 def check_no_nan_is_left(llm):
@@ -274,12 +274,12 @@ def test_an_abort_during_verification_leaves_whole_pages(make_llm, alone, monkey
     draft_what_comes(monkeypatch, texts, wrong=(21, 22))
     llm.add_request("gone", PROMPTS[1], GREEDY)
     engine = llm.loop.engine
-    while not any(seq.num_drafts for launched in engine._in_flight for seq in launched.plan.seqs):
+    while not any(seq.num_drafts for launched in engine.in_flight for seq in launched.plan.seqs):
         llm.step()
         plan = llm.loop.call(engine.scheduler.plan)
         if plan is not None:
             launched = llm.loop.call(lambda plan=plan: engine.runner.launch(plan))
-            engine._in_flight.append(launched)
+            engine.in_flight.append(launched)
     llm.abort("gone")
     check_whole(llm)
     again = run(llm, PROMPTS)
