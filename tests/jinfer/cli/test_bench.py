@@ -2,7 +2,9 @@
 
 import json
 import logging
+import runpy
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +149,27 @@ def test_a_bench_needs_a_name(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench"])
     assert "BENCH" in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_the_loop_bench_measures_calls_during_a_step(tmp_path, tiny_model, monkeypatch):
+    """Of their times only that a bound of nothing is exceeded: the machine may be busy."""
+    path = Path(__file__).resolve().parents[3] / "scripts" / "bench_loop.py"
+    loop_bench = runpy.run_path(str(path))
+    monkeypatch.setitem(loop_bench["measure_thread"].__globals__, "PROMPT", [5, 17, 3])
+    monkeypatch.setitem(
+        loop_bench["main"].__globals__,
+        "AsyncLLM",
+        lambda name, **options: jinfer.AsyncLLM(
+            tiny_model[0], params=tiny_model[1], skip_tokenizer_init=True, max_model_len=500
+        ),
+    )
+    file = tmp_path / "out.json"
+    argv = ["--sleep", "3", "--repeats", "1", "--limit-ms", "0", "--json", str(file)]
+    assert loop_bench["main"](argv) == 1
+    report = json.loads(file.read_text())
+    assert all(set(row) == FIELDS for row in report["rows"])
+    assert len(report["rows"]) == 2 * len(report["times_ms"]) == 24
 
 
 @pytest.mark.thorough
