@@ -1,4 +1,4 @@
-"""`LLM`: prompts in, text out. The imperative shell around one engine on one device."""
+"""`LLM` and `AsyncLLM`: generate text with one engine on one device."""
 
 from __future__ import annotations
 
@@ -40,54 +40,57 @@ from pallas_kernels.dispatch import Decisions
 
 
 class LLM:
-    """A model behind a paged, continuously batched engine.
+    """Generates text with a model, in a paged, continuously batched engine.
 
-    A thread of its own runs the engine (see `engine.loop`). Threads may share an `LLM`, and
-    iterators of `stream` may be read in turns: each gets what is its own. Contexts of JAX that hold
-    where an `LLM` is made hold for its steps; those of a caller of `generate` do not.
+    The engine runs in its own thread (see `engine.loop`). Threads may share an `LLM`, and several
+    `stream` iterators may be read alternately. The JAX contexts that are active where an `LLM` is
+    made apply to its steps; those of a caller of `generate` do not.
 
     Args:
       model: a Hugging Face folder or hub name, a GGUF file, "smollm2" (the embedded default), or a
         `Model` together with `params`.
       params: weights of a `Model`: JAX's arrays are shared, not copied; numpy's are copied.
-      tokenizer: a tokenizer, or where to load one from; default: the model's own.
+      tokenizer: a tokenizer, or a path or hub name to load one from; default: the model's own.
       skip_tokenizer_init: serve token ids only.
       chat_template: Jinja template to use instead of the tokenizer's.
-      dtype: of weights and activations: "auto" (the checkpoint's on accelerators, float32 on
+      dtype: dtype of weights and activations: "auto" (the checkpoint's on accelerators, float32 on
         CPUs), "float32", "bfloat16" or "float16".
-      quantization: quantize the linears of the blocks as they are loaded, without data: "fp8",
-        "int8" (W8A8), "nf4", "int4-g64:rtn", ...; quantized checkpoints are loaded as they are, and
-        "gguf" keeps a GGUF file's Q4_0, Q5_0, Q8_0 and Q6_K so (else all floats).
-      kv_cache_dtype: of K and V: "auto" (what the checkpoint's kv_cache_scheme states, else that of
-        the weights), one of the above, or quantized with a scale for each token and head: "fp8"
-        (e4m3), "int8", "int4". A checkpoint's static scales for that format take their place.
+      quantization: quantize the linear layers of the blocks while loading, without calibration
+        data: "fp8", "int8" (W8A8), "nf4", "int4-g64:rtn", ...; quantized checkpoints are loaded as
+        they are. "gguf" keeps a GGUF file's Q4_0, Q5_0, Q8_0 and Q6_K weights quantized (by
+        default they become floats).
+      kv_cache_dtype: dtype of K and V: "auto" (the checkpoint's kv_cache_scheme, else the dtype of
+        the weights), a dtype as above, or quantized with a scale for each token and head: "fp8"
+        (e4m3), "int8", "int4". Static scales in the checkpoint for that format replace these.
       revision: branch, tag or commit of a hub name.
-      max_model_len: longest sequence in tokens, prompt included; default: what the model was made
-        for, or what the KV pool holds if that is less.
+      max_model_len: longest sequence in tokens, prompt included; default: the model's context
+        length, or what the KV pool holds if that is less.
       max_num_seqs: most sequences in one step; default 32 on CPUs, 128 elsewhere.
       max_num_batched_tokens: most tokens in one step; default 512 on CPUs, 2048 elsewhere.
-      block_size: tokens a page; default 64, on TPUs 128 for quantized K and V.
-      enable_chunked_prefill: split prompts over steps; False needs a budget for the longest.
-      enable_prefix_caching: keep the KV of past texts, for prompts that begin like them.
+      block_size: tokens per page; default 64, on TPUs 128 for quantized K and V.
+      enable_chunked_prefill: split prompts over steps; if False, max_num_batched_tokens must hold
+        the longest prompt.
+      enable_prefix_caching: reuse the KV of earlier texts for prompts that begin like them.
       num_decode_steps: most decode steps in one program; default 1 on CPUs, 8 elsewhere.
       gpu_memory_utilization: share of the accelerator's memory for weights, pool and temporaries.
       kv_cache_memory_bytes: size of the KV pool, instead of that share.
       num_gpu_blocks_override: number of pages, instead of either.
-      max_logprobs: most logprobs a position that a request may ask for (besides -1, all); -1: any.
-      seed: of requests that bring none.
+      max_logprobs: most logprobs per position that a request may ask for (besides -1, all); -1: any
+        number.
+      seed: seed of requests that give none.
       attention_impl: "auto", or a backend by name: "xla", "mosaic_gpu", "mosaic_tpu".
-      linear_impl: the same for products with quantized weights; "auto" leaves to XLA what it does
-        best and what no kernel reads, and makes floats of weights once on a CPU that has the
-        memory. A named backend runs all of them, or is refused.
+      linear_impl: backend of products with quantized weights, by the same names; "auto" picks one
+        for each product, and on a CPU with enough memory dequantizes the weights once. A named
+        backend runs all products, or raises.
       speculative_config: draft several tokens and verify them in one step of the model: a dict
-        with "method" and the fields of `config.SpeculativeConfig`. The texts stay as they are.
-      cpu_offload_gb: GiB of host memory for pages of KV evicted from the pool; 0 for none.
-      generation_config: "auto": defaults of sampling come from the model's generation_config.json;
-        "none": those of `SamplingParams`.
+        with "method" and the fields of `config.SpeculativeConfig`. Outputs do not change.
+      cpu_offload_gb: GiB of host memory for KV pages evicted from the pool; 0 for none.
+      generation_config: "auto": sampling defaults come from the model's generation_config.json;
+        "none": from `SamplingParams`.
 
     Raises:
       FileNotFoundError: no such model.
-      ValueError: an argument cannot be met; the message says which and what to do.
+      ValueError: an argument is invalid or not supported; the message says which and what to do.
     """
 
     def __init__(
@@ -144,7 +147,7 @@ class LLM:
         self._stepped = Session(self.client, is_manual=True)  # requests of `add_request`
         self._stepped_lock = threading.Lock()  # threads that call `step` read them in turns
 
-    # ------------------------------------------------------------------ making
+    # ------------------------------------------------------------------ set-up
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         ids = self.model.config.eos_token_ids
@@ -153,21 +156,21 @@ class LLM:
         return ids
 
     def warmup(self) -> float:
-        """Compiles every program that requests can need; returns seconds.
+        """Compiles every program that requests can need; returns the seconds it took.
 
-        Nothing compiles after, save for `beam_search`, whose programs go by the number of beams.
+        Later only `beam_search` compiles, once for each number of beams.
         """
         refuse_tracing()
         return self.loop.call(self._runner.warmup)
 
-    # ------------------------------------------------------------------ asking
+    # ------------------------------------------------------------------ state and weights
 
     def get_tokenizer(self) -> Any:
         """Returns the tokenizer, or None with `skip_tokenizer_init`."""
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Returns what `generate` uses when given none: the model's generation_config.json."""
+        """Returns the parameters that `generate` uses by default; see `generation_config`."""
         return self.client.default_params()
 
     @property
@@ -180,24 +183,25 @@ class LLM:
         return explain(self._runner)
 
     def get_metrics(self) -> dict[str, float]:
-        """Returns the engine's counts since it was made."""
+        """Returns the engine's counters since its start."""
         metrics = self.loop.call(self._engine.metrics)
         return {**metrics, "num_compilations": self.num_compilations}
 
     def check_integrity(self) -> None:
-        """Raises if pages, rows and requests do not agree with each other."""
+        """Raises if the bookkeeping of pages, rows and requests is inconsistent."""
         self.loop.call(self._engine.check_integrity)
 
     def update_weights(self, params: Params) -> None:
         """Serves `params` from the next step on, quantized first if `quantization` says so.
 
-        They are brought to the engine's device. Arrays of JAX that lie there already are shared,
-        not copied, unless the device has its own layout: do not donate them while they are served.
-        Arrays of numpy are copied. No step compiles; KV is forgotten.
+        They are moved to the engine's device. JAX arrays that are there already are shared, not
+        copied, unless the backend needs another layout: do not donate them while they are served.
+        Numpy arrays are copied. Nothing is compiled; the prefix cache is emptied.
 
         Raises:
-          ValueError: tree, shapes or dtypes differ from the present weights', which stay, or an
-            array was donated or deleted. TypeError: a leaf is no array.
+          ValueError: tree, shapes or dtypes differ from the present weights, which stay in use, or
+            an array was donated or deleted.
+          TypeError: a leaf is not an array.
         """
         refuse_tracing()
         params = weights.examine_params(self.model, params)
@@ -205,19 +209,18 @@ class LLM:
         self.loop.call(lambda: self._engine.update_weights(params))
 
     def reset_prefix_cache(self) -> None:
-        """Forgets the KV of all past prompts and outputs; running requests keep their own."""
+        """Drops the cached KV of past prompts and outputs; running requests keep theirs."""
         refuse_tracing()
         self.loop.call(self._engine.reset_prefix_cache)
 
     def drain(self) -> None:
-        """Takes no more requests, and waits until those under way have ended."""
+        """Refuses new requests, and waits until all open ones have ended."""
         self.loop.drain().result()
 
     def close(self) -> None:
-        """Ends all requests, and the engine's thread after the step under way.
+        """Ends all requests, and the engine's thread after the current step.
 
-        An `LLM` that nobody refers to any more is closed by itself, and so is one that is left when
-        the interpreter exits.
+        An `LLM` is closed automatically when it is garbage collected or the interpreter exits.
         """
         self.loop.close()
 
@@ -231,40 +234,40 @@ class LLM:
         *,
         priority: int = 0,
     ) -> None:
-        """Queues a request; `step` brings its output.
+        """Queues a request; `step` returns its outputs.
 
         Args:
           request_id: any string not in use.
-          prompt: text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or ids. A dict may have
-            a "cache_salt", too: cached KV is shared only among prompts with the same one.
+          prompt: text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or ids. A dict may also
+            have a "cache_salt": cached KV is shared only among prompts with the same salt.
           params: how to sample; default `get_default_sampling_params()`.
           priority: lower is served first.
 
         Raises:
           ValueError: the request cannot be served; nothing is queued.
-          TypeError: the prompt is of another kind.
+          TypeError: the prompt has an unsupported type.
         """
         self._stepped.add(request_id, prompt, params, priority=priority)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request and frees what it holds; unknown ids are ignored."""
+        """Ends a request and frees its pages; unknown ids are ignored."""
         check_id(request_id)
         self._stepped.abort(request_id)
         self.client.abort(request_id)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether `step` has more to bring."""
+        """Whether requests of `add_request` have outputs left to return."""
         return bool(self._stepped)
 
     def step(self) -> list[RequestOutput]:
-        """Advances the engine by one step and returns the requests that gained something."""
+        """Advances the engine by one step and returns the new outputs."""
         refuse_tracing()
         self.loop.step()
         with self._stepped_lock:
             return self._stepped.take()
 
     def session(self) -> Session:
-        """Returns a session: requests that run by themselves and whose outputs are read together.
+        """Returns a session: requests that run in the background and are read together.
 
             with llm.session() as session:
                 session.add("a", "Once upon a time", SamplingParams(max_tokens=9))
@@ -272,7 +275,7 @@ class LLM:
                     for output in session.read():
                         ...
 
-        Adding and aborting return at once; leaving the context ends what is left.
+        Adding and aborting return at once; leaving the context aborts the remaining requests.
         """
         return Session(self.client)
 
@@ -284,10 +287,10 @@ class LLM:
         request_id: str | None = None,
         priority: int = 0,
     ) -> Handle:
-        """Queues a request that runs by itself and returns its handle at once.
+        """Queues a request that runs in the background and returns its handle at once.
 
-        The handle is an iterator of the request's outputs, for threads (`for`) and asyncio (`async
-        for`), of the kind that `params.output_kind` says. One that is dropped ends its request.
+        The handle iterates over the request's outputs, in threads (`for`) and asyncio (`async
+        for`); `params.output_kind` says which outputs. Dropping the handle ends the request.
 
         Raises:
           ValueError, TypeError: as for `add_request`.
@@ -308,16 +311,16 @@ class LLM:
         priority: Sequence[int] | None = None,
         **refused: Any,
     ) -> list[RequestOutput]:
-        """Generates for all prompts and returns their outputs in order.
+        """Generates completions of all prompts and returns their outputs in order.
 
         Args:
           prompts: one prompt or a list: see `add_request`.
           sampling_params: for all, or one for each.
           use_tqdm: show a progress bar on stderr.
-          priority: one number a prompt; lower is served first.
+          priority: one number per prompt; lower is served first.
 
         Raises:
-          ValueError, TypeError: a prompt cannot be served; none is.
+          ValueError, TypeError: a prompt cannot be served; nothing is queued.
         """
         refuse("LLM.generate", refused, CALL_ARGUMENTS, LLM.generate.__annotations__)
         prompts = as_list(prompts)
@@ -360,17 +363,17 @@ class LLM:
 
         Args:
           messages: a list of {"role": ..., "content": ...}, or a list of such lists; content is
-            text or a list of {"type": "text", "text": ...}, tool calls are objects or OpenAI's.
+            text or a list of {"type": "text", "text": ...}; tool calls may have OpenAI's form.
           sampling_params: as for `generate`.
           use_tqdm: as for `generate`.
           chat_template: Jinja template instead of the engine's.
-          add_generation_prompt: end the prompt where the assistant begins to speak.
-          continue_final_message: go on with the last message instead.
-          tools: JSON schemas of functions, handed to the template.
+          add_generation_prompt: end the prompt with the start of the assistant's message.
+          continue_final_message: continue the last message instead.
+          tools: JSON schemas of functions, passed to the template.
           chat_template_kwargs: further variables of the template.
 
         Raises:
-          ValueError, TypeError: no chat template, or it refuses the messages.
+          ValueError, TypeError: there is no chat template, or it refuses the messages.
         """
         refuse("LLM.chat", refused, CALL_ARGUMENTS, LLM.chat.__annotations__)
         prompts = self.read_chat(
@@ -417,18 +420,18 @@ class LLM:
     ) -> list[BeamSearchOutput]:
         """Finds the most likely continuations of all prompts, and returns them in order.
 
-        Requests that are under way go on meanwhile; `step` brings what they gained.
+        Other requests continue meanwhile; `step` returns their outputs.
 
         Args:
           prompts: one prompt or a list: see `add_request`.
-          params: of all searches.
+          params: shared by all searches.
           use_tqdm: show a progress bar on stderr.
-          concurrency_limit: most prompts at a time; default: as many as `max_num_seqs` beams are.
-          prefix_allowed_tokens_fn: fn(prompt number, token ids so far, the prompt's included)
+          concurrency_limit: most prompts at a time; default: as many as fit `max_num_seqs` beams.
+          prefix_allowed_tokens_fn: fn(prompt index, token ids so far, the prompt's included)
             returns the ids that may come next.
 
         Raises:
-          ValueError, TypeError: a prompt cannot be served; none is.
+          ValueError, TypeError: a prompt cannot be served; no search starts.
         """
         refuse("LLM.beam_search", refused, CALL_ARGUMENTS, LLM.beam_search.__annotations__)
         if not isinstance(params, BeamSearchParams):
@@ -453,11 +456,11 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         **refused: Any,
     ) -> Iterator[RequestOutput]:
-        """Yields deltas (new text and tokens) of one prompt or several, as they are made.
+        """Yields new text and tokens (deltas) of one prompt or several, as they are generated.
 
-        The texts of a completion's deltas, joined, are what `generate` returns. Closing the
-        iterator ends the requests. `output_kind` is DELTA whatever the parameters say; request
-        ids are "stream-..." in the order of the prompts.
+        The joined deltas of a completion equal the text that `generate` returns. Closing the
+        iterator ends the requests. `output_kind` is always DELTA; request ids are "stream-..." in
+        the order of the prompts.
         """
         refuse("LLM.stream", refused, CALL_ARGUMENTS, LLM.stream.__annotations__)
         prompts = as_list(prompts)
@@ -479,14 +482,14 @@ class LLM:
 
 
 class AsyncLLM:
-    """An `LLM` for asyncio: requests are awaited, and nothing here blocks the event loop for long.
+    """An `LLM` for asyncio: no method blocks the event loop for long.
 
-    A prompt is checked and turned into tokens where `generate` is called; steps run in the engine's
-    thread. Tasks of several event loops may share one.
+    `generate` checks and tokenizes its prompt in the caller's thread; steps run in the engine's
+    thread. Tasks of several event loops may share an `AsyncLLM`.
 
     Args:
       model: see `LLM`.
-      max_queued_requests: most requests that wait to be admitted; beyond, `generate` raises
+      max_queued_requests: most requests that wait to be admitted; if more, `generate` raises
         `QueueFullError`. None for no limit.
       **options: the arguments of `LLM`.
 
@@ -518,19 +521,19 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """Queues a prompt at once and returns an iterator of its outputs.
 
-        They are of the kind that `sampling_params.output_kind` says: all so far each time, only
-        what is new, or one at the end. Leaving the iteration, or cancelling its task, ends the
-        request. One that is aborted by its id has a last output with finish reason "abort".
+        `sampling_params.output_kind` says whether each output holds all so far, only what is new,
+        or there is one at the end. Leaving the iteration or cancelling its task ends the request.
+        A request that is aborted by its id has a last output with finish reason "abort".
 
         Args:
           prompt: as for `LLM.add_request`.
           sampling_params: how to sample; default `get_default_sampling_params()`.
-          request_id: any string not in use; None for a new one.
+          request_id: any string not in use; None for a generated one.
           priority: lower is served first.
 
         Raises:
           ValueError, TypeError: the prompt cannot be served; nothing is queued.
-          QueueFullError: as many requests wait as may.
+          QueueFullError: the queue is full.
         """
         handle = self.llm.submit(prompt, sampling_params, request_id=request_id, priority=priority)
         return _read(handle)
@@ -544,12 +547,12 @@ class AsyncLLM:
         priority: int = 0,
         **template: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """The same for the next message of one conversation.
+        """As `generate`, for the next message of one conversation.
 
         Args:
           messages: a list of {"role": ..., "content": ...}.
           sampling_params, request_id, priority: as for `generate`.
-          **template: what `LLM.chat` takes for the chat template.
+          **template: the chat template arguments of `LLM.chat`.
         """
         prompt: Any = self.llm.read_chat([messages], **template)[0]
         return self.generate(prompt, sampling_params, request_id, priority=priority)
@@ -557,7 +560,7 @@ class AsyncLLM:
     async def beam_search(
         self, prompts: Any, params: BeamSearchParams, **options: Any
     ) -> list[BeamSearchOutput]:
-        """See `LLM.beam_search`; it waits in a thread of the event loop's executor."""
+        """See `LLM.beam_search`; runs in a thread of the event loop's executor."""
         return await asyncio.to_thread(self.llm.beam_search, prompts, params, **options)
 
     def abort(self, request_id: str) -> None:
@@ -569,7 +572,7 @@ class AsyncLLM:
         return self.llm.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Returns what `generate` uses when given none."""
+        """Returns the parameters that `generate` uses by default."""
         return self.llm.get_default_sampling_params()
 
     async def warmup(self) -> float:
@@ -577,11 +580,11 @@ class AsyncLLM:
         return await asyncio.to_thread(self.llm.warmup)
 
     async def get_metrics(self) -> dict[str, float]:
-        """Returns the engine's counts as of the end of the step under way."""
+        """Returns the engine's counters at the end of the current step."""
         return await asyncio.to_thread(self.llm.get_metrics)
 
     async def check_integrity(self) -> None:
-        """Raises if pages, rows and requests do not agree with each other."""
+        """Raises if the bookkeeping of pages, rows and requests is inconsistent."""
         await asyncio.to_thread(self.llm.check_integrity)
 
     async def update_weights(self, params: Params) -> None:
@@ -593,11 +596,11 @@ class AsyncLLM:
         await asyncio.to_thread(self.llm.reset_prefix_cache)
 
     async def drain(self) -> None:
-        """Takes no more requests, and waits until those under way have ended."""
+        """Refuses new requests, and waits until all open ones have ended."""
         await self.llm.loop.drain().result_async()
 
     async def close(self) -> None:
-        """Ends all requests, and the engine's thread after the step under way."""
+        """Ends all requests, and the engine's thread after the current step."""
         await asyncio.to_thread(self.llm.close)
 
 

@@ -81,7 +81,7 @@ def resolve_dtype(dtype: Any, stored: str) -> np.dtype[Any]:
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         dtype = "float32" if jax.default_backend() == "cpu" else stored
     try:
-        # An array is no dtype, though numpy would take its own for one.
+        # An array is not a dtype, though numpy would take its own for one.
         found = None if isinstance(dtype, jax.Array | np.ndarray) else jnp.dtype(dtype)
     except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
         found = None  # numpy reads texts as Python

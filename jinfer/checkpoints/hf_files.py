@@ -78,7 +78,7 @@ def read_safetensors_header(path: pathlib.Path) -> dict[str, StoredTensor]:
       ValueError: the file is cut short, or its header is not one.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file: safetensors are expected there")
+        raise FileNotFoundError(f"{path} is not a file: expected safetensors there")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")

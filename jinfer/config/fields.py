@@ -111,7 +111,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "int": (int, "an integer"),
     "float": ((int, float), "a finite number"),
     "bool": (bool, "True or False"),
-    "str": (str, "a text"),
+    "str": (str, "a string"),
 }
 
 

@@ -95,7 +95,7 @@ def parse_size(text: str) -> int:
     """Reads a size such as "80GiB", "512 MiB", "1.5G" or "4096" (bytes).
 
     Raises:
-      ValueError: the text is no size.
+      ValueError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
     if not match:
@@ -163,7 +163,7 @@ def quantized_bytes(shape: tuple[int, ...], quantization: str) -> int:
         makes no difference.
 
     Raises:
-      ValueError: `quantization` is no format.
+      ValueError: `quantization` is not a format.
     """
     scale_bytes = 4.0 if quantization in FLOAT32_SCALES else SCALE_BYTES
     name = FLOAT32_SCALES.get(quantization, quantization)

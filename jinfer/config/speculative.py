@@ -149,7 +149,7 @@ class SpeculativeConfig:
 
         Raises:
           ValueError: an unknown method, or a key that the method does not have.
-          TypeError: it is no dict.
+          TypeError: it is not a dict.
         """
         if not isinstance(fields, Mapping):
             raise TypeError(

@@ -1,10 +1,10 @@
-"""The thread that owns an engine and its device; everybody else sends messages to it.
+"""The thread that owns an engine and its device; all other threads send it messages.
 
-Adding and aborting requests puts a message into the inbox and returns. The thread takes messages
-between two steps, steps the engine while anybody wants steps, and posts what each step brought to
-the mailboxes of those who added the requests. It makes no text and formats nothing: readers do, in
-their threads, while the next step runs. Idle, it waits for a message and refers to nothing but the
-inbox, so that an engine which nobody refers to any more is freed at once.
+Adding or aborting a request puts a message into the inbox and returns. The thread handles messages
+between two steps, steps the engine while there is work, and posts each step's results to the
+mailboxes of the requests' readers. It neither detokenizes nor formats: readers do, in their
+threads, while the next step runs. An idle thread holds a reference to the inbox only, so that an
+unused engine is freed at once.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NOT_HERE = "the engine's thread is not in this process: make the engine after the fork"
-EXIT_TIMEOUT_S = 10.0  # an interpreter that exits waits so long for the step under way
+EXIT_TIMEOUT_S = 10.0  # how long an exiting interpreter waits for the current step
 
 
 class LoopState(enum.Enum):
-    """What a loop still does.
+    """State of a loop.
 
-    RUNNING -> DRAINING (`drain`) -> CLOSED (`close`); FAILED after an error outside of all steps.
+    RUNNING -> DRAINING (`drain`) -> CLOSED (`close`); FAILED after an error outside a step.
     """
 
     RUNNING = "running"
@@ -51,7 +51,7 @@ class LoopState(enum.Enum):
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may: add this one again later."""
+    """The queue of waiting requests is full: add this one again later."""
 
 
 class News(NamedTuple):
@@ -73,7 +73,7 @@ class News(NamedTuple):
 
 
 class Failure:
-    """What ends a submission or a task in place of news or a result; raised once."""
+    """An error in place of news or of a task's result; it is raised once."""
 
     def __init__(self, error: BaseException) -> None:
         self._error: BaseException | None = error
@@ -82,8 +82,8 @@ class Failure:
     def take(self) -> BaseException:
         """Returns the error to raise, with the traceback that it had in the loop's thread.
 
-        This object forgets it: the frames of the traceback refer to this object, and would else
-        keep all that they know until the garbage collector came.
+        It is deleted here: frames of the traceback refer to this object, and the cycle would keep
+        their variables alive until the next garbage collection.
         """
         error, traceback = self._error, self._traceback
         assert error is not None, "an error is raised once"
@@ -97,16 +97,16 @@ class Submission:
 
     Attributes:
       requests: made by `Engine.make_request`; the samples of one prompt.
-      mailbox: where their reader looks.
+      mailbox: where their news are posted.
       is_final_only: news are posted once, when all have ended.
-      is_manual: they advance only when somebody calls `EngineLoop.step`, or others are served.
+      is_manual: these requests alone do not make the engine step; `EngineLoop.step` does.
     """
 
     requests: Sequence[Request]
     mailbox: Mailbox
     is_final_only: bool = False
     is_manual: bool = False
-    told: list[tuple[int, bool]] = dataclasses.field(init=False)  # of each: tokens, is finished
+    told: list[tuple[int, bool]] = dataclasses.field(init=False)  # last (num_tokens, is_finished)
     num_left: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class Submission:
         self.num_left = len(self.requests)
 
     def news_of(self, idx: int) -> News:
-        """Notes and returns how far a request is."""
+        """Returns how far a request is, and records that its reader knows."""
         request = self.requests[idx]
         num_tokens, is_finished = len(request.output_token_ids), request.is_finished
         self.num_left -= is_finished and not self.told[idx][1]
@@ -125,14 +125,14 @@ class Submission:
 
 
 class Task:
-    """Something that the loop's thread is asked to do, and what came of it."""
+    """A call that the loop's thread is asked to make, and its result."""
 
     def __init__(self, function: Callable[[], Any] | None = None) -> None:
         self.function = function
         self.mailbox = Mailbox()
 
     def end(self, result: Any) -> None:
-        """Hands the result, or a `Failure`, to who waits."""
+        """Posts the result or a `Failure` to the waiting caller."""
         self.function = None
         self.mailbox.put((result,))
         wake((self.mailbox,))
@@ -152,7 +152,7 @@ class Task:
         return self._take()
 
     async def result_async(self) -> Any:
-        """The same in asyncio."""
+        """As `result`, for asyncio."""
         await self.mailbox.wait_async()
         return self._take()
 
@@ -166,15 +166,16 @@ class Task:
 class EngineLoop:
     """Serves an engine from a thread of its own.
 
-    JAX's contexts that hold where the loop is made (`jax.default_device`, `jax.enable_x64`,
-    `jax.default_matmul_precision`, `jax.set_mesh`, ...), those of `pallas_kernels` and Python's
-    context variables hold in its thread, always: those of a caller of `step` or `call` do not.
+    The thread runs in the contexts that are active where the loop is made: JAX's
+    (`jax.default_device`, `jax.enable_x64`, `jax.default_matmul_precision`, `jax.set_mesh`, ...),
+    those of `pallas_kernels` and Python's context variables. Contexts of a caller of `step` or
+    `call` have no effect on it.
 
-    An error of a step that the engine does not survive by itself reaches whoever waits for that
-    step: every submission but manual ones ends with it, and `step` raises it. The loop goes on.
+    An error of a step that the engine cannot recover from ends every submission that is not manual,
+    and `step` raises it. The loop continues.
 
     Args:
-      engine: from now on it is used by the loop's thread alone, but for `make_request` and `check`.
+      engine: from now on only the loop's thread uses it, except for `make_request` and `check`.
       max_queued_requests: most requests that wait to be admitted; None for no limit.
     """
 
@@ -186,7 +187,7 @@ class EngineLoop:
         self._lock = threading.RLock()  # of `state` and what must not change while it is read
         self._num_in_inbox = 0  # requests
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # What follows belongs to the thread.
+        # Below: used by the thread only.
         self._open: dict[Request, tuple[Submission, int]] = {}
         self._submissions: dict[Submission, None] = {}
         self._num_served = 0  # submissions that are not manual
@@ -230,37 +231,37 @@ class EngineLoop:
             self._inbox.put((EngineLoop._take_in, submissions))
 
     def abort(self, submission: Submission) -> None:
-        """Ends requests soon, and returns at once; their last news say that they have ended.
+        """Asks the thread to end requests and returns at once; their last news say so.
 
-        Safe in finalizers, which Python may run at any moment in any thread, and so late that this
-        module has no names any more.
+        Safe in finalizers, which may run at any time in any thread, even after the interpreter has
+        cleared this module.
         """
         self._inbox.put((type(self)._abort, submission))
 
     def start(self, function: Callable[[], Any]) -> Task:
-        """Has the thread call a function between two steps; the task has its result."""
+        """Asks the thread to call a function between two steps; the task holds its result."""
         return self._send(EngineLoop._run, Task(function))
 
     def call(self, function: Callable[[], T]) -> T:
-        """Returns what a function returns that the thread calls between two steps."""
+        """Has the thread call a function between two steps, and returns its result."""
         if threading.current_thread() is self.thread:
             return function()
         return self.start(function).result()
 
     def step(self) -> None:
-        """Waits until the engine has made a step from now on; then all its news are posted."""
+        """Waits until the engine has made another step and posted its news."""
         self.refuse_own_thread()
         self._send(EngineLoop._take_ticket, Task()).result()
 
     def drain(self) -> Task:
-        """Takes no more requests; the task ends when those under way have ended."""
+        """Refuses new requests; the returned task ends when all open requests have ended."""
         with self._lock:
             if self.state is LoopState.RUNNING:
                 self.state = LoopState.DRAINING
         return self._send(EngineLoop._take_drain, Task())
 
     def close(self, timeout: float | None = None) -> None:
-        """Ends all requests with an error, and the thread after the step under way."""
+        """Ends all requests with an error, and the thread after the current step."""
         with self._lock:
             if self.state in (LoopState.RUNNING, LoopState.DRAINING):
                 self.state = LoopState.CLOSED
@@ -269,17 +270,17 @@ class EngineLoop:
             self.thread.join(timeout)
 
     def check_can_wait(self, mailbox: Mailbox) -> None:
-        """Raises where waiting for an item of a mailbox would never end.
+        """Raises if waiting for an item of a mailbox would never end.
 
         Raises:
-          RuntimeError: in a function that the thread itself calls, or in a forked child.
+          RuntimeError: in the loop's own thread, or in a forked child process.
         """
         self.refuse_own_thread()
-        if not self.thread.is_alive() and mailbox.first() is None:  # in this order: it tells all
+        if not self.thread.is_alive() and mailbox.first() is None:  # in this order
             raise RuntimeError(_NOT_HERE)
 
     def refuse_own_thread(self) -> None:
-        """Raises RuntimeError in a function that the thread itself calls."""
+        """Raises RuntimeError in the loop's own thread, which would wait for itself."""
         if threading.current_thread() is self.thread:
             raise RuntimeError(
                 "the engine's own thread cannot wait for the engine: a function that is called "
@@ -303,10 +304,10 @@ class EngineLoop:
     # ------------------------------------------------------------------ in the thread
 
     def work(self, message: tuple[Callable[[EngineLoop, Any], None], Any]) -> bool:
-        """Handles a message, and all others and all steps after it, until there is no more to do.
+        """Handles a message, then further messages and steps until there is no more work.
 
         Returns:
-          Whether the loop goes on.
+          Whether the loop continues.
         """
         try:
             self._handle(message)
@@ -386,7 +387,7 @@ class EngineLoop:
         if ticket is not None:
             self._tickets.popleft().end(None)
         if (self._num_served or self._drains) and not self.engine.has_work():
-            lost = RuntimeError("requests were aborted while someone waited for their outputs")
+            lost = RuntimeError("requests were aborted while a caller waited for their outputs")
             for submission in tuple(self._submissions):
                 self._fail(submission, lost)
 
@@ -413,7 +414,7 @@ class EngineLoop:
         return [submission.news_of(idx) for idx in range(len(submission.requests))]
 
     def _tell(self, submission: Submission, news: list[News]) -> None:
-        """Posts news of a manual submission that a failed step may have kept from it."""
+        """Posts news of a manual submission that a failed step may have left unposted."""
         if submission.num_left and submission.is_final_only:
             return
         submission.mailbox.put((submission, news))
@@ -448,10 +449,10 @@ class EngineLoop:
                 self._drains.pop().end(None)
 
     def _end(self, state: LoopState, error: BaseException) -> None:
-        """Ends everything that anybody waits for, and what still comes in, with an error."""
+        """Ends all requests, tasks and messages still in the inbox with an error."""
         with self._lock:
             self.state, self._error = state, error
-        while not self._inbox.empty():  # nothing comes after: who sends looks at the state first
+        while not self._inbox.empty():  # no later messages: senders check the state first
             message = self._inbox.get()
             if message is not None and message[0] is EngineLoop._take_in:
                 for submission in message[1]:
@@ -478,7 +479,7 @@ def _serve(
     enter_contexts: Callable[[], None],
     trace: Any,
 ) -> None:
-    """The thread: hands messages to the loop while there is one."""
+    """The thread's function: passes messages to the loop as long as the loop exists."""
     enter_contexts()
     if trace is not None:  # of a debugger, so that its breakpoints hold here
         sys.settrace(trace)
@@ -495,6 +496,6 @@ _live_loops: weakref.WeakSet[EngineLoop] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Ends all threads before the interpreter does, which would stop them inside of XLA."""
+    """Ends all threads before the interpreter exits, which would stop them inside XLA."""
     for loop in tuple(_live_loops):
         loop.close(EXIT_TIMEOUT_S)

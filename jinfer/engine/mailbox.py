@@ -1,8 +1,8 @@
-"""Items from one thread to whoever reads them, in a thread or in asyncio. Knows no requests.
+"""A queue of items that can be read from a thread or from asyncio; it knows nothing of requests.
 
 A reader registers as a waiter, looks again, and only then sleeps; the writer appends first and
-takes the waiters afterwards. So no item is missed, and neither side takes a lock that the other
-one holds for long. All operations are appends to and pops from deques, which are atomic: a reader
+takes the waiters afterwards. So no item is missed, and neither side holds a lock for long.
+All operations are appends to and pops from deques, which are atomic: a reader
 may be interrupted (Ctrl-C, a cancelled task) between any two of them.
 """
 
@@ -24,7 +24,7 @@ class Mailbox:
         self._waiters: collections.deque[Any] = collections.deque()
 
     def put(self, item: Any) -> None:
-        """Appends an item without waking anybody: see `wake`."""
+        """Appends an item without waking the readers; see `wake`."""
         self._items.append(item)
 
     def take(self) -> Any:
@@ -39,7 +39,7 @@ class Mailbox:
         return self._items[0] if self._items else None
 
     def wait(self) -> None:
-        """Returns when there is an item. An exception of a signal handler ends the waiting."""
+        """Waits until there is an item, or until a signal handler raises."""
         while not self._items:
             waiter = threading.Lock()
             waiter.acquire()
@@ -50,7 +50,7 @@ class Mailbox:
                 waiter.acquire()
 
     async def wait_async(self) -> None:
-        """The same; other tasks of the event loop run meanwhile."""
+        """As `wait`, for asyncio."""
         while not self._items:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
@@ -60,7 +60,7 @@ class Mailbox:
                 await waiter
 
     def take_waiters(self) -> list[Any]:
-        """Returns those that wait, who are to be woken now."""
+        """Removes and returns the registered waiters, for `wake` to wake."""
         waiters = []
         with contextlib.suppress(IndexError):  # no more; a reader may leave at any moment
             while True:

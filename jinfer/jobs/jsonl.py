@@ -1,9 +1,8 @@
 """Batch jobs: prompts from one JSONL file, results into another; resumable after any kill.
 
-A job reads the outputs of one session of an engine.
-An output line is the only state: whole lines are appended and synced, each names its input line and
-a key over that line and the job's settings. A restart drops an incomplete last line, checks every
-key and continues.
+The output file is the only state. Whole lines are appended and synced; each names its input line
+and has a hash (key) of that line and the job's settings. A restart drops an incomplete last line,
+checks every key and continues.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, raw line) of every line that is not blank, unpacked from gzip.
 
     Raises:
-      ValueError: the file is packed otherwise, or damaged, or no text in UTF-8.
+      ValueError: the file is compressed in another way, damaged, or not text in UTF-8.
     """
     with path.open("rb") as file:
         is_packed = file.read(2) == _GZIP
@@ -113,7 +112,7 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
 
 
 def line_key(raw: bytes, settings: bytes) -> int:
-    """A 63-bit key, never 0, of an input line under a job's settings."""
+    """Returns a 63-bit hash, never 0, of an input line and a job's settings."""
     digest = hashlib.blake2b(raw, key=hashlib.blake2b(settings).digest(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 1) or 1
 
@@ -205,7 +204,7 @@ class Job:
           settings: JSON values that change results (model, dtype, sampling defaults).
 
         Raises:
-          ValueError: the output file has other content, or results of another job.
+          ValueError: the output file has unknown content, or results of another job.
           OSError: a file cannot be opened.
         """
         self.input_path, self.output_path = input_path, output_path
@@ -217,7 +216,7 @@ class Job:
             raise ValueError(f"{input_path}: not a regular file; a batch job reads it twice")
         if output_path.suffix == ".gz":
             raise ValueError(
-                f"{output_path}: results are written as plain lines, so that a job can go on after "
+                f"{output_path}: results are written uncompressed, so that a job can resume after "
                 f"a kill: name a file without .gz"
             )
         if output_path.exists() and output_path.samefile(input_path):
@@ -275,8 +274,8 @@ class Job:
             if isinstance(error, OSError) and error.errno in _FULL:
                 raise OSError(
                     error.errno,
-                    f"{os.strerror(error.errno or 0)}; the whole lines written so far are safe, "
-                    f"make room and run the same command again",
+                    f"{os.strerror(error.errno or 0)}; the lines written so far are complete: "
+                    f"free some space and run the same command again",
                     str(self.output_path),
                 ) from None
             raise
@@ -301,7 +300,7 @@ class Job:
         if tail:
             start = _RECORD_START[: len(tail)]
             if not tail.startswith(start):
-                raise self._foreign(f"its end {tail[:20]!r}... is no record")
+                raise self._foreign(f"its end {tail[:20]!r}... is not a record")
             os.ftruncate(self._fd, self._end)
 
     def _note_record(self, number: int, raw: bytes) -> None:
@@ -311,9 +310,9 @@ class Job:
             if line < 1 or not 0 < key < 2**63 or not isinstance(line, int):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise self._foreign(f"line {number} is no record") from None
+            raise self._foreign(f"line {number} is not a record") from None
         if line > self._most_lines:
-            raise self._foreign(f"line {number} answers input line {line}, which is not there")
+            raise self._foreign(f"line {number} answers input line {line}, which does not exist")
         if line >= len(self._done):
             self._done.frombytes(bytes(8 * (line + 1 - len(self._done))))
         if self._done[line]:
@@ -322,7 +321,7 @@ class Job:
 
     @functools.cached_property
     def _most_lines(self) -> int:
-        """Checks a line number against the input's size, to avoid a huge allocation."""
+        """Upper bound of the input's line count, to refuse huge line numbers before allocating."""
         with self.input_path.open("rb") as file:
             is_packed = file.read(2) == _GZIP
         return self.input_path.stat().st_size * (_MAX_UNPACKED if is_packed else 1)
@@ -334,7 +333,11 @@ class Job:
         )
 
     def _check_input(self) -> tuple[int, int]:
-        """Counts lines and done lines; refuses an output of other lines or settings."""
+        """Returns the numbers of lines and of done lines.
+
+        Raises:
+          ValueError: the output was made from other lines or settings.
+        """
         num_lines = num_done = 0
         for number, raw in read_lines(self.input_path):
             num_lines += 1
@@ -402,8 +405,8 @@ def run(
 ) -> Summary:
     """Runs every line without a result through the engine and appends results as they finish.
 
-    At most `max_in_flight` lines are in memory, however long the input. The engine goes on while
-    lines are read and results written.
+    At most `max_in_flight` lines are in memory, however long the input. The engine keeps running
+    while lines are read and results written.
 
     Args:
       engine: an `LLM`.
@@ -411,8 +414,8 @@ def run(
       make_request: turns a line into (prompt, sampling params); a ValueError or TypeError from it
         or from `Session.add` fails only this line.
       max_in_flight: requests that the engine holds, running and waiting.
-      on_error: called with line number and message of each line that fails when it is added or
-        later; it has no result, so that another run of the job tries it again.
+      on_error: called with line number and message of each line that fails, when it is added or
+        later; it gets no result, so another run of the job tries it again.
       on_progress: called whenever lines have finished, and for failed lines.
 
     Raises:
@@ -436,7 +439,7 @@ def run(
 
 @dataclasses.dataclass
 class _Run:
-    """A job that is run: its lines in flight as {request id: (number, line id, key)}."""
+    """A running job; `in_flight` maps request ids to (line number, line id, key)."""
 
     session: Session
     job: Job

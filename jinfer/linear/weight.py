@@ -19,7 +19,7 @@ from jinfer.config.quant_format import QFormat
 
 @runtime_checkable
 class Weight(Protocol):
-    """A weight that is no plain array.
+    """A weight that is not a plain array.
 
     It may also have `bind(inputs)`, which returns the weight for one step (see `bind`), and
     `split_axes(names)`, which returns it with a PartitionSpec for each array (`models.axes`).

@@ -154,7 +154,7 @@ def make_method(name: str, fmt: str | QFormat | None = None, /, **options: Any) 
     default, fields = _PRESETS[name]
     require(
         fmt is None or isinstance(fmt, str | QFormat),
-        f"format must be a text such as {default}, got {fmt!r}",
+        f"format must be a string such as {default}, got {fmt!r}",
     )
     parsed = QFormat.parse(fmt) if isinstance(fmt, str) else fmt or QFormat.parse(default)
     kinds = _KINDS.get(name)
@@ -184,7 +184,7 @@ def parse_quantization(text: str) -> Method:
     Raises:
       ValueError: not understood, or a method that needs calibration.
     """
-    require(isinstance(text, str), f"quantization must be a text such as fp8, got {shown(text)}")
+    require(isinstance(text, str), f"quantization must be a string such as fp8, got {shown(text)}")
     head, _, tail = text.rpartition(":")
     try:
         if text == "int8":

@@ -1,4 +1,4 @@
-"""From the prompts of `LLM.beam_search` to its outputs, around the searcher of the engine."""
+"""`LLM.beam_search`: runs the engine's beam searcher over prompts and makes the outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jinfer.text.prompts import Prompt
 logger = logging.getLogger(__name__)
 
 PrefixAllowedTokens = Callable[[int, list[int]], Sequence[int]]
-"""From a prompt's number and a beam's tokens, the prompt's included, to the ids that may follow."""
+"""Takes a prompt's index and a beam's token ids (prompt included); returns the ids allowed next."""
 
 
 def search(
@@ -33,21 +33,21 @@ def search(
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None,
     bar: Any,
 ) -> list[BeamSearchOutput]:
-    """Runs one search a prompt to its end; see `LLM.beam_search`.
+    """Runs one beam search per prompt to its end; see `LLM.beam_search`.
 
-    Each step of the searches is a call in the engine's thread, between two steps of its requests.
+    Each search step runs in the engine's thread, between two steps of other requests.
 
     Args:
-      loop: of the engine, whose requests go on meanwhile.
+      loop: the engine's loop; its other requests continue meanwhile.
       prompts: one search each.
-      params: of all searches.
-      tokenizer: makes text; None for token ids only.
+      params: shared by all searches.
+      tokenizer: decodes the outputs; None for token ids only.
       concurrency_limit: most searches at a time.
       prefix_allowed_tokens_fn: restricts each beam; called in the engine's thread.
       bar: a progress bar over prompts.
 
     Raises:
-      ValueError: a prompt cannot be served; none is.
+      ValueError: a prompt cannot be served; no search starts.
       RuntimeError: no search can start though the engine is idle, or a step fails.
     """
     loop.refuse_own_thread()
@@ -66,7 +66,7 @@ def search(
         try:
             return searcher.step(), engine.has_work()
         except BaseException:
-            searcher.close()  # before the engine meets the pool that is lost
+            searcher.close()  # before the engine notices that the pool is lost
             raise
 
     try:
@@ -95,7 +95,7 @@ def search(
 
 
 class _AllowedTokens:
-    """Token masks of one prompt's beams, of what a function of the user's allows."""
+    """Masks that allow one prompt's beams the tokens that a user's function returns."""
 
     def __init__(self, fn: PrefixAllowedTokens, idx: int, prompt: list[int], vocab_size: int):
         self._fn = fn
@@ -107,7 +107,7 @@ class _AllowedTokens:
         """Returns the mask after a beam's tokens; see `TokenMasks`.
 
         Raises:
-          ValueError, TypeError: what the function returns are no ids of the vocabulary.
+          ValueError, TypeError: the function did not return ids of the vocabulary.
         """
         allowed = self._fn(self._idx, [*self._prompt, *token_ids, *drafts])
         ids = read_token_ids("prefix_allowed_tokens_fn's result", allowed)
@@ -126,7 +126,7 @@ def _output(
     params: BeamSearchParams,
     tokenizer: Any | None,
 ) -> BeamSearchOutput:
-    """Turns what was found, best first, into what the user gets."""
+    """Makes the user's output from the finished beams, best first."""
 
     def decode(token_ids: list[int]) -> str | None:
         if tokenizer is None:

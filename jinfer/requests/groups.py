@@ -1,8 +1,8 @@
-"""From engine requests to what the user sees: n samples of a prompt as one RequestOutput.
+"""Makes a `RequestOutput` from the engine's requests: the n samples of one prompt.
 
-All of this runs in the reader's thread, while the engine's thread goes on. Of a request it reads
-what does not change any more: tokens and logprobs up to the number that the news state. So an
-output whose making was interrupted (Ctrl-C) can be made again, from the first token.
+All of this runs in the reader's thread, beside the engine's thread. It reads only the tokens and
+logprobs that the news count, which do not change any more. So an output whose making was
+interrupted (Ctrl-C) can be made again, from the first token.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class LogprobFormatter:
         self._texts: dict[int, str] = {}
 
     def __call__(self, entry: TokenLogprobs, params: SamplingParams) -> dict[int, Logprob]:
-        """Returns the token itself first, then the most likely ones, best first."""
+        """Returns the sampled token's entry first, then the most likely tokens, best first."""
         is_text = params.detokenize and self._tokenizer is not None
-        row = {
+        entries = {
             entry.token_id: Logprob(
                 entry.logprob, entry.rank, self._text(entry.token_id) if is_text else None
             )
@@ -41,9 +41,9 @@ class LogprobFormatter:
         for rank, (token, logprob) in enumerate(
             zip(entry.ids.tolist(), entry.logprobs.tolist(), strict=True), start=1
         ):
-            if token not in row:
-                row[token] = Logprob(logprob, rank, self._text(token) if is_text else None)
-        return row
+            if token not in entries:
+                entries[token] = Logprob(logprob, rank, self._text(token) if is_text else None)
+        return entries
 
     def _text(self, token: int) -> str:
         if token not in self._texts:
@@ -54,16 +54,17 @@ class LogprobFormatter:
 
 @dataclasses.dataclass(eq=False)
 class SampleReader:
-    """What has been read of one sample.
+    """One sample: the tokens and text read so far, and how much of them was handed out.
 
     Attributes:
       request: the engine's.
-      tokenizer: makes the text; None where the engine does (stop strings), or nobody.
-      news: the last ones.
-      num_tokens, num_pieces: tokens read, and pieces of the engine's text.
+      tokenizer: decodes the text; None if the engine does (stop strings) or no text is wanted.
+      news: the latest.
+      num_tokens: tokens read.
+      num_pieces: pieces read of the engine's text.
       text: all text so far.
-      rows: the tokens' logprobs as far as they have been formatted.
-      cumulative: the sum of the tokens' logprobs in `rows`.
+      logprobs: of the tokens whose logprobs have been formatted.
+      cumulative: the sum of the logprobs of those tokens.
       is_finished: whether the sample has ended.
       sent: tokens and characters handed out (output kind DELTA).
     """
@@ -75,7 +76,7 @@ class SampleReader:
     num_tokens: int = 0
     num_pieces: int = 0
     text: str = ""
-    rows: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
     cumulative: float = 0.0
     is_finished: bool = False
     sent: tuple[int, int] = (0, 0)
@@ -84,16 +85,16 @@ class SampleReader:
         self.restart()
 
     def restart(self) -> None:
-        """Reads anew what has been read; what has been handed out stays so."""
+        """Reads the latest news again from the first token; `sent` stays."""
         params = self.request.params
         self.detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, params)
         self.num_tokens = self.num_pieces = 0
-        self.text, self.rows, self.cumulative = "", [], 0.0
+        self.text, self.logprobs, self.cumulative = "", [], 0.0
         if self.news is not None:
             self.read(self.news)
 
     def read(self, news: News) -> None:
-        """Takes in how far the request is: makes the text up to there."""
+        """Notes how far the request is and decodes the text up to there."""
         self.news = news
         request, begin = self.request, self.num_tokens
         self.num_tokens = max(begin, news.num_tokens)
@@ -103,7 +104,7 @@ class SampleReader:
             self.num_pieces = max(self.num_pieces, news.num_pieces)
         elif self.detokenizer is not None:
             end = self.num_tokens
-            # The token that ends a text (end of text, or a stop token) is no part of it.
+            # The token that ends a text (end of text, or a stop token) is not part of it.
             is_stopped = news.is_finished and request.finish_reason == "stop"
             end -= is_stopped and not request.params.include_stop_str_in_output
             for token_id in request.output_token_ids[begin:end]:
@@ -115,16 +116,16 @@ class SampleReader:
     def completion(
         self, idx: int, params: SamplingParams, format_logprobs: LogprobFormatter
     ) -> CompletionOutput:
-        """Returns what is to be handed out now of what has been read."""
+        """Returns the sample's next output: all so far, or only what is new (DELTA)."""
         request, end = self.request, self.num_tokens
         is_delta = params.output_kind is RequestOutputKind.DELTA
         begin, begin_text = self.sent if is_delta else (0, 0)
         logprobs = cumulative = None
         if request.logprobs is not None:
-            for entry in request.logprobs[len(self.rows) : end]:
-                self.rows.append(format_logprobs(entry, params))
+            for entry in request.logprobs[len(self.logprobs) : end]:
+                self.logprobs.append(format_logprobs(entry, params))
                 self.cumulative += entry.logprob
-            logprobs, cumulative = self.rows[begin:], self.cumulative
+            logprobs, cumulative = self.logprobs[begin:], self.cumulative
         return CompletionOutput(
             index=idx,
             text=self.text[begin_text:],
@@ -165,7 +166,7 @@ class RequestGroup:
             SampleReader(request, tokenizer if reads_text else None) for request in requests
         ]
         self._prompt_rows: list[dict[int, Logprob] | None] = []
-        self._is_reading = False  # when reading begins: the last time was interrupted
+        self._is_reading = False  # True when `output` begins: its last call was interrupted
 
     @property
     def is_finished(self) -> bool:
@@ -175,9 +176,9 @@ class RequestGroup:
     def output(
         self, news: Iterable[News], format_logprobs: LogprobFormatter
     ) -> RequestOutput | None:
-        """Returns what is to be handed out now, under `params.output_kind`; None for nothing.
+        """Returns the next output of the kind `params.output_kind`; None if there is nothing new.
 
-        Interrupted, it may be called again with the same news.
+        After an interruption it may be called again with the same news.
         """
         if self._is_reading:
             self._prompt_rows = []

@@ -1,4 +1,4 @@
-"""Clients of an engine's loop: sessions of requests that are read together, handles of one each."""
+"""Clients of an engine's loop: sessions read several requests together, a handle reads one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from jinfer.text.prompts import read_prompt
 
 
 class Client:
-    """What all sessions of one engine share: the loop, the ids in use, how outputs are made.
+    """State shared by all sessions of one engine: the loop, the ids in use, the tokenizer.
 
     Args:
       loop: owns the engine.
-      tokenizer: reads prompts and makes text; None for token ids only.
-      defaults: fields of the sampling parameters that are used where none are given.
+      tokenizer: encodes prompts and decodes outputs; None for token ids only.
+      defaults: fields of the default sampling parameters.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Client:
         return len(self._in_use)
 
     def default_params(self) -> SamplingParams:
-        """Returns the sampling parameters that are used where none are given."""
+        """Returns the sampling parameters of a request that gives none."""
         return SamplingParams(**self._defaults)
 
     def read_params(self, params: Any, kind: RequestOutputKind | None = None) -> SamplingParams:
-        """Returns `params`, or the default for None, with another output kind if one is given.
+        """Returns `params` (None: the default ones), with output kind `kind` unless that is None.
 
         Raises:
-          TypeError: they are of another kind.
+          TypeError: `params` is not a `SamplingParams`.
         """
         params = self.default_params() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -60,18 +60,19 @@ class Client:
         return params if kind is None else dataclasses.replace(params, output_kind=kind)
 
     def new_id(self, kind: str) -> str:
-        """Returns an id that is not in use."""
+        """Returns an unused id."""
         names = (f"{kind}-{number}" for number in self._numbers)
         return next(name for name in names if name not in self._in_use)
 
     def make_group(
         self, request_id: str, prompt: Any, params: SamplingParams, priority: Any = 0
     ) -> RequestGroup:
-        """Checks a prompt and everything about it; queues nothing.
+        """Checks a prompt with its parameters and makes its requests; queues nothing.
 
         Raises:
-          ValueError: the id is no text, the priority no integer, or the engine cannot serve it.
-          TypeError: the prompt is of another kind.
+          ValueError: the id is not a string, the priority not an integer, or the engine cannot
+            serve the request.
+          TypeError: the prompt has an unsupported type.
         """
         read = read_prompt(prompt, self.tokenizer)
         check_id(request_id)
@@ -93,7 +94,7 @@ class Client:
         return RequestGroup(request_id, read.text, params, requests, self.tokenizer)
 
     def claim(self, request_id: str, submission: Submission) -> None:
-        """Takes an id until `release`.
+        """Reserves an id until `release`.
 
         Raises:
           ValueError: the id is in use.
@@ -104,13 +105,13 @@ class Client:
             self._in_use[request_id] = submission
 
     def release(self, request_id: str, submission: Submission) -> None:
-        """Gives an id back, if it is this submission's."""
+        """Frees an id if this submission reserved it."""
         with self._lock:
             if self._in_use.get(request_id) is submission:
                 del self._in_use[request_id]
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, whose reader is told; unknown ids are ignored."""
+        """Ends a request and tells its reader; unknown ids are ignored."""
         check_id(request_id)
         submission = self._in_use.get(request_id)
         if submission is not None:
@@ -122,7 +123,7 @@ class Session:
 
     Args:
       client: whose engine serves them.
-      is_manual: they advance by `EngineLoop.step` alone, or beside others.
+      is_manual: these requests alone do not make the engine step; `EngineLoop.step` does.
     """
 
     def __init__(self, client: Client, *, is_manual: bool = False) -> None:
@@ -130,7 +131,7 @@ class Session:
         self._is_manual = is_manual
         self._mailbox = Mailbox()
         self._groups: dict[Submission, RequestGroup] = {}
-        self._ready: list[RequestOutput] = []  # not empty where a reader was interrupted
+        self._ready: list[RequestOutput] = []  # not empty if a reader was interrupted
 
     def __len__(self) -> int:
         """Requests whose last output has not been read."""
@@ -148,7 +149,7 @@ class Session:
 
         Raises:
           ValueError, TypeError: the request cannot be served; nothing is queued.
-          QueueFullError: as many wait as may.
+          QueueFullError: the queue is full.
           RuntimeError: the engine takes no requests any more.
         """
         client = self._client
@@ -156,7 +157,7 @@ class Session:
         self.submit([client.make_group(request_id, prompt, params, priority)])
 
     def submit(self, groups: Sequence[RequestGroup]) -> None:
-        """Queues requests together: all or none; returns at once."""
+        """Queues all of the requests or none, and returns at once."""
         made = []
         try:
             for group in groups:
@@ -179,11 +180,11 @@ class Session:
             raise
 
     def read(self) -> list[RequestOutput]:
-        """Returns the next outputs, as soon as there are some; an empty list when all have ended.
+        """Waits for the next outputs and returns them; an empty list when all have ended.
 
         Raises:
           RuntimeError: the engine was closed.
-          BaseException: whatever ended a request beside its own doing.
+          BaseException: an error of the engine that ended a request.
         """
         while self:
             self._client.loop.check_can_wait(self._mailbox)
@@ -194,7 +195,7 @@ class Session:
         return []
 
     async def read_async(self) -> list[RequestOutput]:
-        """The same in asyncio."""
+        """As `read`, for asyncio."""
         while self:
             if not self._ready:
                 await self._mailbox.wait_async()
@@ -203,12 +204,12 @@ class Session:
         return []
 
     def take(self) -> list[RequestOutput]:
-        """Returns the outputs that are here.
+        """Returns the outputs that are ready, without waiting.
 
-        Interrupted (Ctrl-C), it has lost nothing: news are taken when their output has been made.
+        When interrupted (Ctrl-C), it loses nothing: news stay queued until their output is made.
 
         Raises:
-          BaseException: whatever ended a request, or kept its output from being made.
+          BaseException: an error that ended a request or prevented its output.
         """
         while (item := self._mailbox.first()) is not None:
             submission, news = item
@@ -216,7 +217,7 @@ class Session:
             if group is not None:  # neither aborted nor failed
                 if isinstance(news, Failure):
                     if self._ready:
-                        break  # first what came before
+                        break  # hand out earlier outputs first
                     self._drop(submission)
                     raise news.take()
                 self._make_output(submission, group, news)
@@ -229,7 +230,7 @@ class Session:
     ) -> None:
         try:
             output = group.output(news, self._client.format_logprobs)
-        except Exception:  # it would come again each time
+        except Exception:  # would be raised again by each later call
             self._drop(submission)
             raise
         if output is not None:
@@ -238,7 +239,7 @@ class Session:
             self._forget(submission)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, of which nothing more is read; ids of others are ignored."""
+        """Ends a request of this session without a last output; other ids are ignored."""
         for submission, group in tuple(self._groups.items()):
             if group.request_id == request_id:
                 self._drop(submission)
@@ -272,7 +273,7 @@ class Session:
 class Handle:
     """One request: an iterator of its outputs for threads (`for`) and asyncio (`async for`).
 
-    A handle that nobody refers to any more ends its request.
+    A handle that is garbage collected ends its request.
     """
 
     def __init__(self, session: Session, request_id: str) -> None:
@@ -307,11 +308,11 @@ class Handle:
 
 
 def check_id(request_id: Any) -> None:
-    """Raises ValueError if a request id is no text."""
-    require(isinstance(request_id, str), f"request_id must be a text, got {shown(request_id)}")
+    """Raises ValueError if a request id is not a string."""
+    require(isinstance(request_id, str), f"request_id must be a string, got {shown(request_id)}")
 
 
 def refuse_aborted(output: RequestOutput) -> None:
-    """Raises RuntimeError if someone else has aborted the request."""
+    """Raises RuntimeError if another caller has aborted the request."""
     if any(completion.finish_reason == "abort" for completion in output.outputs):
-        raise RuntimeError("requests were aborted while someone waited for their outputs")
+        raise RuntimeError("requests were aborted while a caller waited for their outputs")

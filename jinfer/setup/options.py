@@ -1,4 +1,4 @@
-"""The arguments of `LLM` as one frozen value, and what they name: tokenizer, defaults, caches."""
+"""The arguments of `LLM` as one frozen value; loads its tokenizer and sampling defaults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jinfer.config.speculative import SpeculativeConfig
 
 logger = logging.getLogger(__name__)
 
-# Kinds of the options; the rest is checked where it is used.
+# Types of the options; everything else is checked where it is used.
 _SIZES = (
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     *("num_decode_steps", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
@@ -35,11 +35,11 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LLMOptions:
-    """The keyword arguments of `LLM`, whose docs have their meaning; they hold no weights.
+    """The keyword arguments of `LLM`, documented there, without models and weights.
 
     Attributes:
-      speculation: `speculative_config` as it was read; the models and weights that it names travel
-        beside it, see `speculation.DraftSource`. Of Medusa heads, the tree comes with the heads.
+      speculation: the parsed `speculative_config`, without the draft model and its weights, which
+        `speculation.DraftSource` holds, and without Medusa's tree, which comes with the heads.
     """
 
     skip_tokenizer_init: bool = False
@@ -71,10 +71,10 @@ class LLMOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> LLMOptions:
-        """Returns the options among the arguments that `LLM` was given; others are left out.
+        """Returns the options among the arguments of `LLM`; other arguments are left out.
 
         Raises:
-          ValueError, TypeError: an argument is of another kind than its name says.
+          ValueError, TypeError: an argument has the wrong type or an invalid value.
         """
         names = {field.name for field in dataclasses.fields(cls)} - {"speculation"}
         options = cls(**{name: given[name] for name in names})
@@ -92,12 +92,12 @@ def take_tokenizer(
     *,
     skips: bool = False,
 ) -> Any | None:
-    """Returns the tokenizer that `LLM` was given, or loads it, by default that of `source`."""
+    """Returns the tokenizer given to `LLM`, or loads it, by default from `source`."""
     if skips:
-        require(tokenizer is None, "skip_tokenizer_init goes without a tokenizer: drop one of both")
+        require(tokenizer is None, "skip_tokenizer_init and tokenizer exclude each other: drop one")
         return None
     if tokenizer is not None:
-        revision = None  # it is the model's
+        revision = None  # applies to the model only
     tokenizer = source if tokenizer is None else tokenizer
     if isinstance(tokenizer, (str, os.PathLike)):
         from jinfer.checkpoints.tokenizer import load_tokenizer
@@ -106,12 +106,14 @@ def take_tokenizer(
     if tokenizer is not None and not (
         hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")
     ):
-        raise TypeError(f"tokenizer must be one of transformers or a path, got {shown(tokenizer)}")
+        raise TypeError(
+            f"tokenizer must be a tokenizer of transformers, or a path, got {shown(tokenizer)}"
+        )
     return tokenizer
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the cache folder, unless JAX was told where, or not to."""
+    """Sets JAX's compilation cache folder, unless JAX has one or its cache is switched off."""
     settings = jax.config.values
     if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
@@ -134,7 +136,7 @@ def sampling_defaults(
     """Returns fields of `SamplingParams` from the generation_config.json of a model's folder.
 
     Args:
-      model: as given to `LLM`; None for one in memory.
+      model: as given to `LLM`; None for a model in memory.
       source: "auto", or "none" for no fields at all.
       revision: branch, tag or commit of a hub name.
     """
@@ -162,7 +164,7 @@ def sampling_defaults(
 
 
 def per_prompt(name: str, values: Any, count: int) -> list[Any]:
-    """One value for all prompts, or a list or array with one for each, as a list."""
+    """Returns a list of one value per prompt, from one value for all or a list or array."""
     if isinstance(values, str) or not (isinstance(values, Sequence) or getattr(values, "ndim", 0)):
         return [values] * count
     if len(values) != count:

@@ -1,6 +1,6 @@
-"""`LLMOptions` made into the configurations of an engine: platform defaults, and what memory holds.
+"""Turns `LLMOptions` into the configs of an engine: fills in platform defaults, sizes the KV pool.
 
-None in an option stands for the platform's default.
+An option of None means the platform's default.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def resolve(
 
     Args:
       options: the arguments of `LLM`.
-      model: what is served.
+      model: the config of the served model.
       params: its weights, placed.
-      speculation: how it drafts, with the weights that go with that.
+      speculation: how the engine drafts, with the weights for that.
 
     Raises:
       ValueError: the options contradict each other, the model or the memory.
@@ -73,7 +73,7 @@ def resolve(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _StepSizes:
-    """What a step and a page hold."""
+    """Sizes of a step and a page."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -82,7 +82,7 @@ class _StepSizes:
 
 
 def _step_sizes(options: LLMOptions, model: ModelConfig, params: Params) -> _StepSizes:
-    """Fills in the defaults of the platform; checks what memory is counted in later."""
+    """Fills in the platform's defaults and checks the sizes that memory depends on."""
     on_cpu = jax.default_backend() == "cpu"
     max_num_seqs = options.max_num_seqs
     if max_num_seqs is None:
@@ -96,10 +96,10 @@ def _step_sizes(options: LLMOptions, model: ModelConfig, params: Params) -> _Ste
         block_size = _default_block_size(kv_dtype)
     require(
         not isinstance(max_num_seqs, int) or max_num_seqs <= MAX_NUM_SEQS,
-        f"max_num_seqs must be at most {MAX_NUM_SEQS}, got {max_num_seqs}: each has its rows on "
-        "the device",
+        f"max_num_seqs must be at most {MAX_NUM_SEQS}, got {max_num_seqs}: each sequence takes a "
+        "row of state on the device",
     )
-    # Checks the fields; a length that is not given comes from the size of the pool later.
+    # Made for its checks only; max_model_len may depend on the pool's size and is resolved later.
     EngineConfig(
         max_model_len=1 if options.max_model_len is None else options.max_model_len,
         max_num_seqs=max_num_seqs,
@@ -123,7 +123,7 @@ def _step_sizes(options: LLMOptions, model: ModelConfig, params: Params) -> _Ste
 
 
 def _default_block_size(kv_dtype: str) -> int:
-    """Pages of 64 tokens; where a TPU's kernel reads scales, 128 to fill a register's lanes."""
+    """Returns 64 tokens; on TPUs with quantized K and V 128, so that scales fill all lanes."""
     return 128 if jax.default_backend() == "tpu" and KV_BITS[kv_dtype] < 16 else 64
 
 
@@ -134,7 +134,7 @@ def _num_pages(
     params: Params,
     speculation: Speculation,
 ) -> int:
-    """Sizes the KV pool, and with it that of a drafting model: both have as many pages."""
+    """Returns the pages of the KV pool; a draft model's pool has the same number."""
     stored = kv_cache.as_stored(model, sizes.kv_dtype)
     page_bytes = memory.page_bytes(stored, sizes.block_size, sizes.kv_dtype)
     if options.num_gpu_blocks_override is not None:
@@ -154,7 +154,7 @@ def _num_pages(
     if drafter is not None and drafter.own_kv_config is not None:
         own = kv_cache.as_stored(drafter.own_kv_config, sizes.kv_dtype)
         draft_page_bytes = memory.page_bytes(own, sizes.block_size, sizes.kv_dtype)
-        # The target's share of what there is.
+        # The target's share of the budget.
         budget_bytes = budget_bytes * page_bytes // (page_bytes + draft_page_bytes)
     longest = options.max_model_len or model.max_context_len
     num_pages = memory.num_pages(
@@ -179,15 +179,15 @@ def _kv_budget_bytes(
     params: Params,
     speculation: Speculation,
 ) -> int:
-    """Returns what weights, others on the device and a step's temporaries leave of the memory."""
-    jax.block_until_ready(params)  # copies made while they were placed count, too
+    """Returns the memory left by weights, other users of the device and a step's temporaries."""
+    jax.block_until_ready(params)  # so that bytes_in_use includes copies made by placement
     stats = jax.local_devices()[0].memory_stats() or {}
     used_bytes = num_bytes((params, speculation.heads))
     if speculation.drafter is not None:
         used_bytes += speculation.drafter.num_weight_bytes(params)
     return memory.kv_budget_bytes(
         device_bytes=stats.get("bytes_limit"),
-        # Others may live there, too: a trainer with its optimizer, another engine.
+        # Other users of the device count as well: a trainer with its optimizer, another engine.
         used_bytes=max(used_bytes, stats.get("bytes_in_use", 0)),
         gpu_memory_utilization=options.gpu_memory_utilization,
         reserved_bytes=memory.temp_bytes(
@@ -199,16 +199,16 @@ def _kv_budget_bytes(
 def _check_speculation(
     options: LLMOptions, model: ModelConfig, speculation: Speculation, max_model_len: int
 ) -> None:
-    """Raises ValueError where a drafter or its trees do not go with the other options."""
+    """Raises ValueError if a drafter or its trees contradict the other options."""
     own = None if speculation.drafter is None else speculation.drafter.own_kv_config
     if own is not None and options.cpu_offload_gb:
         raise ValueError(
-            "cpu_offload_gb keeps the KV of one model: drafts here have KV of their own"
+            "cpu_offload_gb is not supported with a draft model that has its own KV cache: drop one"
         )
     if own is not None and own.max_context_len < max_model_len:
         raise ValueError(
-            f"speculative_config: the draft model was made for {own.max_context_len} positions, "
-            f"fewer than max_model_len={max_model_len}: lower it to that"
+            f"speculative_config: the draft model has {own.max_context_len} positions, fewer than "
+            f"max_model_len={max_model_len}: lower max_model_len to that"
         )
     config, window = speculation.config, model.sliding_window
     if config is not None and config.is_tree and window is not None:
@@ -220,7 +220,7 @@ def _check_speculation(
 
 
 def _num_host_pages(config: ModelConfig, page_size: int, dtype: str, gib: float) -> int:
-    """Pages of `gib` GiB of host memory."""
+    """Returns how many pages fit `gib` GiB of host memory."""
     require(isinstance(gib, (int, float)), f"cpu_offload_gb must be a number, got {gib!r}")
     page_bytes = memory.page_bytes(kv_cache.as_stored(config, dtype), page_size, dtype)
     most = memory.host_memory_bytes()
@@ -239,13 +239,11 @@ def _num_host_pages(config: ModelConfig, page_size: int, dtype: str, gib: float)
 
 
 def _resolve_max_model_len(wanted: int | None, config: ModelConfig, num_slots: int) -> int:
-    made_for = config.max_context_len
+    longest = config.max_context_len
     if wanted is None:
-        return min(made_for, num_slots)
-    if wanted > made_for:
-        raise ValueError(
-            f"max_model_len={wanted} is beyond the {made_for} positions the model was made for"
-        )
+        return min(longest, num_slots)
+    if wanted > longest:
+        raise ValueError(f"max_model_len={wanted} exceeds the model's {longest} positions")
     if wanted > num_slots:
         raise ValueError(
             f"max_model_len={wanted} does not fit the KV pool of {num_slots} tokens: raise "

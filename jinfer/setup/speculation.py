@@ -1,4 +1,4 @@
-"""What a `speculative_config` names: Medusa heads or a drafter, loaded, made or refused."""
+"""Loads or makes what a `speculative_config` names: Medusa heads, or a drafter."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Speculation:
     """How an engine drafts, and the weights that go with it, placed.
 
     Attributes:
-      config: None: it does not draft.
-      heads: Medusa heads.
-      drafter: the model that drafts.
+      config: None if the engine does not draft.
+      heads: Medusa heads, for method "medusa".
+      drafter: the draft model, for methods "self" and "draft".
     """
 
     config: SpeculativeConfig | None = None
@@ -36,12 +36,12 @@ class Speculation:
 
 @dataclasses.dataclass(frozen=True)
 class DraftSource:
-    """The draft model of a `speculative_config`, as `LLM` takes a model; all None: there is none.
+    """The draft model of a `speculative_config`, in the forms that `LLM` takes; all None if none.
 
     Attributes:
       model: a `Model`, or a path or name to load.
       params: weights of a `Model`.
-      tokenizer: its tokenizer, or where to load one from; None: that of `model`.
+      tokenizer: its tokenizer, or a path or name to load one from; None: that of `model`.
     """
 
     model: Any = None
@@ -50,14 +50,14 @@ class DraftSource:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any] | None) -> DraftSource:
-        """Returns what the fields name that `SpeculativeConfig.of` has checked."""
+        """Returns the draft model of fields that `SpeculativeConfig.of` has checked."""
         names = (field.name for field in dataclasses.fields(cls))
         return cls(**{name: (fields or {}).get(name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The model that drafts are made for: its weights, where they lie, and its tokenizer."""
+    """The model that verifies the drafts: its weights, their placement, and its tokenizer."""
 
     model: Model
     params: Params
@@ -66,11 +66,11 @@ class Target:
 
 
 def take_speculation(options: LLMOptions, source: DraftSource, target: Target) -> Speculation:
-    """Returns how the options say that an engine drafts, with heads loaded or a drafter made.
+    """Loads the heads or makes the drafter that the options ask for.
 
     Raises:
-      FileNotFoundError: there are no heads.
-      ValueError: the heads or the draft model do not suit the target, or the tree the heads.
+      FileNotFoundError: the heads do not exist.
+      ValueError: the heads or the draft model do not fit the target, or the tree the heads.
     """
     config = options.speculation
     if config is None:
@@ -88,7 +88,7 @@ def take_speculation(options: LLMOptions, source: DraftSource, target: Target) -
 def _take_heads(
     config: SpeculativeConfig, model: ModelConfig
 ) -> tuple[SpeculativeConfig, dict[str, Any]]:
-    """Loads Medusa heads; returns them with the config that has the tree to use."""
+    """Loads Medusa heads; returns them and the config completed by their tree."""
     from jinfer.speculation import medusa
 
     assert config.heads is not None
@@ -99,18 +99,18 @@ def _take_heads(
     highest = max(max(node) for node in tree)
     require(
         highest < shape.num_guessable,
-        f"the tree asks for the guess of rank {highest}, the heads guess among "
+        f"the tree asks for the guess of rank {highest}, but the heads rank only "
         f"{shape.num_guessable} tokens",
     )
     return dataclasses.replace(config, tree=tree, num_speculative_tokens=len(tree)), heads
 
 
 def _self_drafter(config: SpeculativeConfig, target: Target) -> Drafter:
-    """Returns a drafter of the target's weights in fewer bits."""
+    """Returns a drafter that runs the target's weights in fewer bits."""
     if any(map(is_weight, weights(target.params))):
         raise ValueError(
-            f'speculative_config: method "self" rounds float weights to {config.format}, and these '
-            "are quantized already: load the model without quantization, or draft otherwise"
+            f'speculative_config: method "self" rounds float weights to {config.format}, but these '
+            "are quantized already: load the model without quantization, or use another method"
         )
 
     def follow(params: Params) -> Params:
@@ -118,7 +118,7 @@ def _self_drafter(config: SpeculativeConfig, target: Target) -> Drafter:
             return setup_weights.place(params, target.placement, config.format)
         except ValueError as error:
             raise ValueError(
-                f"speculative_config: format {config.format!r} does not suit this model ({error})"
+                f"speculative_config: format {config.format!r} does not fit this model ({error})"
             ) from error
 
     return Drafter(target.model, follow(target.params), follow)
@@ -136,8 +136,8 @@ def _draft_model(options: LLMOptions, source: DraftSource, target: Target) -> Dr
     sizes = draft.config.vocab_size, target.model.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"speculative_config: {name} has a vocabulary of {sizes[0]} tokens, the model that it "
-            f"is to draft for one of {sizes[1]}: they must be the same"
+            f"speculative_config: {name} has a vocabulary of {sizes[0]} tokens, the target model "
+            f"one of {sizes[1]}: they must be equal"
         )
     if target.tokenizer is not None and (source.tokenizer is not None or is_loaded):
         path = source.model if is_loaded else None
@@ -146,7 +146,7 @@ def _draft_model(options: LLMOptions, source: DraftSource, target: Target) -> Dr
 
 
 def _check_tokenizers(own: Any, target: Any, name: str) -> None:
-    """Refuses a drafter that gives other ids to some tokens."""
+    """Refuses a drafter whose tokenizer maps some token to another id."""
     for tokenizer in (own, target):
         if not hasattr(tokenizer, "get_vocab"):
             kind = type(tokenizer).__name__

@@ -1,4 +1,4 @@
-"""The model and the weights that an `LLM` serves: taken from the caller or loaded, then placed."""
+"""Takes an `LLM`'s model and weights from the caller or loads them, and places the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def take_model(
 
     Args:
       model, params: as given to `LLM`.
-      options: with the dtype, revision, quantization and backend to load, or to serve.
+      options: of which dtype, revision, quantization and linear_impl are used.
 
     Raises:
       ValueError: a Model came without weights, or weights with a path.
@@ -32,10 +32,11 @@ def take_model(
     dtype, quantization = options.dtype, options.quantization
     if isinstance(model, Model):
         if quantization == "gguf":
-            raise ValueError("quantization 'gguf' keeps the types of a GGUF file: pass its path")
+            raise ValueError("quantization 'gguf' is for GGUF files: pass the path of one")
         if options.revision is not None:
             raise ValueError(
-                f"revision={shown(options.revision)} is for names on the hub, this one is in memory"
+                f"revision={shown(options.revision)} is for names on the hub, but this model is in "
+                "memory: drop it"
             )
         params = examine_params(model, params)
         own_dtype = str(params["embed"]["w"].dtype)
@@ -46,7 +47,7 @@ def take_model(
             )
         return model, place(params, Placement.of(params, options.linear_impl), quantization)
     if params is not None:
-        raise ValueError("params go with a Model; a path or name brings its own")
+        raise ValueError("params go with a Model; a path or name has its own weights")
     from jinfer.quant.on_load import load
 
     loaded, own = load(
@@ -62,11 +63,11 @@ def examine_params(model: Model, params: Any) -> dict[str, Any]:
     """Returns a caller's weights as plain dicts and a tuple of layers.
 
     Args:
-      model: whose they are.
+      model: the model of these weights.
       params: a tree as `Model.init` makes it, or quantized.
 
     Raises:
-      ValueError, TypeError: as `examine`; a float is of a dtype that is not served, or an array
+      ValueError, TypeError: as `examine`; a float array has a dtype that is not served, or an array
         was donated or deleted.
     """
     refuse_tracing()
@@ -83,9 +84,9 @@ def examine_params(model: Model, params: Any) -> dict[str, Any]:
 
 
 def place(params: Params, placement: Placement, quantization: str | None) -> Params:
-    """Returns examined weights placed, quantized first if `quantization` says so.
+    """Places examined weights, quantized first if `quantization` says so, and returns them.
 
-    "gguf" was for the file that the first weights came from: others are taken as they are.
+    "gguf" quantizes nothing here: it applies only to loading a GGUF file.
     """
     params = placement.bind(params)
     if quantization not in (None, "gguf"):

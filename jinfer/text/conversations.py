@@ -32,8 +32,8 @@ def read_messages(conversation: Any) -> list[Message]:
     Null content of a message with tool calls becomes an empty text.
 
     Raises:
-      TypeError: it is no list of dicts with a role.
-      ValueError: a message has no content, a part is no text, or arguments are no JSON object.
+      TypeError: it is not a list of dicts with a role.
+      ValueError: a message has no content, a part is not text, or arguments are not a JSON object.
     """
     if not isinstance(conversation, Sequence) or isinstance(conversation, (str, bytes)):
         raise TypeError(

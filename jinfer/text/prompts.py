@@ -46,7 +46,7 @@ def read_prompt(prompt: Any, tokenizer: Any | None) -> Prompt:
                 f'"cache_salt" beside it, got {shown(list(prompt))}'
             )
         if salt is not None and not (isinstance(salt, str) and salt):
-            raise ValueError(f"cache_salt must be a text that is not empty, got {shown(salt)}")
+            raise ValueError(f"cache_salt must be a non-empty string, got {shown(salt)}")
         prompt = prompt[names.pop()]
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -135,8 +135,8 @@ def read_chat(tokenizer: Any | None, conversation: Any, **options: Any) -> Promp
 
     Raises:
       ValueError: no tokenizer, no chat template, an option that the template does not read, a part
-        that is no text, arguments that are no JSON, or the template refuses the messages.
-      TypeError: it is no list of messages.
+        that is not text, arguments that are not JSON, or the template refuses the messages.
+      TypeError: it is not a list of messages.
     """
     from jinja2 import TemplateError
 

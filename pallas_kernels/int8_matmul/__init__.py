@@ -33,7 +33,7 @@ def quantize_rows(x: jax.Array, scale: jax.Array | None = None) -> tuple[jax.Arr
       all below 1e-30, gets scale 1.
 
     Raises:
-      ValueError: x is no float array.
+      ValueError: x is not a float array.
     """
     x = jnp.asarray(x)
     if x.ndim < 1 or jnp.dtype(x.dtype) not in FLOAT_DTYPES:

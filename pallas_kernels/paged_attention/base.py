@@ -129,7 +129,7 @@ def check_arguments(
         )
     if num_heads % kv.num_kv_heads:
         raise ValueError(
-            f"q has {num_heads} heads, which is no multiple of the {kv.num_kv_heads} heads of kv; "
+            f"q has {num_heads} heads, not a multiple of the {kv.num_kv_heads} heads of kv; "
             "every KV head must serve the same number of query heads"
         )
     _check_scales(kv)

@@ -475,7 +475,7 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(llm, prompt, fields, me
         ({"kv_cache_dtype": "int3"}, ValueError, "kv_cache_dtype"),
         ({"tensor_parallel_size": 2}, ValueError, "one device"),
         ({"dtype": "bfloat16"}, ValueError, "served as they are, in float32"),
-        ({"revision": "main"}, ValueError, "this one is in memory"),
+        ({"revision": "main"}, ValueError, "this model is in memory"),
         ({"skip_tokenizer_init": True}, ValueError, "skip_tokenizer_init"),
         ({"max_num_seq": 2}, TypeError, "did you mean max_num_seqs"),
     ],

@@ -73,7 +73,7 @@ def examine(
     checkpoint = open_checkpoint(folder)
     require(
         isinstance(checkpoint, HFCheckpoint) and checkpoint.is_quantized,
-        f"{folder} is no quantized folder: its config.json has no quantization_config",
+        f"{folder} is not a quantized folder: its config.json has no quantization_config",
     )
     plan = plan_of(checkpoint)
     problems: list[tuple[str, str]] = []

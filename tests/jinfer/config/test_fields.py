@@ -91,7 +91,7 @@ def test_a_request_id_that_is_no_text_spoils_nothing(make_llm, request_id):
     llm = make_llm()
     params = SamplingParams(max_tokens=1)
     for call in (lambda: llm.add_request(request_id, [1], params), lambda: llm.abort(request_id)):
-        with pytest.raises(ValueError, match="request_id must be a text"):
+        with pytest.raises(ValueError, match="request_id must be a string"):
             call()
     assert llm.generate([[1]], params, use_tqdm=False)[0].finished
 
@@ -113,7 +113,9 @@ def test_messages_are_one_line_of_limited_length():
 
 def test_a_tokenizer_that_is_none_is_refused(make_llm):
     for value in ({}, 7, [], b"ab", object(), np.array([1])):
-        with pytest.raises(TypeError, match="tokenizer must be one of transformers or a path"):
+        with pytest.raises(
+            TypeError, match="tokenizer must be a tokenizer of transformers, or a path"
+        ):
             make_llm(skip_tokenizer_init=False, tokenizer=value)
 
 

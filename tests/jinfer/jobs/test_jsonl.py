@@ -194,10 +194,10 @@ def test_a_line_that_ends_with_an_error_is_named_and_tried_again(tmp_path, monke
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("my notes\n", "line 1 is no record"),
-        ("my notes", "its end b'my notes'... is no record"),
-        ('{"line": 1}\n', "line 1 is no record"),
-        ('{"line": 0, "key": "1"}\n', "line 1 is no record"),
+        ("my notes\n", "line 1 is not a record"),
+        ("my notes", "its end b'my notes'... is not a record"),
+        ('{"line": 1}\n', "line 1 is not a record"),
+        ('{"line": 0, "key": "1"}\n', "line 1 is not a record"),
         ('{"line": 99, "key": "1"}\n', "answers lines that the input does not have"),
         ('{"line": 99999999999, "key": "1"}\n', "answers input line 99999999999"),
         ('{"line": 1, "key": "1"}\n{"line": 1, "key": "1"}\n', "input line 1 a second time"),
@@ -305,7 +305,7 @@ def test_a_line_of_utf_16_between_others_gives_no_record(tmp_path):
 
 def test_results_are_not_packed(tmp_path):
     write_prompts(tmp_path / "in.jsonl", 1)
-    with pytest.raises(ValueError, match=r"out\.jsonl\.gz: results are written as plain lines"):
+    with pytest.raises(ValueError, match=r"out\.jsonl\.gz: results are written uncompressed"):
         run(tmp_path / "in.jsonl", tmp_path / "out.jsonl.gz")
 
 
@@ -343,7 +343,9 @@ def test_a_full_disk_leaves_whole_lines_and_the_job_goes_on_later(tmp_path):
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(OSError, match="make room and run the same command again") as error:
+        with pytest.raises(
+            OSError, match="free some space and run the same command again"
+        ) as error:
             run(source, target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -359,7 +361,7 @@ def test_a_full_disk_leaves_whole_lines_and_the_job_goes_on_later(tmp_path):
 def test_a_device_without_space_gives_the_same_error(tmp_path):
     source = tmp_path / "in.jsonl"
     write_prompts(source, 3)
-    with pytest.raises(OSError, match="No space left on device; the whole lines"):
+    with pytest.raises(OSError, match="No space left on device; the lines written"):
         run(source, Path("/dev/full"))
 
 

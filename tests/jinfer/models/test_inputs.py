@@ -177,7 +177,7 @@ def test_a_deleted_weight_is_named(quantize):
 
 def test_a_folder_in_the_place_of_safetensors_is_named(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is no file"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is not a file"):
         read_safetensors_header(tmp_path / "model.safetensors")
 
 

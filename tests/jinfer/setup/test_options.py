@@ -45,7 +45,7 @@ def test_options_are_frozen_hashable_and_checked():
         ("block_size", 1.5, "block_size must be an integer"),
         ("cpu_offload_gb", None, "cpu_offload_gb must be a finite number"),
         ("enable_prefix_caching", 1, "enable_prefix_caching must be True or False"),
-        ("revision", 1, "revision must be a text"),
+        ("revision", 1, "revision must be a string"),
     ):
         for call in (LLMOptions.of, lambda given: LLM(MODEL, **given)):
             with pytest.raises(ValueError, match=message):
@@ -111,7 +111,7 @@ def test_options_are_resolved_into_configs():
     )
     # Three sequences of three pages each are all that can ever be used.
     assert cache == CacheConfig(num_pages=9, page_size=16, dtype="float32")
-    with pytest.raises(ValueError, match="max_model_len=129 is beyond the 128 positions"):
+    with pytest.raises(ValueError, match="max_model_len=129 exceeds the model's 128"):
         resolve(
             dataclasses.replace(options, max_model_len=129), MODEL.config, params, Speculation()
         )

@@ -46,7 +46,7 @@ INT8, SCALE = s((9, 2, 8, 16), jnp.int8), s((9, 2, 8), f32)
         ({"pages": s((9, 2, 8, 8), f32)}, "H at least the 16 of q"),
         ({"v_pages": s((9, 2, 8, 17), f32)}, "v_pages must be float32.*as kv.k_pages is"),
         ({"pages": s((9, 2, 8, 16), i32)}, "kv pages must be f32.*got int32"),
-        ({"q": s((5, 3, 16), f32)}, "q has 3 heads, which is no multiple of the 2 heads"),
+        ({"q": s((5, 3, 16), f32)}, "q has 3 heads, not a multiple of the 2 heads"),
         ({"pages": INT8}, r"int8 kv pages need k_scale and v_scale, f32\[9, 2, 8\]"),
         ({"pages": INT8, "k_scale": SCALE}, "both given or both None"),
         ({"k_scale": SCALE, "v_scale": SCALE}, "scales go with float8_e4m3fn, int8 or uint8"),

@@ -60,7 +60,7 @@ def test_gguf_is_for_gguf_files(tiny, write_hf, tmp_path):
     folder = write_hf(tmp_path / "m", made.hf, made.tensors())
     with pytest.raises(ValueError, match=r"keeps the types of a GGUF file, .* is none"):
         load(folder, quantization="gguf")
-    with pytest.raises(ValueError, match="pass its path"):
+    with pytest.raises(ValueError, match="pass the path of one"):
         take_model(Model(made.config), made.params, LLMOptions(quantization="gguf"))
     placement = Placement.of(made.params, "xla")
     for before, after in zip(

@@ -366,7 +366,7 @@ def test_nothing_compiles_after_warmup(make_llm, config_of, method):
         ({"method": "ngram", "adaptive": 1}, "must be True or False"),
         ({"method": "ngram", "prompt_lookup_min": 5}, "must not exceed"),
         ({"method": "self", "prompt_lookup_min": 1}, "has no 'prompt_lookup_min'"),
-        ({"method": "self", "format": "int4-g32:gptq"}, "'int4-g32:gptq' does not suit this model"),
+        ({"method": "self", "format": "int4-g32:gptq"}, "'int4-g32:gptq' does not fit this model"),
         ({"method": "draft"}, 'needs a "model"'),
     ],
 )
@@ -383,7 +383,7 @@ def test_what_cannot_be_met_is_refused(make_llm, config, message):
         ([[0, 1]], "without its parent"),
         ("deep", "tree must be a list"),
         ([], "1 to 63 nodes"),
-        ([[300]], "rank 300, the heads guess among 300 tokens"),
+        ([[300]], "rank 300, but the heads rank only 300 tokens"),
     ],
 )
 def test_a_tree_that_does_not_suit_is_refused(make_llm, heads, tree, message):
@@ -392,7 +392,7 @@ def test_a_tree_that_does_not_suit_is_refused(make_llm, heads, tree, message):
 
 
 def test_a_tree_of_more_ranks_than_the_draft_vocabulary_is_refused(make_llm, few_heads):
-    with pytest.raises(ValueError, match="rank 150, the heads guess among 149 tokens"):
+    with pytest.raises(ValueError, match="rank 150, but the heads rank only 149 tokens"):
         config = {"method": "medusa", "heads": few_heads, "tree": [[150]]}
         make_llm(speculative_config=config)
 
@@ -423,7 +423,7 @@ def test_a_draft_model_of_another_tokenizer_is_refused_with_both_named(make_llm,
 
 def test_a_draft_model_with_a_shorter_context_is_refused(make_llm, draft):
     short = Model(dataclasses.replace(draft["model"].config, max_position_embeddings=64))
-    with pytest.raises(ValueError, match="made for 64 positions, fewer than max_model_len=128"):
+    with pytest.raises(ValueError, match="has 64 positions, fewer than max_model_len=128"):
         make_llm(speculative_config={**draft, "model": short})
 
 

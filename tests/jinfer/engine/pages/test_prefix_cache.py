@@ -224,7 +224,7 @@ def test_a_salt_keeps_prompts_apart_and_skipping_reads_nothing(warm):
     skip = SamplingParams(temperature=0, max_tokens=1, skip_reading_prefix_cache=True)
     assert num_cached("a", skip) == [0]
     for salt in ("", 3):
-        with pytest.raises(ValueError, match="cache_salt must be a text"):
+        with pytest.raises(ValueError, match="cache_salt must be a non-empty string"):
             num_cached(salt)
     warm.reset_prefix_cache()
     assert num_cached("a") == [0]

@@ -102,7 +102,7 @@ def test_a_feature_that_the_norm_takes_out_is_no_problem(make_folder, tmp_path):
 
 def test_a_truncated_folder_and_a_float_one_are_refused(make_folder, tmp_path):
     folder = make_folder()
-    with pytest.raises(ValueError, match="is no quantized folder"):
+    with pytest.raises(ValueError, match="is not a quantized folder"):
         examine(tmp_path / "float")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-100])

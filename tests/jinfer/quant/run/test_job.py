@@ -164,7 +164,7 @@ def test_a_format_that_cannot_hold_a_weight_names_it_and_leaves_no_folder(
         ("gptq", None, {"damp": "much"}, "damp must be a number, got 'much'"),
         ("gptq", None, {"static_groups": "no"}, "static_groups must be true or false, got 'no'"),
         ("smoothquant", None, {"alpha": 1.5}, "alpha must lie in 0 .. 1, got 1.5"),
-        ("rtn", 4, {}, "format must be a text such as int4-g64, got 4"),
+        ("rtn", 4, {}, "format must be a string such as int4-g64, got 4"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused(name, fmt, options, message):
