@@ -660,6 +660,75 @@ def test_an_engine_of_the_parent_is_refused_in_a_forked_child(run_script):
 
 
 @pytest.mark.thorough
+def test_who_steps_goes_on_after_ctrl_c_and_each_request_ends(run_script):
+    done = run_script(
+        """
+        import random
+        from jinfer import SamplingParams
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        expected = llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].token_ids
+        main, rng, num_interrupted = threading.get_ident(), random.Random(0), 0
+        for i in range(40):
+            llm.add_request(f"{i}", PROMPT, params)
+            timer = threading.Timer(rng.random() * 0.03, signal.pthread_kill, (main, signal.SIGINT))
+            try:
+                timer.start()
+                for _ in range(10_000):
+                    llm.step()
+            except KeyboardInterrupt:
+                num_interrupted += 1
+            timer.join()
+            deadline = time.monotonic() + 30
+            while llm.has_unfinished_requests() and time.monotonic() < deadline:
+                for output in llm.step():
+                    found = output.outputs[0].token_ids
+                    assert found == expected[: len(found)]
+            assert not llm.has_unfinished_requests()
+        assert num_interrupted == 40
+        assert llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].token_ids == expected
+        llm.check_integrity()
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.thorough
+def test_an_interpreter_that_exits_in_the_middle_of_a_step_lets_it_end(run_script):
+    """Else Python would stop the thread inside of XLA, which ends the process with SIGABRT."""
+    done = run_script(
+        """
+        import asyncio, jax
+        from jinfer.models.model import Model
+        from tiny_models import make_config
+
+        class SlowModel(Model):
+            def unembed(self, params, hidden):
+                logits = super().unembed(params, hidden)
+                shape = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
+                return jax.pure_callback(lambda x: (time.sleep(0.5), x)[1], shape, logits)
+
+        model = SlowModel(make_config(300))
+        engine = jinfer.AsyncLLM(model, params=model.init(jax.random.key(0)),
+                                 skip_tokenizer_init=True, **LIMITS)
+        long = jinfer.SamplingParams(max_tokens=90, ignore_eos=True)
+
+        async def run():
+            iterators = [engine.generate(PROMPT, long) for _ in range(6)]
+            await anext(iterators[0])
+            return iterators
+
+        iterators = asyncio.run(run())
+        handle = engine.llm.submit(PROMPT, long)
+        next(handle)
+        time.sleep(0.2)
+        print("ready", flush=True)
+        """,
+        makes_llm=False,
+    )
+    assert (done.returncode, done.stdout, complaints(done)) == (0, "ready\n", [])
+
+
+@pytest.mark.thorough
 def test_ctrl_c_at_any_moment_leaves_an_engine_that_serves(run_script):
     done = run_script(
         """
@@ -669,14 +738,16 @@ def test_ctrl_c_at_any_moment_leaves_an_engine_that_serves(run_script):
         ask = {
             "generate": lambda: llm.generate([PROMPT] * 6, params, use_tqdm=False),
             "stream": lambda: list(llm.stream([PROMPT] * 2, params)),
+            "handle": lambda: list(llm.submit(PROMPT, params)),
         }
         expected = ask["generate"]()[0].outputs[0].token_ids
         main, rng, num_interrupted = threading.get_ident(), random.Random(0), 0
+        names = itertools.cycle(ask)
         for i in range(60):
             timer = threading.Timer(rng.random() * 0.05, signal.pthread_kill, (main, signal.SIGINT))
             try:
                 timer.start()
-                ask["generate" if i % 2 else "stream"]()
+                ask[next(names)]()
                 time.sleep(1)
             except KeyboardInterrupt:
                 num_interrupted += 1
