@@ -78,10 +78,12 @@ class LLM:
       max_logprobs: most logprobs per position that a request may ask for (besides -1, all); -1: any
         number.
       seed: seed of requests that give none.
-      attention_impl: "auto", or a backend by name: "xla", "mosaic_gpu", "mosaic_tpu".
+      attention_impl: "auto", or a backend by name: "xla", "native" (CPUs), "mosaic_gpu" or
+        "mosaic_tpu".
       linear_impl: backend of products with quantized weights, by the same names; "auto" picks one
-        for each product, and on a CPU with enough memory dequantizes the weights once. A named
-        backend runs all products, or raises.
+        for each product, and on a CPU with enough memory dequantizes the weights once. "native"
+        keeps 4 and 8-bit weights packed and rounds the inputs of products to int8, 32 with one
+        scale. A named backend runs all products, or raises.
       speculative_config: draft several tokens and verify them in one step of the model: a dict
         with "method" and the fields of `config.SpeculativeConfig`. Outputs do not change.
       cpu_offload_gb: GiB of host memory for KV pages evicted from the pool; 0 for none.

@@ -19,7 +19,14 @@ from pallas_kernels import target as target_lib
 
 AUTO = "auto"
 
-OPS = ("paged_attention", "quant_matmul", "fp8_matmul", "int8_matmul")
+OPS = (
+    "paged_attention",
+    "page_write",
+    "packed_matmul",
+    "quant_matmul",
+    "fp8_matmul",
+    "int8_matmul",
+)
 
 
 @dataclasses.dataclass(frozen=True)

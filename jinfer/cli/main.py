@@ -13,7 +13,17 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jinfer.cli import chat, convert, evaluate, generate, plan, quantize, train_draft, train_medusa
+from jinfer.cli import (
+    chat,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    plan,
+    quantize,
+    train_draft,
+    train_medusa,
+)
 from jinfer.cli.bench import main as bench
 from jinfer.cli.terminal import PROG, one_line, say
 from jinfer.config.fields import one_line as shorten
@@ -26,6 +36,7 @@ COMMANDS = {
     "convert": convert,
     "eval": evaluate,
     "bench": bench,
+    "doctor": doctor,
     "train-medusa": train_medusa,
     "train-draft": train_draft,
 }

@@ -8,7 +8,13 @@ from jinfer.config.fields import check_positive
 from jinfer.config.fields import require as require
 from jinfer.config.speculative import SpeculativeConfig
 
-BACKENDS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")  # of attention and quantized linears
+BACKENDS = (
+    "auto",
+    "xla",
+    "native",
+    "mosaic_gpu",
+    "mosaic_tpu",
+)  # of attention and quantized linears
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

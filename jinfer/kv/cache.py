@@ -19,6 +19,7 @@ from jinfer.config.cache import CacheConfig
 from jinfer.config.model import ModelConfig
 from jinfer.kv import codes as kv_quant
 from pallas_kernels import target as target_lib
+from pallas_kernels.page_write import page_write
 from pallas_kernels.paged_attention import PagedKV
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def write(
         new = _bitcast(new, pool.dtype)
         if new.ndim == 3 and (missing := pool.shape[-1] - new.shape[-1]):
             new = jnp.pad(new, ((0, 0), (0, 0), (0, missing)))
-        return _set_places(pool, pages, offsets, new)
+        return page_write(pool, new, pages, offsets)
 
     if kv.k_scale is None or kv.v_scale is None:
         return dataclasses.replace(

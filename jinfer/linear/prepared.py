@@ -17,6 +17,7 @@ from jax import Array
 from jinfer.config.engine import BACKENDS
 from jinfer.config.fields import require
 from jinfer.config.quant_format import TENSOR, QFormat
+from jinfer.linear.packed import PackedLinear, pack_weight, why_not_packed
 from jinfer.linear.qtensor import DoubleScale, QTensor
 from jinfer.linear.quantized import QuantizedWeight
 from pallas_kernels import dispatch
@@ -103,10 +104,11 @@ class PreparedWeight(QuantizedWeight):
 
 def prepare(
     w: QTensor, *, impl: str = dispatch.AUTO, target: target_lib.Target | None = None
-) -> PreparedWeight | QTensor:
+) -> PreparedWeight | PackedLinear | QTensor:
     """Lays a weight out as `target` (default: the current one) reads it. Values do not change.
 
-    On a CPU weights stay as they are, unless a Mosaic backend is named (to be simulated).
+    On a CPU weights stay as they are, unless a backend is named: "native", or a Mosaic backend to
+    be simulated.
 
     Args:
       w: the weight.
@@ -115,11 +117,16 @@ def prepare(
 
     Raises:
       ValueError: there is no backend of that name.
-      NotImplementedError: a Mosaic backend is named, and no kernel reads the weight's format.
+      NotImplementedError: a backend other than "xla" is named, and it does not read the weight's
+        format.
     """
     require(impl in BACKENDS, f"linear_impl must be one of {', '.join(BACKENDS)}, got {impl!r}")
     target = target or target_lib.current()
     is_named = impl not in (dispatch.AUTO, "xla")
+    if impl == "native":
+        if reason := why_not_packed(w, target):
+            raise NotImplementedError(f"linear_impl='native': {reason}; 'auto' leaves it to XLA")
+        return pack_weight(w)
     if target.kind == "cpu" and not is_named:
         return w
     if reason := w.why_no_kernel():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import whole_number
-from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, xla
+from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, native, xla
 from pallas_kernels.paged_attention.base import AttentionSpec as AttentionSpec
 from pallas_kernels.paged_attention.base import PagedKV as PagedKV
 from pallas_kernels.paged_attention.base import check_arguments
@@ -25,7 +25,7 @@ from pallas_kernels.paged_attention.mosaic_gpu import MosaicGpuTiles as MosaicGp
 from pallas_kernels.paged_attention.mosaic_tpu import MosaicTpuTiles as MosaicTpuTiles
 from pallas_kernels.paged_attention.xla import XlaTiles as XlaTiles
 
-IMPLS = (mosaic_gpu.IMPL, mosaic_tpu.IMPL, xla.IMPL)
+IMPLS = (mosaic_gpu.IMPL, mosaic_tpu.IMPL, native.IMPL, xla.IMPL)
 
 
 def ragged_paged_attention(

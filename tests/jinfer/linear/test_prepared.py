@@ -202,7 +202,9 @@ def test_the_engine_gives_the_same_tokens_through_the_hopper_kernels(dense, text
 
 
 def test_the_engine_refuses_an_unknown_backend_and_explains_a_cpu(dense):
-    with pytest.raises(ValueError, match="linear_impl must be one of auto, xla, mosaic_gpu"):
+    with pytest.raises(
+        ValueError, match="linear_impl must be one of auto, xla, native, mosaic_gpu"
+    ):
         serve(dense, linear_impl="triton")
     with pytest.raises(ValueError, match="impl 'mosaic_tpu' cannot run here: needs a TPU"):
         LLM(Model(CONFIG), params=quantized(dense, "int4-g64"), linear_impl="mosaic_tpu", **LIMITS)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compile_only, dispatch, target
+from pallas_kernels.native import native
 from pallas_kernels.paged_attention import (
     PagedKV,
     XlaTiles,
@@ -103,9 +104,10 @@ def test_numpy_arrays_and_lists_are_as_good_as_jax_arrays(make_case):
         assert (out == expected).all()
 
 
-def test_right_arguments_fall_to_jnp_on_a_cpu():
-    [decision] = call()
+def test_arguments_that_no_kernel_takes_fall_to_jnp_on_a_cpu():
+    [decision] = call(q=s((5, 4, 8), f32), pages=s((9, 2, 16, 8), f32))
     assert decision.chosen == "xla"
+    assert "multiples of 16" in dict(decision.reasons)["native"] or native().why_not
     assert dict(decision.reasons)["mosaic_gpu"].startswith("needs a Hopper GPU")
 
 
