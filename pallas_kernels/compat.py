@@ -27,7 +27,7 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
 
 
 def is_interpreting() -> bool:
-    """Tells whether Pallas kernels are to be simulated."""
+    """Tells whether Pallas kernels are simulated in this context."""
     return _interpreted.value is not None
 
 
@@ -68,7 +68,7 @@ def tpu_interpret_params() -> Any:
 
 
 def reset_interpreter() -> None:
-    """Forgets what a simulated kernel left behind; needed after one failed, harmless otherwise."""
+    """Resets the simulator's state; needed after a simulated kernel failed, harmless otherwise."""
     from jax.experimental.pallas import tpu as pltpu
 
     pltpu.reset_tpu_interpret_mode_state()
@@ -96,14 +96,14 @@ def races_found(kind: str = "tpu") -> bool:
 
 
 def capture_contexts(user_contexts: Iterable[Any] = ()) -> Callable[[], None]:
-    """Returns a function that makes JAX's contexts of this thread hold in the one that calls it.
+    """Returns a function that copies this thread's JAX contexts to the thread that calls it.
 
-    Those are the options that a context manager has set here (`jax.default_device`,
-    `jax.enable_x64`, `jax.default_matmul_precision`, `jax.set_mesh`, `jax.debug_nans`, ...); what
-    `jax.config.update` sets holds in all threads anyhow.
+    These are the options that context managers have set here (`jax.default_device`,
+    `jax.enable_x64`, `jax.default_matmul_precision`, `jax.set_mesh`, `jax.debug_nans`, ...). What
+    `jax.config.update` sets applies to all threads already.
 
     Args:
-      user_contexts: further ones, made by `jax.make_user_context` or `interpret`'s kind.
+      user_contexts: further contexts, made by `jax.make_user_context`.
     """
     from jax._src import config, mesh  # jax 0.12 keeps the mesh in context in the second
 
@@ -129,7 +129,7 @@ def capture_contexts(user_contexts: Iterable[Any] = ()) -> Callable[[], None]:
 
 
 def gpu_compiler_params(**kwargs: Any) -> Any:
-    """Returns Mosaic GPU compiler parameters with warpgroup semantics stated.
+    """Returns Mosaic GPU compiler parameters that set warpgroup semantics explicitly.
 
     The default is Lane in jax 0.10 and Warpgroup from 0.11.
     """

@@ -1,6 +1,6 @@
 """Compiles for a chip that is not present, with the pip wheels of its compiler.
 
-Inside `compile_target("h100")` kernels are built as they would be there.
+Inside `compile_target("h100")` kernels are compiled as they would be on that chip.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from pallas_kernels.target import TARGETS, Target, named, state
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileCase:
-    """A call at a real model's shape, to be compiled for a target; ops enumerate theirs.
+    """A call at a real model's shape, to compile for a target; each op enumerates its cases.
 
     Attributes:
-      name: op, backend and shape in words; unique among an op's cases.
-      fn: what is compiled.
+      name: op, backend and shape; unique among an op's cases.
+      fn: the function to compile.
       abstract_args: its arguments, trees of `jax.ShapeDtypeStruct`.
       max_temp_bytes: bound on the program's temporaries; None: no bound.
       expects_wgmma: the PTX must use Hopper's tensor cores through `wgmma`.
       expects_tma: the PTX must use the copy engine.
       never_written: types ("bf16[4096,14336]") of arrays that may exist inside fusions only: dense
         copies of quantized weights or pages, see `hlo.dense_types`.
-      min_alias_bytes: outputs that must lie where donated arguments lay.
+      min_alias_bytes: bytes of outputs that must reuse the memory of donated arguments.
       never_copied: types of arrays that no instruction may copy or transpose: the KV pool.
-      layouts: layouts of the first argument's arrays, a tree; None: JAX's own.
+      layouts: layouts of the first argument's arrays, a tree; None: JAX's default.
     """
 
     name: str
@@ -74,11 +74,11 @@ class Compiled:
     """A program compiled for a target.
 
     Attributes:
-      executable: the `jax.stages.Compiled`; it cannot run here.
-      seconds: trace, lowering and compilation.
+      executable: the `jax.stages.Compiled`; it cannot run on this host.
+      seconds: time of tracing, lowering and compilation.
       temp_bytes: device memory for temporaries.
-      kernels: reports of the Mosaic GPU kernels compiled just now. Mosaic caches kernels for the
-        life of the process: the same kernel compiled a second time leaves no report.
+      kernels: reports of the Mosaic GPU kernels in it. Mosaic caches kernels for the life of the
+        process: a kernel that was compiled before gives no report.
     """
 
     executable: Any
@@ -89,12 +89,12 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiler:
-    """Compiles for a stated target; made by `compile_target`.
+    """Compiles for one target; made by `compile_target`.
 
     Attributes:
-      target: what is compiled for.
+      target: the chip to compile for.
       mesh: one compile-only device.
-      sharding: the sharding on that mesh that replicates.
+      sharding: replicated on that mesh.
     """
 
     target: Target
@@ -106,7 +106,7 @@ class Compiler:
         return jax.tree.map(self._placed, tree)
 
     def laid_out(self, tree: Any, layouts: Any) -> Any:
-        """Returns `abstract(tree)` in these layouts, one an array; None: JAX's own."""
+        """Returns `abstract(tree)` with a layout for each array; None: JAX's default."""
 
         def place(layout: Any, x: Any) -> Any:
             return self.abstract(x) if layout is None else self._placed(x, layout)
@@ -118,12 +118,12 @@ class Compiler:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     def compile(self, f: Callable[..., Any], *abstract_args: Any, layouts: Any = None) -> Compiled:
-        """Compiles `f` (jitted already, or not) for arrays of these shapes.
+        """Compiles `f` for arguments of these shapes.
 
         Args:
-          f: what is compiled.
+          f: a function, jitted or not.
           abstract_args: its arguments' shapes.
-          layouts: of the arrays of the first argument, as in `laid_out`.
+          layouts: layouts of the first argument's arrays, as in `laid_out`.
         """
         jitted: Any = f if hasattr(f, "lower") else jax.jit(f)
         start = time.perf_counter()
@@ -144,10 +144,10 @@ class Compiler:
 
 @contextlib.contextmanager
 def compile_target(name: str) -> Iterator[Compiler]:
-    """Compiles for "h100", "v5e", "v6e" or "tpu7x" on a host that has none.
+    """Compiles for "h100", "v5e", "v6e" or "tpu7x" on a host without that chip.
 
-    Inside, `current()` is that target, so that `impl="auto"` chooses as it would there. Run with
-    `JAX_PLATFORMS=cpu`.
+    Inside the context `current()` is that target, so that `impl="auto"` chooses as it would there.
+    Run with `JAX_PLATFORMS=cpu`.
 
         with compile_target("h100") as compiler:
             compiled = compiler.compile(f, jax.ShapeDtypeStruct((64, 128), jnp.bfloat16))
@@ -170,7 +170,7 @@ def why_not_compile(name: str) -> str | None:
     """Returns why this host cannot compile for the named target, or None."""
     kind = named(name).kind
     if kind == "cpu":
-        return "the CPU is compiled for by jax.jit itself"
+        return "jax.jit itself compiles for the CPU"
     wheels = ["jax-cuda13-plugin", "jax-cuda13-pjrt"] if kind == "gpu" else ["libtpu"]
     missing = [w for w in wheels if not _is_installed(w)]
     if missing:
@@ -223,16 +223,16 @@ def _compile_only_device(name: str) -> Any:
 
 @contextlib.contextmanager
 def _without_persistent_cache() -> Iterator[None]:
-    """Neither reads nor writes JAX's cache on disk inside.
+    """Switches off JAX's compilation cache on disk inside the context.
 
-    A program for a chip that is not there could be written, but not loaded again.
+    A program for an absent chip could be written to it, but not loaded again.
     """
     from jax.experimental.compilation_cache import compilation_cache
 
     key = "jax_enable_compilation_cache"
     before = jax.config.values[key]
     jax.config.update(key, False)
-    compilation_cache.reset_cache()  # JAX looks at the setting once
+    compilation_cache.reset_cache()  # JAX reads the setting only once
     try:
         yield
     finally:
@@ -242,7 +242,7 @@ def _without_persistent_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _mosaic_gpu_dump(target: Target) -> Iterator[list[KernelReport]]:
-    """Collects what Mosaic GPU writes about the kernels that are compiled inside."""
+    """Collects Mosaic GPU's reports on the kernels compiled inside the context."""
     reports: list[KernelReport] = []
     if target.kind != "gpu":
         yield reports

@@ -1,6 +1,6 @@
 """Picks the backend of an op from its list of `Impl`s, by name or by what can run.
 
-A named choice is used, or refused with the reason; `"auto"` takes the first backend that can run.
+A named backend is used, or refused with the reason; `"auto"` takes the first that can run.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Impl:
     Attributes:
       name: what users call it: "xla", "mosaic_gpu", "mosaic_tpu", ...
       why_not: `why_not(target, *args, **kwargs) -> str | None`, the reason why this backend cannot
-        run these arguments on `target`, or None if it can. It looks at shapes and dtypes only. Four
-        read it: `pick`, the error of a named choice, a test's skip reason, and `explain`.
+        run these arguments on `target`, or None if it can. It depends on shapes and dtypes only.
+        Used by `pick`, the error of a named choice, tests' skip reasons, and `explain`.
       run: the computation, called with the same `*args, **kwargs`.
     """
 
@@ -48,7 +48,7 @@ class Impl:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What `pick` found for one call of an op: the name it chose and each backend's reason."""
+    """The result of `pick` for one call of an op: the chosen name, and each backend's reason."""
 
     op: str
     choice: str
@@ -72,28 +72,28 @@ class Decision:
 
 
 class Decisions(tuple[Decision, ...]):
-    """Decisions in the order in which they were met, each distinct one once; prints as a table."""
+    """Distinct decisions in the order of their calls; prints as a table."""
 
     def __str__(self) -> str:
-        return "\n".join(str(d) for d in self) or "no dispatched op was met"
+        return "\n".join(str(d) for d in self) or "no dispatched op was called"
 
 
-# Both are part of jit's cache key, so that a cached program never answers for another choice.
+# Both are part of jit's cache key, so that a cached program is never used for another choice.
 _forced = jax.make_user_context(default_value=())
 _recording = jax.make_user_context(default_value=None)
 _recorders: dict[object, list[Decision]] = {}
 
-# What contexts of this package state in a thread: see `compat.capture_contexts`.
+# This package's contexts of a thread: see `compat.capture_contexts`.
 CONTEXTS = (_forced, target_lib._stated, compat._interpreted)
 
 
 @contextlib.contextmanager
 def use_impl(default: str | None = None, /, **by_op: str) -> Iterator[None]:
-    """Names the backend of ops called with `impl="auto"` inside the context.
+    """Sets the backend of ops called with `impl="auto"` inside the context.
 
-    `use_impl("xla")` names it for every op, `use_impl(quant_matmul="mosaic_gpu")` for one; the
-    innermost context wins, an op's own `impl=` argument wins over all. Like any named choice it is
-    obeyed or refused. Part of jit's cache key: a jitted function is traced anew under it.
+    `use_impl("xla")` sets it for every op, `use_impl(quant_matmul="mosaic_gpu")` for one. The
+    innermost context wins, and an op's own `impl=` argument wins over all. A backend that cannot
+    run raises, as with `impl=`. Part of jit's cache key: jitted functions are traced anew under it.
 
     Raises:
       ValueError: an op of that name does not exist.
@@ -115,12 +115,12 @@ def pick(op: str, impls: Sequence[Impl], choice: str, /, *args: Any, **kwargs: A
       op: name of the op, one of `OPS`.
       impls: its backends, the preferred first.
       choice: "auto", or the name of a backend.
-      *args: what `run` will get.
-      **kwargs: likewise.
+      *args: arguments of `run`.
+      **kwargs: keyword arguments of `run`.
 
     Raises:
       ValueError: no backend is called `choice`.
-      NotImplementedError: the named backend cannot run, with its own reason; or none can.
+      NotImplementedError: the named backend cannot run, with the reason; or none can.
     """
     if choice == AUTO:
         choice = dict(_forced.value).get(op, AUTO)
@@ -159,7 +159,7 @@ def whole_number(name: str, value: Any) -> int:
     """Returns a static argument of an op as an int.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not a whole number.
     """
     try:
         return operator.index(value)
@@ -170,17 +170,17 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Decisions:
-    """Returns, for each dispatched op that `f(*args, **kwargs)` meets, what was chosen and why not.
+    """Returns the backend of each dispatched op in `f(*args, **kwargs)`, and why not the others.
 
-    `f` is an op or any function that calls ops, a whole model step say; it is traced abstractly, so
-    that nothing runs and arguments may be `jax.ShapeDtypeStruct`s. Print the result:
+    `f` is an op or any function that calls ops, such as a whole model step. It is only traced, so
+    nothing runs and arguments may be `jax.ShapeDtypeStruct`s. Print the result:
 
         paged_attention(bf16[8,32,128] ...), impl='auto'
           mosaic_gpu       cannot run: needs a Hopper GPU, the target is cpu
           mosaic_tpu       cannot run: needs a TPU, the target is cpu
           xla              chosen
 
-    A named backend that cannot run shows up with no backend chosen rather than as an error.
+    If a named backend cannot run, the decision has no chosen backend; no error is raised.
     """
     token = object()
     found = _recorders[token] = []
@@ -203,9 +203,9 @@ def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Decisions:
 
 
 def _split(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Splits a tree into its arrays and a function that puts them back; all else stays static."""
+    """Splits a tree into its arrays and a function that restores it from them."""
     leaves, structure = jax.tree.flatten(tree)
-    # A numpy number is a number: 1 / np.sqrt(64) may well be a static argument.
+    # Numpy scalars stay static: 1 / np.sqrt(64) may be a static argument.
     is_array = [
         hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, np.generic)
         for x in leaves

@@ -1,6 +1,6 @@
 """The chips that kernels run on, and their properties.
 
-A `Target` is that of the default device, or is stated by a context.
+The current `Target` is that of JAX's default device, or the one that a context sets.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import jax
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """The facts about a chip that kernels and heuristics use.
+    """The properties of a chip that kernels and heuristics use.
 
     Attributes:
-      name: "h100", "v5e", "v6e", "tpu7x", "cpu", or what the device calls itself.
+      name: "h100", "v5e", "v6e", "tpu7x", "cpu", or the device's own name.
       kind: "gpu" (CUDA), "tpu", "cpu", or another platform's own name.
       arch: "sm_90a" and the like for CUDA, the generation for a TPU, "cpu".
       num_cores: streaming multiprocessors of a GPU, TensorCores of a TPU device, 1 for a CPU.
@@ -54,17 +54,17 @@ _TPU_KINDS = {
 }
 
 
-# Stated by contexts; both are part of jit's cache key, so a program never outlives its target.
+# Set by contexts; part of jit's cache key, so that a program is never reused for another target.
 _stated: Any = jax.make_user_context(default_value=None)
 
 
 def current() -> Target:
-    """Returns the stated target if there is one, else that of JAX's default device."""
+    """Returns the target set by a context if there is one, else that of JAX's default device."""
     return _stated.value or of_device(_default_device())
 
 
 def of_device(device: jax.Device) -> Target:  # pyright: ignore[reportInvalidTypeForm]
-    """Returns the target that a live device is."""
+    """Returns the target of an existing device."""
     if device.platform == "cpu":
         return TARGETS["cpu"]
     if device.platform in ("gpu", "cuda"):
@@ -81,7 +81,7 @@ def of_device(device: jax.Device) -> Target:  # pyright: ignore[reportInvalidTyp
     if device.platform == "tpu":
         if known := _TPU_KINDS.get(device.device_kind):
             return TARGETS[known]
-        # A generation not listed here: the smallest VMEM of the listed ones is the safe assumption.
+        # For a generation that is not listed, assume the smallest VMEM of the listed ones.
         kind = device.device_kind
         return Target(name=kind, kind="tpu", arch=kind, num_cores=1, smem_bytes=64 << 20)
     kind = device.platform
@@ -97,9 +97,9 @@ def _default_device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
 
 @contextlib.contextmanager
 def state(target: Target | str) -> Iterator[Target]:
-    """States the target that choices and heuristics inside the context assume.
+    """Sets the target that backend choices and heuristics assume inside the context.
 
-    It does not move computation: use `compile_target` to compile for a chip that is not there.
+    It does not move computation: use `compile_target` to compile for a chip that is not present.
     """
     if isinstance(target, str):
         target = named(target)

@@ -1,7 +1,6 @@
-"""Tile sizes: explicit > measured on this device (`tuned/<device>.json`) > a heuristic.
+"""Tile sizes: the explicit ones, else measured ones (`tuned/<device>.json`), else a heuristic's.
 
-A tile set is a frozen dataclass of sizes. `scripts/autotune.py` writes the table; the heuristics
-need no device.
+A tile set is a frozen dataclass of sizes. `scripts/autotune.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ class QuantMatmulGpuTiles:
     Attributes:
       block_m: rows of x per tile: `wgmma`'s N, a multiple of 8 up to 256.
       rows: outputs (columns of the weight) per compute warpgroup, 64 or 128.
-      warpgroups: compute warpgroups per block, 1 to 3; one more copies.
+      warpgroups: compute warpgroups per block, 1 to 3, besides the one that copies.
       block_k: inputs per pipeline stage.
       stages: pipeline stages in shared memory.
       scale_weights: scale the weights before the product (cheap for many rows of x) instead of
-        each group's product after it (cheap for few, and exact).
-      splits: blocks that may share one output tile's inputs, about; 1: none, the sums stay in
-        registers.
+        each group's product after it (cheap for few rows, and exact).
+      splits: about how many blocks may share one output tile's inputs; 1: not shared, the sums
+        stay in registers.
     """
 
     block_m: int
@@ -98,7 +97,7 @@ class QuantMatmulTpuTiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tunable:
-    """A kernel at one shape whose tiles can be measured; ops enumerate theirs (`tunables`).
+    """A kernel at one shape whose tiles can be measured; ops enumerate them in `tunables`.
 
     Attributes:
       op: op and backend, "quant_matmul.mosaic_gpu".
@@ -106,7 +105,7 @@ class Tunable:
       candidates: tile sets, the most promising first.
       inputs: makes random arguments from a seed.
       run: `run(tiles, *inputs)`, the kernel.
-      reference: `reference(*inputs)`, what it must agree with.
+      reference: `reference(*inputs)`, the result that the kernel must agree with.
     """
 
     op: str
@@ -129,7 +128,7 @@ def table_name(target: Target) -> str:
 
 @functools.cache
 def read_table(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns {op: {case: sizes}} of a table file; empty where there is none.
+    """Returns {op: {case: sizes}} of a table file; empty if there is no file.
 
     Raises:
       ValueError: the file is not such a table.
@@ -141,18 +140,18 @@ def read_table(path: pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(
             f"{path} must hold a JSON object with 'tiles', got {type(e).__name__}: {e}; "
-            "remove it, or write it anew with scripts/autotune.py"
+            "remove it, or rewrite it with scripts/autotune.py"
         ) from e
     return table
 
 
 def measured(op: str, target: Target, case: str, cls: type[T]) -> T | None:
-    """Returns the measured tiles of `case`, or None where none were measured.
+    """Returns the measured tiles of `case`, or None if there are none.
 
     Args:
       op: op and backend, "quant_matmul.mosaic_gpu".
       target: the chip; its table is `tuned/<name>.json`.
-      case: what the kernel is specialised on: "M16 K4096 N6144 int4 g128".
+      case: the shape that the kernel is specialised for: "M16 K4096 N6144 int4 g128".
       cls: the tile dataclass.
 
     Raises:
@@ -175,7 +174,7 @@ def choose(
 
 
 def write_table(target: Target, tiles: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
-    """Writes {op: {case: tile dataclass}}, over the entries that `path` has."""
+    """Merges {op: {case: tile dataclass}} into the table file at `path`."""
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"tiles": {}}
     table |= {"device": target.name, "jax": jax.__version__}
     for op, cases in tiles.items():

@@ -1,7 +1,7 @@
 """Times a computation on its device.
 
-Two programs have few and many calls; the difference of their times is that of the calls without the
-host's share. Calls cycle through several sets of inputs, so that weights are not in a cache.
+Two programs make few and many calls; the difference of their times leaves out the host's overhead.
+Calls cycle through several sets of inputs, so that weights are not in a cache.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Timing:
 
 
 def chain(f: Callable[..., Any], count: int) -> Callable[[Sequence[tuple[Any, ...]]], list[Any]]:
-    """Returns a program that calls `f` `count` times, walking over the sets of inputs it is given.
+    """Returns a program that calls `f` `count` times, cycling through its sets of inputs.
 
     Each call waits for the one before, through an optimization barrier that also keeps XLA from
-    merging equal calls on GPUs and TPUs. On CPUs it does merge calls on the same inputs. `f` is
+    merging equal calls on GPUs and TPUs (on CPUs XLA still merges calls on the same inputs). `f` is
     jitted, so that its kernels are lowered and compiled once, not `count` times.
     """
     f = jax.jit(f)
@@ -57,14 +57,14 @@ def measure(
 ) -> Timing:
     """Returns the time of one call of `f` in a compiled chain of calls over `arg_sets`.
 
-    All results stay in memory until the end. Use random numbers: a card draws less power on zeros
+    All results stay in memory until the end. Use random inputs: a GPU draws less power on zeros
     and runs faster.
 
     Args:
       f: a pure function of arrays; the first argument must be one array.
       arg_sets: inputs of equal shapes, at least one; together larger than the caches.
-      calls: calls in the short program, the long one has four times as many; None: as many as take
-        3 ms, 4 to 16, with results of at most 1 GB. More make a long program that compiles slowly.
+      calls: calls in the short program; the long one has four times as many. None: as many as take
+        3 ms, from 4 to 16, with results of at most 1 GB. More calls compile more slowly.
       samples: pairs of runs.
     """
 
@@ -88,7 +88,7 @@ def measure(
 
 
 def jit_untuned(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Jits what is computed once, as a reference: on GPUs XLA else times many forms of products."""
+    """Jits a reference that runs once, without XLA's autotuning of products on GPUs."""
     is_gpu = jax.devices()[0].platform in ("gpu", "cuda")
     return jax.jit(f, compiler_options={"xla_gpu_autotune_level": 0} if is_gpu else None)
 
@@ -100,7 +100,7 @@ def describe_accelerator() -> str | None:
 
 
 def device_works() -> bool:
-    """Tells whether the default device still computes: after a kernel's fault it never does."""
+    """Tells whether the default device still computes, which it does not after a kernel fault."""
     try:
         return bool(jax.block_until_ready(jnp.ones(()) + 1.0) == 2.0)
     except Exception:

@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talks to a model, turn by turn, over stdin and stdout.
+    """Runs a conversation with a model over stdin and stdout.
 
-    /reset forgets the conversation, /exit (or the end of the input) leaves; Ctrl-C stops an answer.
-    A turn that fails is forgotten, and the exit status is then 1.
+    /reset starts a new conversation, /exit (or the end of the input) leaves; Ctrl-C stops an
+    answer. A turn that fails is dropped from the conversation, and the exit status is then 1.
     """
     params = flags.make_text_params(flags.sampling_fields(args))
     if params.n != 1:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             prompt = chat_prompt(llm, [*messages, turn])
             print(print_stream(llm, prompt, params, pieces), file=sys.stderr)
-        except (ValueError, GenerationError) as error:  # too long, NaN: this turn is forgotten
+        except (ValueError, GenerationError) as error:  # too long, NaN: this turn is dropped
             if args.debug:
                 raise
             say(f"error: {one_line(error)}; /reset starts anew")

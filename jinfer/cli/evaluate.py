@@ -1,4 +1,4 @@
-"""`jinfer eval`: perplexity of a model on a text, and its divergence from another model."""
+"""`jinfer eval`: perplexity of a model on a text, and KL divergence from another model."""
 
 from __future__ import annotations
 
@@ -19,30 +19,38 @@ from jinfer.cli.flags import (
 )
 from jinfer.cli.terminal import progress, say
 
-SUMMARY = "score a model on a text"
+SUMMARY = "measure a model's perplexity on a text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer eval`."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
-    parser.add_argument("--dtype", default="float32", help="of float weights (float32)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as in jinfer generate")
     parser.add_argument(
-        "--text", type=input_file, required=True, metavar="FILE", help="UTF-8, or .gz"
+        "--dtype", default="float32", help="dtype of float weights (default: float32)"
     )
-    parser.add_argument("--context", type=int, help="tokens a window (1024, if the model has them)")
-    parser.add_argument("--windows", type=int, metavar="N", help="how many (all that there are)")
     parser.add_argument(
-        "--against", metavar="MODEL", help="a reference: KL and top-1 agreement with it"
+        "--text", type=input_file, required=True, metavar="FILE", help="text in UTF-8, plain or .gz"
     )
-    parser.add_argument("--json", type=result_file, metavar="FILE", help="write the results here")
+    parser.add_argument(
+        "--context", type=int, help="tokens per window (default: 1024, or the model's limit)"
+    )
+    parser.add_argument("--windows", type=int, metavar="N", help="number of windows (default: all)")
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="reference model: prints KL divergence and top-1 agreement",
+    )
+    parser.add_argument(
+        "--json", type=result_file, metavar="FILE", help="write the results to this file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores consecutive windows of a text, without special tokens.
+    """Measures a model's perplexity on consecutive windows of a text, without special tokens.
 
-    The first token of each window is not scored. With --against, the mean KL divergence from the
-    reference's next-token distributions to the model's, and how often both put the same token
-    first.
+    The first token of each window is not scored. With --against it also prints the mean KL
+    divergence of the model's next-token distributions from the reference's, and how often both
+    have the same most likely token.
     """
     from jinfer import load
     from jinfer.checkpoints.load import load_config
@@ -75,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
         check_positions(other, args.context, "context")
         if other.vocab_size != model.config.vocab_size:
             raise ValueError(
-                f"{args.model} scores {model.config.vocab_size} tokens and --against "
-                f"{args.against} {other.vocab_size}: their distributions cannot be compared"
+                f"{args.model} has a vocabulary of {model.config.vocab_size} tokens and --against "
+                f"{args.against} of {other.vocab_size}: their distributions cannot be compared"
             )
     with progress(len(windows), "eval", "window") as bar:
 
@@ -106,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_tokenizers(name: str, own: Any, other_name: str, other: Any, text: str) -> None:
-    """Raises ValueError, with both models named, unless one token id means one string in both."""
+    """Raises ValueError, naming both models, unless each token id means the same in both."""
     strings = [
         {i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (own, other)
     ]
@@ -115,7 +123,7 @@ def _check_tokenizers(name: str, own: Any, other_name: str, other: Any, text: st
         ours, theirs = (table.get(different[0][0], "no token") for table in strings)
         reason = f"token {different[0][0]} is {ours!r} in one and {theirs!r} in the other"
     elif own.encode(text, add_special_tokens=False) != other.encode(text, add_special_tokens=False):
-        reason = "one vocabulary, but they cut this text differently"
+        reason = "the same vocabulary, but this text gives different tokens"
     else:
         return
     raise ValueError(

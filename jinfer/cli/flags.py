@@ -38,14 +38,14 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def path(text: str) -> Path:
-    """Reads the path of a file or folder for argparse; an empty text is none."""
+    """Parses the path of a file or folder for argparse; refuses an empty string."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
     return Path(text)
 
 
 def input_file(text: str) -> Path:
-    """Reads the path of a file to be read; whether there is one shows when it is read."""
+    """Parses the path of an input file for argparse; it is not opened yet."""
     found = path(text)
     if os.path.isdir(found):
         raise argparse.ArgumentTypeError(f"expected a file, {text!r} is a folder")
@@ -53,7 +53,7 @@ def input_file(text: str) -> Path:
 
 
 def result_file(text: str) -> Path:
-    """Reads the path of a file to be written, before the work that it takes the result of."""
+    """Parses the path of a result file for argparse; refuses a folder."""
     found = path(text)
     if os.path.isdir(found):  # is_dir raises for names that are too long
         raise argparse.ArgumentTypeError(f"expected a file, {text!r} is a folder")
@@ -61,10 +61,10 @@ def result_file(text: str) -> Path:
 
 
 def check_result_file(file: Path | None) -> None:
-    """Makes the folder of `--json FILE`; called before the work whose result goes there.
+    """Checks before the work that `--json FILE` can be written, and makes its folder.
 
     Raises:
-      ValueError: the file cannot be written; a file that is there keeps its content.
+      ValueError: it cannot be written; an existing file keeps its content.
     """
     if file is None:
         return
@@ -81,7 +81,7 @@ def check_result_file(file: Path | None) -> None:
 
 
 def size(text: str) -> int:
-    """Reads a size such as 2GiB for argparse."""
+    """Parses a size such as 2GiB for argparse; returns bytes."""
     try:
         return memory.parse_size(text)
     except ValueError as error:
@@ -89,10 +89,10 @@ def size(text: str) -> int:
 
 
 def fit_positions(given: int | None, default: int, config: Any, flag: str) -> int:
-    """Returns the tokens of a sequence: what was given, else the default or what the model allows.
+    """Returns the tokens of a sequence: those given, else the default or the model's limit.
 
     Raises:
-      ValueError: more were given than the model was made for.
+      ValueError: more are given than the model has positions.
     """
     if given is None:
         return min(default, config.max_context_len)
@@ -101,70 +101,116 @@ def fit_positions(given: int | None, default: int, config: Any, flag: str) -> in
 
 
 def check_positions(config: Any, num_tokens: int, flag: str) -> None:
-    """Raises ValueError, naming the flag, for sequences longer than a model was made for."""
+    """Raises ValueError, naming the flag, for sequences longer than the model's context."""
     if num_tokens > config.max_context_len:
         raise ValueError(
-            f"--{flag} {num_tokens} is beyond the {config.max_context_len} positions the model was "
-            "made for"
+            f"--{flag} {num_tokens} exceeds the model's {config.max_context_len} positions"
         )
 
 
 # Flags that are fields of SamplingParams or arguments of LLM; only those given are passed on.
 SAMPLING_FLAGS: Flags = (
-    ("max-tokens", {"type": _int_or_none, "help": "most new tokens; none: to the context's end"}),
-    ("min-tokens", {"type": int}),
+    (
+        "max-tokens",
+        {"type": _int_or_none, "help": "most new tokens; none: up to the context length"},
+    ),
+    ("min-tokens", {"type": int, "help": "least new tokens before the text may end"}),
     ("temperature", {"type": float, "help": "0 (default): greedy"}),
-    ("top-p", {"type": float}),
-    ("top-k", {"type": int}),
-    ("min-p", {"type": float}),
+    ("top-p", {"type": float, "help": "sample from the most likely tokens up to this probability"}),
+    ("top-k", {"type": int, "help": "sample from the K most likely tokens"}),
+    ("min-p", {"type": float, "help": "least probability, relative to the most likely token's"}),
     ("presence-penalty", {"type": float}),
     ("frequency-penalty", {"type": float}),
     ("repetition-penalty", {"type": float}),
-    ("seed", {"type": int, "help": "a request's result depends on nothing else then"}),
-    ("stop", {"action": "append", "metavar": "TEXT", "help": "stop there; may be repeated"}),
-    ("stop-token-ids", {"type": int, "nargs": "+", "metavar": "ID"}),
-    ("ignore-eos", {"action": "store_true"}),
+    ("seed", {"type": int, "help": "makes sampled results repeatable"}),
+    (
+        "stop",
+        {
+            "action": "append",
+            "metavar": "TEXT",
+            "help": "end the text at this string; may be repeated",
+        },
+    ),
+    (
+        "stop-token-ids",
+        {"type": int, "nargs": "+", "metavar": "ID", "help": "end the text at these tokens"},
+    ),
+    ("ignore-eos", {"action": "store_true", "help": "do not end at the model's end token"}),
 )
 GENERATE_FLAGS: Flags = (
-    ("n", {"type": int, "help": "samples of each prompt"}),
-    ("logprobs", {"type": int, "help": "JSONL only"}),
-    ("prompt-logprobs", {"type": int, "help": "JSONL only"}),
+    ("n", {"type": int, "help": "samples per prompt"}),
+    ("logprobs", {"type": int, "help": "log probabilities per token (JSONL only)"}),
+    ("prompt-logprobs", {"type": int, "help": "the same for the prompt's tokens (JSONL only)"}),
 )
 BEAM_FLAGS: Flags = (
-    ("num-beams", {"type": int, "metavar": "N", "help": "keep the N likeliest texts, not one"}),
-    ("length-penalty", {"type": float, "help": "above 0 favours long texts (default 1)"}),
-    ("early-stopping", {"choices": ("true", "false", "never"), "help": "when N texts have ended"}),
+    ("num-beams", {"type": int, "metavar": "N", "help": "beam width"}),
+    ("length-penalty", {"type": float, "help": "above 0 favours long texts (default: 1)"}),
+    (
+        "early-stopping",
+        {
+            "choices": ("true", "false", "never"),
+            "help": (
+                "when to end once N texts are complete: at once (true), if no better one is "
+                "likely (false, the default) or possible (never)"
+            ),
+        },
+    ),
 )
-# What a beam search has of SamplingParams' fields.
+# Fields of SamplingParams that a beam search also has.
 _BEAM_FIELDS = ("max_tokens", "temperature", "ignore_eos", "stop_token_ids")
 ENGINE_FLAGS: Flags = (
-    ("dtype", {"help": "of weights and activations, such as float32 or bfloat16"}),
-    ("quantization", {"metavar": "HOW", "help": "fp8, int8, nf4, int4-g64:rtn, gguf"}),
-    ("kv-cache-dtype", {"help": "of K and V: auto (stated, or as weights), fp8, int8, int4, ..."}),
-    ("max-model-len", {"type": int, "help": "context in tokens, prompt and output together"}),
-    ("max-num-seqs", {"type": int, "help": "sequences decoded together"}),
-    ("max-num-batched-tokens", {"type": int, "help": "token budget of one step"}),
-    ("block-size", {"type": int, "help": "tokens a KV page"}),
-    ("kv-cache-memory-bytes", {"type": size, "metavar": "SIZE", "help": "say 2GiB"}),
-    ("num-gpu-blocks-override", {"type": int, "metavar": "PAGES", "help": "pages, as given"}),
-    ("gpu-memory-utilization", {"type": float}),
+    ("dtype", {"help": "dtype of weights and activations: auto, float32, bfloat16 or float16"}),
+    (
+        "quantization",
+        {
+            "metavar": "HOW",
+            "help": "quantize while loading: fp8, int8, nf4, int4-g64:rtn, gguf, ...",
+        },
+    ),
+    (
+        "kv-cache-dtype",
+        {"help": "dtype of K and V: auto, float32, ..., or quantized: fp8, int8, int4"},
+    ),
+    (
+        "max-model-len",
+        {"type": int, "help": "context length in tokens, prompt and output together"},
+    ),
+    ("max-num-seqs", {"type": int, "help": "most sequences in one step"}),
+    ("max-num-batched-tokens", {"type": int, "help": "most tokens in one step"}),
+    ("block-size", {"type": int, "help": "tokens per KV page"}),
+    (
+        "kv-cache-memory-bytes",
+        {"type": size, "metavar": "SIZE", "help": "size of the KV pool, such as 2GiB"},
+    ),
+    ("num-gpu-blocks-override", {"type": int, "metavar": "PAGES", "help": "number of KV pages"}),
+    (
+        "gpu-memory-utilization",
+        {"type": float, "help": "share of the device's memory to use (default: 0.9)"},
+    ),
     ("tokenizer", {"help": "folder or hub name, if not the model's own"}),
-    ("revision", {"help": "of a hub model"}),
-    ("num-decode-steps", {"type": int, "help": "decode steps that stay on the device"}),
-    ("max-logprobs", {"type": int, "help": "most logprobs that a request may ask for"}),
-    ("attention-impl", {"help": "name one kernel instead of the automatic choice"}),
-    ("linear-impl", {"help": "the same for quantized weights"}),
+    ("revision", {"help": "branch, tag or commit of a hub model"}),
+    ("num-decode-steps", {"type": int, "help": "most decode steps in one program"}),
+    ("max-logprobs", {"type": int, "help": "most log probabilities that a request may ask for"}),
+    ("attention-impl", {"help": "backend of attention (default: auto)"}),
+    ("linear-impl", {"help": "backend of products with quantized weights (default: auto)"}),
     (
         "speculative-config",
         {
             "type": _json_object,
             "metavar": "JSON",
-            "help": 'say {"method": "ngram", "num_speculative_tokens": 4}',
+            "help": 'such as {"method": "ngram", "num_speculative_tokens": 4}',
         },
     ),
-    ("enable-chunked-prefill", {"action": BOOL, "help": "spread prompts over steps"}),
-    ("cpu-offload-gb", {"type": float, "metavar": "GIB", "help": "host memory for evicted KV"}),
-    ("enable-prefix-caching", {"action": BOOL, "help": "keep the KV of past prompts"}),
+    ("enable-chunked-prefill", {"action": BOOL, "help": "split long prompts over steps"}),
+    (
+        "cpu-offload-gb",
+        {
+            "type": float,
+            "metavar": "GIB",
+            "help": "host memory for KV pages evicted from the device",
+        },
+    ),
+    ("enable-prefix-caching", {"action": BOOL, "help": "reuse the KV of equal prompt beginnings"}),
 )
 
 
@@ -196,7 +242,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
         type=_json_object,
         default={},
         metavar="JSON",
-        help="any further fields of SamplingParams",
+        help="further fields of SamplingParams",
     )
     engine = parser.add_argument_group("engine", "passed to LLM")
     add_flags(engine, ENGINE_FLAGS)
@@ -206,7 +252,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Collects the fields of SamplingParams: defaults, then --sampling-params, then flags."""
     if "output_kind" in args.sampling_params:
-        raise ValueError("output_kind is the command's own choice; drop it from --sampling-params")
+        raise ValueError("output_kind is set by the command; drop it from --sampling-params")
     flags = (*SAMPLING_FLAGS, *GENERATE_FLAGS)
     return {**DEFAULT_SAMPLING, **args.sampling_params, **_given(args, flags)}
 
@@ -219,10 +265,10 @@ def make_params(fields: dict[str, Any], **more: Any) -> Any:
 
 
 def make_beam_params(args: argparse.Namespace) -> Any | None:
-    """Builds BeamSearchParams of the flags, or returns None where they name no beams.
+    """Builds BeamSearchParams from the flags, or returns None without --num-beams.
 
     Raises:
-      ValueError: a flag goes with beam search alone, or not with it.
+      ValueError: a flag applies only to beam search, or not to it.
     """
     from jinfer.config.beam_params import BeamSearchParams
 
@@ -237,7 +283,7 @@ def make_beam_params(args: argparse.Namespace) -> Any | None:
         if name not in _BEAM_FIELDS:
             known = ", ".join(("n", *_BEAM_FIELDS))
             raise ValueError(
-                f"{name} has no effect on a beam search (--num-beams), which has {known}"
+                f"{name} has no effect on a beam search (--num-beams), which takes {known}"
             )
     if "early_stopping" in beams:
         modes = {"true": True, "false": False, "never": "never"}
@@ -248,18 +294,18 @@ def make_beam_params(args: argparse.Namespace) -> Any | None:
 
 
 def make_text_params(fields: dict[str, Any]) -> Any:
-    """Builds the parameters of a stream of text; refuses fields that it cannot show."""
+    """Builds SamplingParams for streamed text; refuses fields whose results cannot be shown."""
     params = make_params(fields)
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(params, name) is not None:
-            raise ValueError(f"{name} are written to JSONL results only: use --input and --output")
+            raise ValueError(f"{name} are written only to JSONL results: use --input and --output")
     if not params.detokenize:
-        raise ValueError("text is printed here: detokenize=False goes with --input and --output")
+        raise ValueError("detokenize=False leaves no text to print: use --input and --output")
     return params
 
 
 def load_llm(args: argparse.Namespace) -> Any:
-    """Loads the model that the flags name into an engine."""
+    """Returns an `LLM` made from the flags."""
     from jinfer.llm import LLM
 
     return LLM(args.model, **_given(args, ENGINE_FLAGS))

@@ -1,4 +1,4 @@
-"""`jinfer generate`: one prompt to the terminal, or a JSONL file of prompts to one of results."""
+"""`jinfer generate`: completes one prompt on the terminal, or a JSONL file of prompts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw",
         action="store_true",
-        help="continue --prompt as it is; by default it becomes a user message in the model's chat "
-        "template, if the model has one",
+        help=(
+            "continue --prompt as it is; by default it becomes a user message in the "
+            "model's chat template, if the model has one"
+        ),
     )
     flags.add_flags(flags.add_model_arguments(parser), flags.GENERATE_FLAGS)
-    beams = parser.add_argument_group("beam search", "of one --prompt; --n texts are printed")
+    beams = parser.add_argument_group(
+        "beam search", "with --prompt; the best --n texts are printed"
+    )
     flags.add_flags(beams, flags.BEAM_FLAGS)
 
 
@@ -35,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
     """Completes one prompt, or every line of a JSONL file.
 
     With --prompt the text streams to stdout, followed by a one-line summary on stderr. With
-    --num-beams it is the likeliest text that a beam search finds, printed at the end.
+    --num-beams the most likely text that a beam search finds is printed at the end.
 
     With --input and --output each input line is an object with one of "prompt" (continued as it
     is), "messages" (through the chat template) or "prompt_token_ids", and may have "id" (default:
-    the line number) and "sampling_params" (over the flags). Results are appended in the order in
-    which they finish, as {"line", "id", "key", "num_prompt_tokens", "outputs": [{"text",
-    "token_ids", "finish_reason", ...}]}. A job that was killed continues where it was when it is
-    run again. Bad lines are reported and the others completed; the exit status is then 1.
+    the line number) and "sampling_params" (which override the flags). Results are appended in the
+    order in which they finish, as {"line", "id", "key", "num_prompt_tokens", "outputs": [{"text",
+    "token_ids", "finish_reason", ...}]}. Run the same command again to resume a job that was
+    killed. Bad lines are reported and the others completed; the exit status is then 1.
     """
     sampling = flags.sampling_fields(args)
     beams = flags.make_beam_params(args)
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if beams is not None:
         raise ValueError("--num-beams goes with --prompt; a JSONL job samples")
     if args.output is None:
-        raise ValueError("--input needs --output, the JSONL file that takes the results")
+        raise ValueError("--input needs --output, the JSONL file for the results")
     if args.raw:
         raise ValueError('--raw goes with --prompt; in a JSONL file "prompt" is always raw')
     return _generate_jsonl(args, sampling)
@@ -105,7 +109,7 @@ def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
 
     from jinfer.config.sampling_params import RequestOutputKind
 
-    flags.make_params(sampling)  # wrong flags fail at once, not on every line
+    flags.make_params(sampling)  # wrong flags fail here, not on every line
     with jsonl.Job(args.input, args.output, _settings(args, sampling)) as job:
         if job.num_done == job.num_lines:
             say(f"nothing to do: all {job.num_lines} lines are done")
@@ -149,12 +153,14 @@ def _generate_jsonl(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
         rate = format_rate(summary.num_output_tokens, time.perf_counter() - begin)
         say(f"{num_done} of {job.num_lines} lines done ({rate})")
         if job.num_appended:
-            say(f"{job.num_appended} lines came during the run; run the same command to do them")
+            say(
+                f"{job.num_appended} lines were appended during the run: run the same command again"
+            )
     return _report_failures(summary)
 
 
 def _settings(args: argparse.Namespace, sampling: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings that the results of a job depend on; a changed one starts it anew."""
+    """Returns the settings that results depend on; a job can only resume with the same ones."""
     settings = {"model": args.model, "sampling": sampling}
     for name in ("dtype", "quantization", "tokenizer", "revision", "max_model_len"):
         settings[name] = getattr(args, name, None)
@@ -166,7 +172,7 @@ def _settings(args: argparse.Namespace, sampling: dict[str, Any]) -> dict[str, A
 
 
 def _report_failures(summary: jsonl.Summary) -> int:
-    """Names the lines that failed; returns the exit status."""
+    """Prints which lines failed; returns the exit status."""
     if not summary.num_failed:
         return 0
     shown = ", ".join(map(str, summary.failed_lines))

@@ -53,11 +53,13 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a model may write characters that the terminal cannot show
     parser = build_parser()
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if value == []:  # argparse makes nothing of "--flag=--"
+        if value == []:  # argparse turns "--flag=--" into []
             parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
     try:
         status = args.run(args)
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader went away; keep Python from failing once more when it flushes at exit.
+        # The reader closed the pipe; keep Python from failing again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

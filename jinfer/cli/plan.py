@@ -17,17 +17,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help=f"folder, GGUF file, hub name, or offline {', '.join(memory.PRESETS)}",
+        help=f"folder, GGUF file, hub name, or without a download {', '.join(memory.PRESETS)}",
     )
-    parser.add_argument("--revision", help="of a hub model")
-    parser.add_argument("--context", type=int, default=4096, help="tokens a sequence (4096)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences at once (1)")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights (bfloat16)")
-    parser.add_argument("--kv-dtype", help="of the KV cache, such as fp8 (as --dtype)")
-    parser.add_argument("--quantization", help="of the linears, such as int4-g128")
-    parser.add_argument("--memory", type=size, metavar="SIZE", help="such as 80GiB")
-    parser.add_argument("--page-size", type=int, help="of --memory: tokens a KV page (16)")
-    parser.add_argument("--gpu-memory-utilization", type=float, help="share of --memory (0.9)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument(
+        "--context", type=int, default=4096, help="tokens per sequence (default: 4096)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="sequences at a time (default: 1)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="dtype of the weights (default: bfloat16)"
+    )
+    parser.add_argument("--kv-dtype", help="dtype of the KV cache, such as fp8 (default: --dtype)")
+    parser.add_argument("--quantization", help="format of the linear layers, such as int4-g128")
+    parser.add_argument(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="memory of a device, such as 80GiB: prints how many sequences fit",
+    )
+    parser.add_argument(
+        "--page-size", type=int, help="tokens per KV page, with --memory (default: 16)"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, help="share of --memory to use (default: 0.9)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +108,7 @@ def _room(
     kv_dtype: str,
     context: int,
 ) -> str:
-    """Says what fits into a device's memory."""
+    """Returns a line that says what fits into a device's memory."""
     budget = memory.kv_budget_bytes(
         device_bytes=memory_bytes,
         used_bytes=plan.weight_bytes,

@@ -11,11 +11,11 @@ from typing import Any
 from jinfer.cli.flags import DEFAULT_MODEL, fit_positions, path
 from jinfer.cli.terminal import progress, say
 
-SUMMARY = "quantize a model and report what it cost"
+SUMMARY = "quantize a model and report the loss of quality"
 METHODS = ("gptq", "awq", "smoothquant", "fp8", "int8", "nf4", "hqq", "rtn")
 EXPORTS = ("native", "gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes", "gguf")
-_LENGTH = 512  # tokens of a sequence, where the model has so many positions
-_MEASURED_TOKENS = 1024  # of the calibration text, for --target-bits
+_LENGTH = 512  # tokens per sequence, unless the model has fewer positions
+_MEASURED_TOKENS = 1024  # tokens of the calibration text that --target-bits measures on
 _TEXT_FLAGS = {"calibration": "self", "num_sequences": 128, "length": None, "seed": 0}
 _OPTIONS = ("scales", "order", "damp", "alpha", "clip", "correct")
 
@@ -23,26 +23,46 @@ _OPTIONS = ("scales", "order", "damp", "alpha", "clip", "correct")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer quantize`."""
     parser.add_argument("--model", help="folder, GGUF file, hub name, or smollm2 (default)")
-    parser.add_argument("--revision", help="of a hub model")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--output", type=path, help="folder to be made")
+    target.add_argument("--output", type=path, help="folder to create")
     target.add_argument(
         "--check",
         type=path,
         metavar="DIR",
-        help="examine a quantized folder instead; --model names the float model it came from",
+        help=("check a quantized folder instead; --model names the float model it was made from"),
     )
-    parser.add_argument("--method", default="gptq", choices=METHODS, help="(gptq)")
-    parser.add_argument("--format", help="such as int4-g64, int4-g64-asym, int8-channel:dyn")
-    parser.add_argument("--recipe", type=path, metavar="FILE", help="methods by pattern")
+    parser.add_argument(
+        "--method",
+        default="gptq",
+        choices=METHODS,
+        help="method of all layers that no rule of --recipe names (default: gptq)",
+    )
+    parser.add_argument(
+        "--format", help="number format, such as int4-g64, int4-g64-asym, int8-channel:dyn"
+    )
+    parser.add_argument(
+        "--recipe",
+        type=path,
+        metavar="FILE",
+        help="JSON file that assigns methods to layers by name patterns",
+    )
     parser.add_argument(
         "--target-bits",
         type=float,
         metavar="BITS",
-        help="choose 3, 4, 5, 6 or 8 bits for each group of linears by the effect of rounding it, "
-        "on average BITS per weight including scales; the rest of --format is kept",
+        help=(
+            "choose 3, 4, 5, 6 or 8 bits for each group of linear layers by its "
+            "sensitivity, so that weights and scales take BITS per weight on average; "
+            "the rest of --format is kept"
+        ),
     )
-    parser.add_argument("--export", default="native", choices=EXPORTS, help="of the files (native)")
+    parser.add_argument(
+        "--export",
+        default="native",
+        choices=EXPORTS,
+        help="file format of the output (default: native)",
+    )
     _add_method_arguments(parser)
     _add_text_arguments(parser)
 
@@ -53,39 +73,48 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--scales",
         choices=("extremes", "mse", "hessian"),
         default=argparse.SUPPRESS,
-        help="how each group's range is chosen: its extremes, the least error of the weights, or "
-        "that error as GPTQ weights it (hessian for gptq, else extremes)",
+        help=(
+            "how the range of each group is chosen: its extremes, the least squared "
+            "error of the weights, or the least error weighted by GPTQ's Hessian "
+            "(default: hessian for gptq, else extremes)"
+        ),
     )
     options.add_argument(
         "--order",
         choices=("none", "act", "group"),
         default=argparse.SUPPRESS,
-        help="order in which GPTQ rounds inputs (act)",
+        help="order in which GPTQ rounds inputs (default: act)",
     )
     options.add_argument(
-        "--damp", type=float, default=argparse.SUPPRESS, help="damping of GPTQ (0.01)"
+        "--damp", type=float, default=argparse.SUPPRESS, help="damping of GPTQ (default: 0.01)"
     )
     options.add_argument(
         "--correct",
         type=float,
         default=argparse.SUPPRESS,
         metavar="STRENGTH",
-        help="how far GPTQ first moves weights to compensate for quantized inputs, 0 .. 1 (0)",
+        help=(
+            "how far GPTQ first moves the weights to compensate for quantized inputs, 0 "
+            "to 1 (default: 0)"
+        ),
     )
     options.add_argument(
-        "--alpha", type=float, default=argparse.SUPPRESS, help="alpha of SmoothQuant (0.5)"
+        "--alpha", type=float, default=argparse.SUPPRESS, help="alpha of SmoothQuant (default: 0.5)"
     )
     options.add_argument(
         "--clip",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
-        help="AWQ's clip search (on)",
+        help="AWQ's search for clipping ranges (default: on)",
     )
     options.add_argument(
         "--sequential",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="calibrate on quantized blocks (on; off for awq, as its authors do)",
+        help=(
+            "calibrate each block on outputs of the quantized blocks before it "
+            "(default: on; off for awq, as in the paper)"
+        ),
     )
 
 
@@ -94,17 +123,19 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--calibration",
         metavar="FILE",
-        help="text or JSONL, plain or .gz; self (default): text that the model generates",
+        help=("text or JSONL file, plain or .gz; self (default): text that the model generates"),
     )
-    text.add_argument("--num-sequences", type=int, help="(128)")
-    text.add_argument("--length", type=int, help="tokens per sequence (512, or the model's limit)")
-    text.add_argument("--seed", type=int, help="(0)")
+    text.add_argument("--num-sequences", type=int, help="calibration sequences (default: 128)")
+    text.add_argument(
+        "--length", type=int, help="tokens per sequence (default: 512, or the model's limit)"
+    )
+    text.add_argument("--seed", type=int, help="seed of the choice of sequences (default: 0)")
     text.add_argument(
         "--held-out",
         type=int,
         default=8,
         metavar="N",
-        help="further sequences for the evaluation of the result (8); 0: none",
+        help="further sequences to evaluate the result on; 0: none (default: 8)",
     )
 
 
@@ -135,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     with progress(num_layers, "quantizing", "layer", seconds=0) as bar:
 
         def resume(num_done: int, folder: pathlib.Path) -> None:
-            say(f"{num_done} of {num_layers} layers are done: an earlier run left them in {folder}")
+            say(f"{num_done} of {num_layers} layers were done by an earlier run, in {folder}")
             bar.update(num_done)
 
         report = run_job(
@@ -154,10 +185,10 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclasses.dataclass
 class _Task:
-    """What the flags ask for; with --target-bits, `recipe` is preliminary until widths are chosen.
+    """The task that the flags describe; with --target-bits, `recipe` is preliminary at first.
 
     Attributes:
-      method: the method of every linear that no rule names.
+      method: the method of every linear layer that no rule names.
       recipe, label: see `Job`.
       checkpoint, model: the float model.
       needs_text: whether calibration text is read.
@@ -172,7 +203,7 @@ class _Task:
 
 
 def _prepare(args: argparse.Namespace) -> _Task:
-    """Checks the flags against each other and the model, before weights or text are read."""
+    """Checks the flags against each other and the model before reading weights or text."""
     from jinfer.checkpoints.load import open_checkpoint
     from jinfer.checkpoints.save import check_free
     from jinfer.models.model import Model
@@ -184,7 +215,7 @@ def _prepare(args: argparse.Namespace) -> _Task:
     check_free(args.output)
     enable_compilation_cache()
     if args.target_bits is not None and args.recipe is not None:
-        raise ValueError("--target-bits makes a recipe, --recipe gives one: use one of them")
+        raise ValueError("--target-bits and --recipe exclude each other: use one of them")
     options = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     method = make_method(args.method, args.format, **options)
     recipe, label = Recipe.uniform(method), f"{args.method} {method.format}"
@@ -206,7 +237,7 @@ def _prepare(args: argparse.Namespace) -> _Task:
 
 
 def _choose_widths(args: argparse.Namespace, task: _Task, params: Any, tokens: Any) -> Any:
-    """Returns the recipe and choices of --target-bits."""
+    """Returns the recipe and the chosen widths of --target-bits."""
     from jinfer.quant import sensitivity
 
     with progress(4 * task.model.config.num_layers, "measuring", "group") as bar:
@@ -279,31 +310,34 @@ def _set_text_flags(args: argparse.Namespace, reads_text: bool) -> None:
     for name, value in _TEXT_FLAGS.items():
         if getattr(args, name) is not None and not reads_text:
             raise ValueError(
-                f"--{name.replace('_', '-')} is for a text, and --method {args.method} with "
-                "--held-out 0 reads none: drop it"
+                f"--{name.replace('_', '-')} has no effect: --method {args.method} with "
+                "--held-out 0 reads no text; drop it"
             )
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def check_sequences(args: argparse.Namespace, config: Any) -> None:
-    """Sets --length, and raises ValueError for impossible sequences.
+    """Sets the default of --length, and checks the flags of the sequences.
 
-    Without a config, no sequence is read.
+    Raises:
+      ValueError: they are out of range, or `config` is not None and has fewer positions.
     """
     if config is not None:
         args.length = fit_positions(args.length, _LENGTH, config, "length")
     elif args.length is None:
         args.length = _LENGTH
     if args.num_sequences < 1 or args.held_out < 0 or args.length < 2:
-        raise ValueError("--num-sequences must be positive, --held-out not negative, --length >= 2")
+        raise ValueError(
+            "--num-sequences must be positive, --held-out not negative, --length at least 2"
+        )
 
 
 def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: bool) -> Any:
     """Returns calibration and held-out sequences, i32 [n, T] and [m, T], or None.
 
-    The held-out ones depend on the text, --held-out, --length and --seed alone, so that methods
-    with and without calibration are evaluated on the same tokens.
+    The held-out ones depend only on the text, --held-out, --length and --seed, so that methods with
+    and without calibration are evaluated on the same tokens.
     """
     wanted = args.num_sequences if calibrates else 0
     total = wanted + args.held_out
@@ -319,7 +353,7 @@ def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: boo
             if num
         ]
         tokens = np.concatenate(parts)
-        say(f"the model wrote {tokens.size} tokens in {time.perf_counter() - start:.0f} s")
+        say(f"the model generated {tokens.size} tokens in {time.perf_counter() - start:.0f} s")
     else:
         from jinfer.checkpoints.tokenizer import load_tokenizer
         from jinfer.quant.texts import pack, read_texts
@@ -337,9 +371,9 @@ def sequences(args: argparse.Namespace, model: Any, params: Any, calibrates: boo
 
 
 def _own_text(model: Any, params: Any, num: int, length: int, seed: tuple[int, int]) -> Any:
-    """Samples sequences [num, length] from the model itself, each from its first token on.
+    """Samples sequences [num, length] from the model itself, from the first token on.
 
-    `seed` is the seed of the run and a number for this use of it.
+    `seed` is (the run's seed, a number for this use of it).
     """
     import jax
     import jax.numpy as jnp

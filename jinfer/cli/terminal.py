@@ -21,7 +21,7 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Prints how long the code inside took, in wall and CPU time."""
+    """Prints the wall and CPU time of the code inside the context."""
     begin, cpu_begin = time.perf_counter(), time.process_time()
     yield
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
@@ -32,12 +32,12 @@ def timed(what: str) -> Iterator[None]:
 def progress(
     total: int, what: str, unit: str, *, initial: int = 0, seconds: float = 10.0
 ) -> Iterator[Any]:
-    """A tqdm bar on a terminal; elsewhere, such as in a log file, lines as the work advances.
+    """Returns a progress bar (tqdm) on a terminal, or one that prints lines to a log file.
 
     Args:
       total: number of units.
-      what: is done, such as "quantizing".
-      unit: of the work, such as "layer".
+      what: name of the work, such as "quantizing".
+      unit: name of a unit, such as "layer".
       initial: number of units that an earlier run has done.
       seconds: least time between two lines of a log; 0: a line for each update.
     """
@@ -51,7 +51,7 @@ def progress(
 
 
 class _Log:
-    """What tqdm's bar is on a terminal, for a log file."""
+    """A progress bar with tqdm's interface that prints lines."""
 
     def __init__(self, total: int, what: str, unit: str, n: int, seconds: float) -> None:
         self.total, self.what, self.unit, self.n, self.seconds = total, what, unit, n, seconds
@@ -59,7 +59,7 @@ class _Log:
         self.postfix = ""
 
     def set_postfix_str(self, text: str, refresh: bool = False) -> None:
-        """Sets what the next lines end with; `refresh` prints one now."""
+        """Sets the end of the next lines; `refresh` prints one now."""
         self.postfix = f", {text}"
         if refresh:
             self._print()
@@ -77,11 +77,11 @@ class _Log:
 
 
 class GenerationError(RuntimeError):
-    """A text ended with an error of the engine, such as NaN in the weights."""
+    """A request ended with an error of the engine, such as NaN in the weights."""
 
 
 def check(outputs: Sequence[Any]) -> Sequence[Any]:
-    """Returns what `generate`, `step` or `beam_search` gave.
+    """Returns outputs of `generate`, `step` or `beam_search` unchanged.
 
     Raises:
       GenerationError: one of them ended with an error.
@@ -106,7 +106,7 @@ def one_line(error: Exception) -> str:
 
 
 def format_rate(num_tokens: int, seconds: float) -> str:
-    """Prints a count of tokens and their rate."""
+    """Returns a count of tokens and their rate as text."""
     return f"{num_tokens} tokens, {num_tokens / max(seconds, 1e-9):.1f} tokens/s"
 
 
@@ -119,16 +119,16 @@ def chat_prompt(llm: Any, messages: list[dict[str, Any]]) -> dict[str, list[int]
 
 
 def print_stream(llm: Any, prompt: Any, params: Any, pieces: list[str]) -> str:
-    """Prints deltas as they come, keeps them in `pieces`; returns a line on tokens and times.
+    """Prints deltas as they come and appends them to `pieces`; returns a summary line.
 
     Raises:
-      GenerationError: the text ended with an error; what there was of it is printed.
+      GenerationError: the request ended with an error; the text so far has been printed.
     """
     begin = time.perf_counter()
     first_s = 0.0
     num_tokens = 0
     error = None
-    with contextlib.closing(llm.stream(prompt, params)) as stream:  # closed: the request is freed
+    with contextlib.closing(llm.stream(prompt, params)) as stream:  # closing frees the request
         try:
             for output in stream:
                 delta = output.outputs[0]

@@ -1,4 +1,4 @@
-"""`jinfer train-draft`: distils a model of few layers that drafts for another one."""
+"""`jinfer train-draft`: distils a draft model with few layers from a model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 
 from jinfer.cli import training
 
-SUMMARY = "distil a draft model of few layers"
-NUM_DRAFTS = 4  # for which the report says what to expect
+SUMMARY = "distil a draft model with few layers"
+NUM_DRAFTS = 4  # drafts per step for which the report estimates tokens per step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,18 +15,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(
         parser, output="the draft model", batch_size=4, example="windows", learning_rate=3e-4
     )
-    parser.add_argument("--num-layers", type=training.positive, default=4, help="of the draft (4)")
+    parser.add_argument(
+        "--num-layers",
+        type=training.positive,
+        default=4,
+        help="layers of the draft model (default: 4)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Distils a draft model: some layers of the model, trained to say what it says.
+    """Distils a draft model: some layers of the model, trained to predict what the model predicts.
 
-    Embeddings and head are the model's own and stay as they are. --data is a JSONL file whose lines
-    have "text", learnt as it is, or a prompt ("prompt", "messages" or "prompt_token_ids"), of which
-    the model's own answer is learnt; or any other file, learnt as one text. Without it the model
-    writes texts of its own. A tenth of the windows is kept apart to measure the draft on. --output
-    gets "model", a folder that any command takes and speculative_config names, report.json, and
-    "answers.jsonl", "data.npz" and "checkpoints", from which the same command goes on after a cut.
+    Embeddings and output layer are the model's own, unchanged. --data is a JSONL file whose lines
+    have "text" to train on, or a prompt ("prompt", "messages" or "prompt_token_ids"), for which the
+    model generates the answer to train on; or any other file, read as one text. Without --data the
+    model generates the texts. A tenth of the windows is held out for evaluation.
+
+    --output gets "model", a folder for any command and for speculative_config, report.json, and
+    "answers.jsonl", "data.npz" and "checkpoints", from which the same command resumes.
     """
     import json
 
@@ -59,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
         save_folder(folder, draft, all_params, hf, dtype="float32", extras=extras)
     report = {"greedy": greedy, "sampled": sampled, "windows": len(data.held_tokens)}
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"on {report['windows']} windows kept apart, of {NUM_DRAFTS} drafts a step:")
+    print(f"on {report['windows']} held-out windows, with {NUM_DRAFTS} drafts per step:")
     for name, rate in (("greedy", greedy), ("temperature 1", sampled)):
         expected = sum(rate**i for i in range(NUM_DRAFTS + 1))
-        print(f"{name:<14} {100 * rate:5.1f} % stand, {expected:.2f} tokens a step expected")
+        print(f"{name:<14} {100 * rate:5.1f} % accepted, {expected:.2f} tokens per step expected")
     print(f'speculative_config={{"method": "draft", "model": "{folder}"}}')
     return 0

@@ -13,8 +13,8 @@ from jinfer.config.speculative import MAX_TREE_NODES
 
 SUMMARY = "train Medusa heads for a model"
 TOP_KS = (1, 2, 3, 5, 10)
-NUM_RANKS = 20  # guesses of a head that a tree may have
-WINDOWS_A_RUN = 8  # of which hidden states are computed together
+NUM_RANKS = 20  # guesses per head that a tree may use
+WINDOWS_A_RUN = 8  # windows whose hidden states are computed together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,47 +22,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(
         parser, output="the heads", batch_size=1024, example="tokens", learning_rate=1e-3
     )
-    parser.add_argument("--num-heads", type=training.positive, default=4, help="(4)")
+    parser.add_argument(
+        "--num-heads", type=training.positive, default=4, help="number of heads (default: 4)"
+    )
     parser.add_argument(
         "--shared-unembedding",
         action=flags.BOOL,
         default=None,
-        help="heads without a linear of their own; default: where these would add more than a "
-        "quarter to the model",
+        help=(
+            "heads use the model's output layer instead of their own (default: if their "
+            "own would add more than a quarter to the model)"
+        ),
     )
     parser.add_argument(
         "--draft-vocab-size",
         type=training.positive,
         metavar="N",
-        help="heads guess among the N most frequent tokens of what is learnt only: smaller and "
-        "faster; default: among all",
+        help=(
+            "heads guess only among the N most frequent tokens of the data, which is "
+            "smaller and faster (default: all tokens)"
+        ),
     )
     parser.add_argument(
         "--reads-root",
         action=flags.BOOL,
         default=True,
-        help="heads that read the token sampled after the hidden state, too, for D * D more "
-        "weights each: they are right more often (true)",
+        help=(
+            "heads also read the token sampled after the hidden state, with D * D more "
+            "weights each, and are right more often (default: on)"
+        ),
     )
     parser.add_argument(
         "--tree-nodes",
         type=training.positive,
         default=16,
-        help=f"guesses a step, at most {MAX_TREE_NODES} (16)",
+        help=f"guesses per step, at most {MAX_TREE_NODES} (default: 16)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains heads that guess the tokens after the next one; the model's weights stay as they are.
+    """Trains heads that guess the tokens after the next one; the model's weights do not change.
 
-    --data is a JSONL file whose lines have "text", learnt as it is, or a prompt ("prompt",
-    "messages" or "prompt_token_ids"), of which the model's own answer is learnt; or any other file,
-    learnt as one text.
-    Without it the model writes texts of its own. A tenth of the windows is kept apart to measure
-    each head on. --output gets heads.safetensors and medusa.json, with the accuracies and a tree of
-    guesses fitted to them, and "answers.jsonl", "data.npz", "hidden.npz" (the model's hidden states
-    of all tokens to learn, computed once: 4 bytes times the hidden size each) and "checkpoints",
-    from which the same command goes on after a cut.
+    --data is a JSONL file whose lines have "text" to train on, or a prompt ("prompt", "messages" or
+    "prompt_token_ids"), for which the model generates the answer to train on; or any other file,
+    read as one text. Without --data the model generates the texts. A tenth of the windows is held
+    out to measure each head's accuracy.
+
+    --output gets heads.safetensors and medusa.json, with the accuracies and a tree of guesses
+    fitted to them, and "answers.jsonl", "data.npz", "hidden.npz" (the hidden states of all training
+    tokens, computed once: 4 bytes times the hidden size each) and "checkpoints", from which the
+    same command resumes.
     """
     from jinfer.speculation import medusa
     from jinfer.speculation.medusa_tree import fit_tree, tokens_per_step
@@ -104,11 +113,11 @@ def run(args: argparse.Namespace) -> int:
     accuracies = medusa_training.rank_accuracies(ranks, NUM_RANKS)
     tree = fit_tree(ranks.tolist(), num_nodes=args.tree_nodes, max_rank=NUM_RANKS)
     medusa.save(args.output, config, heads, rank_accuracies=accuracies.tolist(), tree=tree)
-    print(f"{len(learnt.hidden)} tokens learnt from, {len(held.hidden)} kept apart")
+    print(f"{len(learnt.hidden)} training tokens, {len(held.hidden)} held out")
     if tokens is not None:
         can = (medusa_training.as_ranks(held.targets, tokens, config.vocab_size) >= 0).sum()
         share = can / max(1, (held.targets >= 0).sum())
-        print(f"{100 * share:.1f} % of what is kept apart is in the draft vocabulary")
+        print(f"{100 * share:.1f} % of the held-out tokens are in the draft vocabulary")
     _print_report(accuracies)
     # Fitted on one half and evaluated on the other, for an estimate on new texts.
     half = len(ranks) // 2
@@ -117,12 +126,12 @@ def run(args: argparse.Namespace) -> int:
         tokens_per_step(fit_tree(a, num_nodes=args.tree_nodes, max_rank=NUM_RANKS), b) / 2
         for a, b in (parts, parts[::-1])
     )
-    print(f"tree of {len(tree)} guesses: {expected:.2f} tokens a step expected; in {args.output}")
+    print(f"tree of {len(tree)} guesses: {expected:.2f} tokens per step expected; in {args.output}")
     return 0
 
 
 def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, Any]:
-    """Returns what to learn and what is kept apart, from --output if a run before left it there."""
+    """Returns training and held-out examples, from --output if an earlier run saved them there."""
     import numpy as np
 
     from jinfer.training.medusa import Examples, examples
@@ -140,7 +149,10 @@ def _examples(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, A
             with (
                 timed(f"hidden states of {len(tokens)} windows"),
                 progress(len(tokens), "hidden states", "window") as bar,
-                writing(parts, left="the windows before are kept; the same command goes on"),
+                writing(
+                    parts,
+                    left="the windows done so far are kept: run the same command again to resume",
+                ),
             ):
                 found += examples(
                     *(model, params, tokens, spans),
@@ -165,7 +177,7 @@ def _size(params: Any) -> int:
 
 def _print_report(accuracies: Any) -> None:
     shown = [k for k in TOP_KS if k <= accuracies.shape[1]]
-    print("accuracy on the tokens kept apart, %")
+    print("accuracy on held-out tokens, %")
     print("head  " + "".join(f"{f'top-{k}':>8}" for k in shown))
     for i, row in enumerate(accuracies):
         print(f"{i:<6}" + "".join(f"{100 * row[:k].sum():8.1f}" for k in shown))

@@ -18,15 +18,15 @@ from jinfer.jobs import jsonl
 from jinfer.quant.texts import read_texts
 from jinfer.text.prompts import apply_chat_template, read_prompt
 
-_WINDOW = 256  # tokens of a window, where the model has so many positions
+_WINDOW = 256  # tokens of a window, unless the model has fewer positions
 # Flags of the engine that generates texts.
 _WRITING_FLAGS = ("max-model-len", "max-num-seqs", "max-num-batched-tokens")
-# What a line of --data may have, the first that it has being taken.
+# Keys of a line of --data; the first one that a line has is used.
 _KINDS = ("text", "messages", "prompt", "prompt_token_ids")
 
 
 class Data(NamedTuple):
-    """Windows to learn from, and a tenth kept apart: tokens [N, T] and spans [N, 2] of each."""
+    """Training windows, and a tenth held out: tokens [N, T] and spans [N, 2] of each."""
 
     tokens: Any
     spans: Any
@@ -35,7 +35,7 @@ class Data(NamedTuple):
 
 
 def positive(text: str) -> int:
-    """Reads a count for argparse."""
+    """Parses a positive count for argparse."""
     if not (text.isdecimal() and len(text) < 20 and 0 < int(text) < 2**31):
         raise argparse.ArgumentTypeError(f"expected an integer in 1..2**31-1, got {shown(text)}")
     return int(text)
@@ -49,33 +49,72 @@ def add_arguments(
     example: str,
     learning_rate: float,
 ) -> None:
-    """Declares the flags; `output` says what comes out, `example` what a batch consists of."""
-    parser.add_argument("--model", default=flags.DEFAULT_MODEL, help="as for jinfer generate")
-    parser.add_argument("--dtype", default="auto", help="of the model's weights (auto)")
+    """Declares the flags; `output` is the help text of --output, `example` what batches contain."""
+    parser.add_argument("--model", default=flags.DEFAULT_MODEL, help="as in jinfer generate")
     parser.add_argument(
-        "--data", type=flags.input_file, metavar="FILE", help="what to learn from; see above"
+        "--dtype", default="auto", help="dtype of the model's weights (default: auto)"
+    )
+    parser.add_argument(
+        "--data", type=flags.input_file, metavar="FILE", help="training data, see above"
     )
     parser.add_argument("--output", type=flags.path, metavar="DIR", required=True, help=output)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive, help="instead of --epochs")
-    length.add_argument("--epochs", type=positive, help="how often all is learnt (2)")
+    length.add_argument("--steps", type=positive, help="optimizer steps, instead of --epochs")
+    length.add_argument("--epochs", type=positive, help="passes over the data (default: 2)")
     parser.add_argument(
-        "--batch-size", type=positive, default=batch_size, help=f"{example} a step ({batch_size})"
+        "--batch-size",
+        type=positive,
+        default=batch_size,
+        help=f"{example} per step (default: {batch_size})",
     )
     parser.add_argument(
-        "--window", type=positive, help=f"tokens a window ({_WINDOW}, if the model has them)"
+        "--window",
+        type=positive,
+        help=f"tokens per window (default: {_WINDOW}, or the model's limit)",
     )
     parser.add_argument(
-        "--learning-rate", type=float, default=learning_rate, help=f"peak ({learning_rate:g})"
+        "--learning-rate",
+        type=float,
+        default=learning_rate,
+        help=f"peak learning rate (default: {learning_rate:g})",
     )
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="(0)")
-    parser.add_argument("--checkpoint-every", type=positive, default=100, help="steps (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of data and order (0)")
-    parser.add_argument("--max-texts", type=positive, default=512, help="read or generate (512)")
     parser.add_argument(
-        "--max-tokens", type=positive, default=256, help="of a generated text (256)"
+        "--weight-decay", type=float, default=0.0, help="weight decay of AdamW (default: 0)"
     )
-    parser.add_argument("--temperature", type=float, default=0.7, help="of generated texts (0.7)")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=positive,
+        default=100,
+        help="steps between checkpoints (default: 100)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of generated texts and of the order of examples (default: 0)",
+    )
+    _add_text_arguments(parser)
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-texts",
+        type=positive,
+        default=512,
+        help="most texts to read or generate (default: 512)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=256,
+        help="most tokens per generated text (default: 256)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        help="temperature of generated texts (default: 0.7)",
+    )
     for name, options in flags.ENGINE_FLAGS:
         if name in _WRITING_FLAGS:
             parser.add_argument(f"--{name}", **options)
@@ -95,7 +134,7 @@ def train(
 ) -> Any:
     """Runs or resumes a training with a progress bar, and returns the weights.
 
-    `data` are arrays of which each example has a row.
+    The arrays of `data` have the examples along their first axis.
     """
     import numpy as np
 
@@ -104,7 +143,7 @@ def train(
     num_steps = args.steps or -(-args.epochs * len(data[0]) // args.batch_size)
     config = _config(args, num_steps)
     checkpoints = training.Checkpoints(args.output / "checkpoints")
-    left = "the newest checkpoint is kept: run the same command again to go on from there"
+    left = "the newest checkpoint is kept: run the same command again to resume from it"
     try:
         with (
             timed("training"),
@@ -145,8 +184,8 @@ def _config(args: argparse.Namespace, num_steps: int) -> Any:
 def check_same_run(args: argparse.Namespace, *own: str) -> None:
     """Creates --output, and refuses a folder of a run with other settings.
 
-    `own` are the names of settings that the command has beside those of all training. Where --data
-    cannot be read, no folder is made that would insist on it; nor with settings that no run has.
+    `own` are the names of the command's own settings, besides those of all training commands. No
+    folder is made if --data cannot be read or a setting is invalid.
     """
     from jinfer.config.sampling_params import SamplingParams
 
@@ -183,7 +222,7 @@ def check_same_run(args: argparse.Namespace, *own: str) -> None:
 
 
 def read_data(args: argparse.Namespace, model: Any, params: Any) -> Data:
-    """Returns the windows, from --output if a run before has left them there."""
+    """Returns the windows, from --output if an earlier run saved them there."""
     import numpy as np
 
     from jinfer import LLM
@@ -210,7 +249,7 @@ def save_arrays(file: Path, *arrays: Any, **named: Any) -> None:
     import numpy as np
 
     partial = file.with_suffix(".tmp.npz")
-    left = "the texts written before are kept: run the same command again to go on from there"
+    left = "the texts written so far are kept: run the same command again to resume"
     try:
         with writing(file, left=left):
             np.savez(partial, *arrays, **named)
@@ -222,12 +261,12 @@ def save_arrays(file: Path, *arrays: Any, **named: Any) -> None:
 def _split(args: argparse.Namespace, tokens: Any, spans: Any) -> Data:
     num_held = max(1, len(tokens) // 10)
     if len(tokens) <= num_held:
-        raise ValueError(f"{len(tokens)} windows of {args.window} tokens are too few to learn from")
+        raise ValueError(f"{len(tokens)} windows of {args.window} tokens are too few to train on")
     return Data(tokens[num_held:], spans[num_held:], tokens[:num_held], spans[:num_held])
 
 
 def _texts(args: argparse.Namespace, llm: Any) -> Iterator[tuple[list[int], int]]:
-    """The token ids of each text, read or written by the model, and how many are its prompt."""
+    """Yields the token ids of each text, read or generated, and how many of them are its prompt."""
     tokenizer = llm.get_tokenizer()
     if args.data is None:
         start = tokenizer.bos_token_id
@@ -253,7 +292,7 @@ def _texts(args: argparse.Namespace, llm: Any) -> Iterator[tuple[list[int], int]
 
 
 def _read_line(raw: bytes, tokenizer: Any) -> tuple[str, list[int]]:
-    """Returns what a line of --data has, and its token ids."""
+    """Returns the key that a line of --data has, and its token ids."""
     entry = jsonl.parse_json(raw)
     kinds = [kind for kind in _KINDS if isinstance(entry, dict) and kind in entry]
     if not kinds:
@@ -270,7 +309,7 @@ def _read_line(raw: bytes, tokenizer: Any) -> tuple[str, list[int]]:
 def _answers(
     args: argparse.Namespace, llm: Any, prompts: list[list[int]], numbers: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], int]]:
-    """The prompts with the model's answers; `numbers` are their lines in --data."""
+    """Returns the prompts with the model's answers; `numbers` are their lines in --data."""
     from jinfer import SamplingParams
 
     if not prompts:
@@ -279,13 +318,13 @@ def _answers(
     fields = {"temperature": args.temperature, "max_tokens": args.max_tokens, "detokenize": False}
     file = args.output / "answers.jsonl"
     answers = _read_answers(file)
-    left = "the texts before are kept: run the same command again to go on from there"
+    left = "the texts written so far are kept: run the same command again to resume"
     with (
         progress(len(prompts), "texts", "text", initial=len(answers)) as bar,
         writing(file, left=left),
         file.open("a") as lines,
     ):
-        lines.write("\n")  # ends what a cut may have left unfinished
+        lines.write("\n")  # ends a line that an interrupted run may have left incomplete
         for i, prompt in enumerate(prompts):
             if i not in answers:
                 params = SamplingParams(**fields, seed=args.seed + i)
@@ -306,12 +345,12 @@ def _answers(
 
 
 def _read_answers(file: Path) -> dict[int, list[int]]:
-    """Returns what a run that was cut has written, by the number of the prompt."""
+    """Returns the answers that an interrupted run wrote, by the number of the prompt."""
     answers = {}
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             i, token_ids = json.loads(line)
-        except ValueError:  # the cut came in the middle
+        except ValueError:  # the run was interrupted in this line
             continue
         answers[i] = token_ids
     return answers

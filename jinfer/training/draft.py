@@ -19,16 +19,16 @@ from jinfer.training.loop import hidden_states
 
 
 def init(params: Params, config: ModelConfig) -> dict[str, Any]:
-    """Returns the initial weights: evenly spread layers of the target, and its last norm.
+    """Returns the initial weights: evenly spaced layers of the target, and its last norm.
 
     In f32, since most steps change a weight by less than the resolution of 16 bits.
 
     Args:
-      params: the target's; layers as a tuple.
-      config: of the draft model, which has fewer layers. Embeddings and head are the target's own.
+      params: the target's weights; layers as a tuple.
+      config: config of the draft model, which shares the target's embeddings and output layer.
 
     Raises:
-      ValueError: it has as many layers, or layers of another kind.
+      ValueError: it does not have fewer layers than the target, or other kinds of layers.
     """
     layers, num_layers = params["layers"], config.num_layers
     require(
@@ -48,22 +48,22 @@ def init(params: Params, config: ModelConfig) -> dict[str, Any]:
 
 
 def most_places(spans: Int[np.ndarray, "N 2"]) -> int:
-    """Returns the largest number of places in a window after which drafts are made.
+    """Returns the largest number of positions in a window after which drafts are made.
 
-    They are those from the one before the first token to learn to the window's end.
+    They go from the one before the first token to learn to the window's end.
     """
     return int((spans[:, 1] - np.maximum(spans[:, 0] - 1, 0)).max())
 
 
 def _places(spans: Array, most: int) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
-    """Returns the places after which drafts are made, and whether each is one."""
+    """Returns the positions after which drafts are made, padded, and a mask of the real ones."""
     places = jnp.maximum(spans[:, :1] - 1, 0) + jnp.arange(most, dtype=jnp.int32)[None]
     is_there = places < spans[:, 1:]
     return jnp.where(is_there, places, 0), is_there
 
 
 def _log_probs(model: Model, params: Params, tokens: Array, places: Array) -> Array:
-    """Returns logits [B, M, V] at these places only, since they are by far the largest arrays."""
+    """Returns log probabilities [B, M, V] at `places` only: they are by far the largest arrays."""
     hidden = hidden_states(model, params, tokens)
     there = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
     return jax.nn.log_softmax(model.unembed(params, there), axis=-1)
@@ -71,7 +71,7 @@ def _log_probs(model: Model, params: Params, tokens: Array, places: Array) -> Ar
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """KL(target || draft) at each place; a `training.Objective`.
+    """KL(target || draft) at each position; a `training.Objective`.
 
     Attributes:
       target, draft: the models.
@@ -129,9 +129,9 @@ def agreement(
     *,
     batch_size: int = 8,
 ) -> tuple[float, float]:
-    """Returns how often a draft after a text's own tokens would be accepted.
+    """Returns how often a draft after the text's own tokens would be accepted.
 
-    Greedy: the share of places where both models' likeliest tokens are the same. Sampled at
+    Greedy: the share of positions where both models' most likely tokens are equal. Sampled at
     temperature 1: the mean of sum min(p, q), the acceptance probability of rejection sampling.
     """
     totals, most = np.zeros(3), most_places(spans)

@@ -1,6 +1,6 @@
 """Trains weights on tokens for a given objective, with checkpoints.
 
-Everything depends on the seed and the step's number, so that a run that is resumed from a
+Randomness depends only on the seed and the step's number, so that a run that is resumed from a
 checkpoint ends with the same bits.
 """
 
@@ -29,10 +29,11 @@ class TrainingConfig:
 
     Attributes:
       num_steps: optimizer steps.
-      batch_size: examples a step.
-      learning_rate: at its peak; cosine to zero after a linear warm-up of `warmup` of all steps.
-      weight_decay: of AdamW.
-      seed: of the order of examples.
+      batch_size: examples per step.
+      learning_rate: peak value; cosine decay to zero after a linear warm-up.
+      warmup: share of the steps.
+      weight_decay: weight decay of AdamW.
+      seed: seed of the order of examples.
       checkpoint_every: steps between checkpoints.
     """
 
@@ -56,7 +57,7 @@ class TrainingConfig:
         require(0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}")
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW on the schedule above."""
+        """Returns AdamW with this schedule."""
         num_warmup = round(self.warmup * self.num_steps)
         schedule = optax.warmup_cosine_decay_schedule(
             init_value=0.0 if num_warmup else self.learning_rate,
@@ -72,10 +73,10 @@ def windows(
 ) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N 2"]]:
     """Cuts texts into rows of at most `length` tokens.
 
-    Rows with fewer than 3 tokens to learn, which are too short for any head, are left out.
+    Rows with fewer than 3 tokens to learn are left out: they are too short for any head.
 
     Args:
-      texts: each with the number of leading tokens that are not learnt (the prompt).
+      texts: token ids, and the number of leading ones that are not learnt (the prompt).
       length: T.
 
     Returns:
@@ -105,7 +106,7 @@ def batch_rows(step: int, num_rows: int, config: TrainingConfig) -> np.ndarray:
 
 
 def hidden_states(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Array:
-    """Returns [B, T, D] of texts of at most T tokens."""
+    """Returns the hidden states [B, T, D] of texts."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     context_lens = jnp.full_like(positions, tokens.shape[1])
     hidden, _ = model.apply(
@@ -149,7 +150,7 @@ class Checkpoints:
     """The newest state of a run, in an Orbax folder.
 
     Args:
-      folder: of the checkpoints; made if absent.
+      folder: where checkpoints are stored; created if absent.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -190,10 +191,10 @@ def train(
     Args:
       objective: the loss.
       params: constant inputs of the objective.
-      weights: initial weights, a pytree, which is copied.
+      weights: initial weights, a pytree; copied.
       data: arrays with a row for each example, such as those of `windows`.
       config: settings.
-      checkpoints: where states are saved and found.
+      checkpoints: where states are saved and restored from.
       on_step: called after each step with the number of steps done and the losses before it.
 
     Raises:

@@ -24,16 +24,16 @@ from jinfer.speculation import medusa
 from jinfer.training.loop import hidden_states
 
 NO_TARGET, MISSED = -1, -2
-_ROUND_TO = 64  # tokens: windows are computed at few different lengths
+_ROUND_TO = 64  # tokens; limits the number of lengths that are compiled
 
 
 class Examples(NamedTuple):
     """Training examples of heads.
 
     Attributes:
-      hidden: [M, D] f32, after the final norm.
+      hidden: [M, D] f32, hidden states after the final norm.
       roots: [M] the token after each.
-      targets: [M, K] token ids, head k's being the token k + 2 places on; NO_TARGET for none.
+      targets: [M, K] token ids; head k's is k + 2 tokens ahead; NO_TARGET for none.
     """
 
     hidden: Float[np.ndarray, "M D"]
@@ -52,22 +52,22 @@ def examples(
     on_batch: Callable[[int], object] | None = None,
     folder: Path | None = None,
 ) -> Examples:
-    """Runs the model over windows and returns an example for each place where heads guess.
+    """Runs the model over windows and returns an example for each position where heads guess.
 
-    These are the places from the last token before a window's span on. Earlier places lie in the
-    prompt, where nothing is guessed. Windows of similar length run together.
+    These are the positions from the last token before a window's span on; earlier ones lie in the
+    prompt. Windows of similar length run together.
 
     Args:
       model: static.
       params: its weights.
       tokens, spans: see `training.windows`.
       num_heads: K.
-      batch_size: windows a run.
+      batch_size: windows per run.
       on_batch: called after each run with the number of windows done.
-      folder: where hidden states are stored, and found when the run is resumed.
+      folder: where hidden states are stored, and found again when the run is resumed.
 
     Returns:
-      The examples of the windows one after the other, in the order of the windows.
+      The examples, in the order of the windows.
     """
     parts: dict[int, Examples] = {}
     order = np.argsort(spans[:, 1], kind="stable")
@@ -112,9 +112,9 @@ def _hidden_states(model: Model, params: Params, tokens: Int[Array, "B T"]) -> A
 def draft_tokens(
     targets: Int[np.ndarray, "M K"], *, vocab_size: int, size: int
 ) -> Int[np.ndarray, "N"]:
-    """Returns the `size` most frequent tokens; in a tie those with the lower ids.
+    """Returns the `size` most frequent tokens; ties go to the lower ids.
 
-    In vocabularies of merges lower ids are more frequent in other texts. Zhao et al. 2025
+    In BPE vocabularies lower ids are more frequent in other texts. Zhao et al. 2025
     (arXiv:2502.14856), section 3.2.
     """
     counts = np.bincount(targets[targets >= 0], minlength=vocab_size)
@@ -124,9 +124,9 @@ def draft_tokens(
 def as_ranks(
     targets: Int[np.ndarray, "M K"], tokens: Int[np.ndarray, "N"] | None, vocab_size: int
 ) -> Int[np.ndarray, "M K"]:
-    """Returns the index of each target in `tokens`, NO_TARGET for those that are not among them.
+    """Returns the index of each target in `tokens`, NO_TARGET if it is not in them.
 
-    Without `tokens`, the targets themselves.
+    Without `tokens`, returns the targets themselves.
     """
     if tokens is None:
         return targets
@@ -153,7 +153,7 @@ class HeadLoss:
         """Returns the sum of the cross entropies with weights decay ** k, and each in nats.
 
         Args:
-          params: the model's, and the constant arrays of the heads.
+          params: the model's weights, and the constant arrays of the heads.
           weights: the trained arrays of the heads.
           hidden, roots, targets: see `Examples`; targets as indices of the guessable tokens.
         """
@@ -199,9 +199,9 @@ def target_ranks(
     num_ranks: int = 10,
     batch_size: int = 512,
 ) -> Int[np.ndarray, "M K"]:
-    """Returns the rank of each target among the guesses of its head; MISSED if it is not one.
+    """Returns the rank of each target among the guesses of its head; MISSED if it is not guessed.
 
-    A target outside the draft vocabulary is missed, too; without a target the rank is NO_TARGET.
+    A target outside the draft vocabulary is MISSED as well; without a target the rank is NO_TARGET.
     """
     num_ranks = min(num_ranks, medusa.num_guessable(model, heads))
     parts = []

@@ -1,6 +1,6 @@
 """fp8 rows times fp8 weights, with scales per tensor, per token and channel, or per block.
 
-XLA's own fp8 GEMM comes first; the kernels run what it does not take: scales per block of inputs.
+XLA's own fp8 GEMM is preferred; the kernels are for scales per block of inputs, which it lacks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pallas_kernels.quant_matmul.base import (
 IMPLS = (xla.IMPL, mosaic_gpu.IMPL, mosaic_tpu.IMPL)
 # XLA has no product with scales per block of inputs: it would write the dequantized weight.
 BLOCK_IMPLS = (mosaic_gpu.IMPL, mosaic_tpu.IMPL, xla.IMPL)
-# Below this activations count as zeros: a scale stays a normal number, which no CPU flushes to 0.
+# Smaller activations count as zeros, so that scales are normal numbers, which no CPU flushes to 0.
 _TINY = 1e-30
 
 
@@ -61,8 +61,8 @@ def fp8_matmul(
       w_scale: [], [N] or [1, N]; with `block` [ceil(K / block), ceil(N / block)], or expanded along
         the outputs (as `prepare` does once) [ceil(K / block), N].
       block: inputs that share a scale, 128 in DeepSeek's checkpoints; None: no blocks.
-      layout: of w.
-      out_dtype: of the result.
+      layout: layout of w.
+      out_dtype: dtype of the result.
       config: tiles of the named backend, instead of the tuned ones.
       impl: "auto", "xla", "mosaic_gpu" or "mosaic_tpu".
 
@@ -95,8 +95,8 @@ def quantize_activation(
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds x to fp8: x ~ q * scale.
 
-    Values are clipped to the largest finite fp8 number before the cast: XLA's cast turns what lies
-    beyond e4m3's 448 into NaN, not into 448. NaN stays NaN.
+    Values are clipped to the largest finite fp8 number before the cast, since XLA's cast turns
+    values beyond e4m3's 448 into NaN. NaN stays NaN.
 
     Args:
       x: [..., K] f32, bf16 or f16.
@@ -109,8 +109,8 @@ def quantize_activation(
       or all below 1e-30, get scale 1.
 
     Raises:
-      ValueError: `dtype` is not fp8, x no float array, `block` not positive, or both `scale` and
-        `block` are given.
+      ValueError: `dtype` is not fp8, x is not a float array, `block` is not positive, or both
+        `scale` and `block` are given.
     """
     if jnp.dtype(dtype) not in FP8_DTYPES:
         raise ValueError(f"dtype must be float8_e4m3fn or float8_e5m2, got {jnp.dtype(dtype)}")
@@ -151,7 +151,7 @@ def prepare(
     layout: Layout = "kn",
     target: target_lib.Target | None = None,
 ) -> Fp8Weight:
-    """Lays a weight out as `target` (default: the current one) reads it: once, at load.
+    """Converts a weight, once at load, to the layout that `target` (default: the current) reads.
 
     "nk" on GPUs, whose fp8 products want both operands contiguous along K; "kn" elsewhere. Block
     scales become a row of N scales per block of inputs.

@@ -1,4 +1,4 @@
-"""What every backend of the fp8 matmul speaks: the static half of a call, and its checks."""
+"""Shared by all backends of the fp8 matmul: the static part of a call, and its checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pallas_kernels.quant_matmul.base import FP8_DTYPES, Layout, describe, shape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp8Spec:
-    """The static half of a call; see `fp8_matmul` for the meaning of each field."""
+    """The static part of a call; see `fp8_matmul` for the meaning of each field."""
 
     block: int | None
     layout: Layout
@@ -31,7 +31,7 @@ class Fp8Weight:
       w: [K, N] (layout "kn") or [N, K] ("nk").
       scale: f32 [], [1, N], or with `block` [K / block, N]: a row per block of inputs.
       block: inputs that share a scale, or None (static).
-      layout: of w (static).
+      layout: layout of w (static).
     """
 
     w: jax.Array

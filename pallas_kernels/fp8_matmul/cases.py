@@ -1,4 +1,4 @@
-"""Calls of `fp8_matmul` at the linears of real models, for compiling, tuning and measuring."""
+"""Calls of `fp8_matmul` at shapes of real models, for compiling, tuning and measuring."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def cases() -> Iterator[Case]:
 
 
 def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, ...]:
-    """Returns what `scripts/compile_kernels.py` compiles for `target`."""
+    """Returns the cases that `scripts/compile_kernels.py` compiles for `target`."""
     from pallas_kernels.fp8_matmul import fp8_matmul
 
     layout = "nk" if target.kind == "gpu" else "kn"

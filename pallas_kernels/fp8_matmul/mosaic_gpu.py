@@ -1,7 +1,7 @@
-"""The fp8 matmul on Hopper for 128 x 128 block scales, which XLA's GEMM does not take.
+"""The fp8 matmul on Hopper for 128 x 128 block scales, which XLA's GEMM does not support.
 
-Both operands go to `wgmma` from shared memory; each block's product is scaled and added in f32,
-which also mends the tensor core's short fp8 accumulator.
+`wgmma` reads both operands from shared memory. Each block's product is scaled and added in f32,
+which also makes up for the tensor core's short fp8 accumulator.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def _why_not(
 
 
 def case_name(num_rows: int, num_inputs: int, num_outputs: int) -> str:
-    """Returns the key of the measured table: what the kernel is specialised on."""
+    """Returns the key in the table of measured tiles."""
     return f"M{tiles_lib.bucket(num_rows)} K{num_inputs} N{num_outputs}"
 
 
 def shape_of(num_rows: int, num_inputs: int, num_outputs: int) -> Shape:
-    """Returns the product as the model of its time sees it."""
+    """Returns the product described for the model of its time."""
     return Shape(
         num_rows=num_rows,
         num_inputs=num_inputs,

@@ -48,7 +48,7 @@ def _why_not(
 def heuristic_tiles(
     num_rows: int, num_inputs: int, num_outputs: int, block: int
 ) -> QuantMatmulTpuTiles:
-    """Tiles from first principles, not measured: about a megabyte of weights per step."""
+    """Returns tiles if none were measured: about a megabyte of weights per step."""
     block_m = min(max(tiles_lib.bucket(num_rows), 32), 256)
     return QuantMatmulTpuTiles(
         block_m=block_m,

@@ -1,4 +1,4 @@
-"""What `scripts/autotune.py` measures of the fp8 matmul: the block-scaled kernel on Hopper."""
+"""The shapes and candidate tiles of `fp8_matmul` on Hopper that `scripts/autotune.py` measures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = (8, 16, 32, 64, 128, 256)
 
 
 def tunables(target: Target) -> Iterator[Tunable]:
-    """Enumerates the models' linears at every bucket of rows; nothing off Hopper."""
+    """Enumerates the models' linear layers at every bucket of rows; nothing except on Hopper."""
     if not target.is_hopper:
         return
     call = functools.partial(fp8_matmul, block=128, layout="nk")

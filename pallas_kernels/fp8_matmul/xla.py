@@ -1,4 +1,4 @@
-"""The fp8 matmul in plain XLA: on an H100 its own fp8 GEMM, and the path that always works."""
+"""The fp8 matmul in plain XLA, the backend that always works; on an H100, XLA's own fp8 GEMM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _why_not(target: Any, x: Any, w: Any, x_scale: Any, w_scale: Any, spec: Fp8S
 def run(
     x: jax.Array, w: jax.Array, x_scale: jax.Array, w_scale: jax.Array, spec: Fp8Spec
 ) -> jax.Array:
-    """Computes (x * x_scale) @ (w * w_scale), x [M, K]; scales after the product where they can."""
+    """Computes (x * x_scale) @ (w * w_scale), x [M, K]; scales after the product if possible."""
     contract = ((1,), (0 if spec.layout == "kn" else 1,))
     x_scale, w_scale = x_scale.astype(F32), w_scale.astype(F32)
     if spec.block is None:
@@ -61,7 +61,7 @@ def _dot(x: jax.Array, w: jax.Array, contract: Any, batch: Any) -> jax.Array:
 def _per_block(
     x: jax.Array, w: jax.Array, x_scale: jax.Array, w_scale: jax.Array, spec: Fp8Spec
 ) -> jax.Array:
-    """One product per block of inputs: its sums are smaller than a bf16 weight for few rows."""
+    """One product per block of inputs; for few rows its sums take less room than a bf16 weight."""
     assert spec.block is not None
     num_rows, num_inputs = x.shape
     blocks = num_inputs // spec.block

@@ -1,7 +1,7 @@
-"""W8A8: int8 rows times int8 weights with int32 sums; XLA's own product on every target.
+"""W8A8: int8 rows times int8 weights with int32 sums; XLA's product on every target.
 
-On a CPU it is the fastest matmul there is (2.7 times f32 at 16 rows); on an H100 and TPUs it runs
-on the integer matrix units.
+On a CPU it is the fastest matmul (2.7 times f32 at 16 rows); on an H100 and TPUs it runs on the
+integer matrix units.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.int8_matmul import xla
 
 IMPLS = (xla.IMPL,)
-# Below this a row counts as zeros: its scale stays a normal number, which no CPU flushes to 0.
+# Rows below this count as zeros, so that scales are normal numbers, which no CPU flushes to 0.
 _TINY = 1e-30
 FLOAT_DTYPES = tuple(jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16))
 
@@ -25,11 +25,11 @@ def quantize_rows(x: jax.Array, scale: jax.Array | None = None) -> tuple[jax.Arr
 
     Args:
       x: [..., K] f32, bf16 or f16.
-      scale: f32 that broadcasts against x (a calibrated one, say [] ); None: each row's
+      scale: f32 that broadcasts against x (a calibrated one, for instance []); None: each row's
         max |x| / 127.
 
     Returns:
-      (q int8 [..., K], scale f32). Values beyond 127 scales saturate; a row of zeros, or
+      (q int8 [..., K], scale f32). Values beyond 127 * scale saturate; a row of zeros, or
       all below 1e-30, gets scale 1.
 
     Raises:
@@ -67,9 +67,9 @@ def int8_matmul(
       x_scale: f32 [..., 1] (per token) or [] (static).
       w_scale: [N], [1, N] or [].
       zero: zero points of w of w_scale's shape, or None.
-      layout: of w.
-      out_dtype: of the result.
-      impl: "auto" or "xla": there is no kernel that could do it better.
+      layout: layout of w.
+      out_dtype: dtype of the result.
+      impl: "auto" or "xla", the only backend.
 
     Returns:
       [..., N].

@@ -1,4 +1,4 @@
-"""Products of int8 arrays in plain XLA, fast on every target if they are fed right."""
+"""Products of int8 arrays in plain XLA, in the form that is fast on each target."""
 
 from __future__ import annotations
 

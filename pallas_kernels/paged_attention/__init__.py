@@ -53,7 +53,7 @@ def ragged_paged_attention(
         out = sum_i softmax_i(cap(sm_scale * q . k_i)) v_i    cap(x) = soft_cap tanh(x / soft_cap)
 
     Key i is visible if i <= pos and, with a window, i > pos - sliding_window. Example with S = 3,
-    T = 8, pages of 4 tokens: a prefill chunk, a decode and an unused place:
+    T = 8, pages of 4 tokens: a prefill chunk, a decode and an unused entry:
 
         tokens    a a a a b . . .     q_starts [0, 4, 5, 5]    kv_lens [6, 3, 0]
         position  2 3 4 5 2           page_table [[7, 2], [5, 0], [0, 0]]
@@ -61,21 +61,21 @@ def ragged_paged_attention(
     With `tree_mask`, the n_s tokens of a sequence are nodes of a tree (a parent before its
     children) instead of a chain: bit i of a token's row says whether it sees the i-th of its
     sequence's n_s last keys; all keys before those are seen. Each token sets its own bit and its
-    ancestors'. Its position is then the first node's plus its depth (bits set, less one), and the
-    window leaves out keys before the tree only.
+    ancestors'. Its position is then the first node's plus its depth (bits set, minus one), and the
+    window masks keys before the tree only.
 
     Args:
       q: [T, N, H] queries of all sequences end to end, padded to T.
       kv: the pages; N must be a multiple of its K heads, query head n reads KV head n // (N / K).
-        They may be wider than H (a TPU wants multiples of 128), with zeros in the rest.
-      kv_lens: i32 [S], keys of each sequence including this step's; 0 for an unused place.
+        They may be wider than H (TPUs need multiples of 128), with zeros in the rest.
+      kv_lens: i32 [S], keys of each sequence including this step's; 0 for an unused entry.
       page_table: i32 [S, M], page ids of each sequence in order; entries past kv_lens must be valid
-        ids too (0 will do).
+        ids too (0 for instance).
       q_starts: i32 [S + 1], first token of each sequence; the last entry is the live token count.
       sm_scale: factor on the logits, before the cap.
       soft_cap: bound on the logits, None for none.
-      sliding_window: visible keys up to and with a token's own, None for all.
-      max_q_len: static bound on every n_s, T if None. The smaller, the better the program: 1 is a
+      sliding_window: number of visible keys including the token's own, None for all.
+      max_q_len: static bound on every n_s, T if None. Smaller bounds make faster programs; 1 is a
         pure decode step. Results of a sequence with more tokens are undefined.
       tree_mask: u32 [T, ceil(max_q_len / 32)].
       return_lse: also return the log of the sum of exponentials of each token's logits.
@@ -88,7 +88,7 @@ def ragged_paged_attention(
 
     Raises:
       ValueError: an argument's shape, dtype or value is wrong.
-      TypeError: kv is no `PagedKV`.
+      TypeError: kv is not a `PagedKV`.
       NotImplementedError: the named backend cannot run these arguments here.
     """
     if not isinstance(kv, PagedKV):
@@ -100,8 +100,8 @@ def ragged_paged_attention(
                     ("page_table", page_table)):  # fmt: skip
         if x.ndim == 0 or x.size == 0:
             raise ValueError(
-                f"{name} must not be empty, got {x.dtype}{list(x.shape)}; pad to one place at "
-                "least: a sequence whose kv_lens is 0 has no tokens"
+                f"{name} must not be empty, got {x.dtype}{list(x.shape)}; pad it to one "
+                "entry: a sequence whose kv_lens is 0 has no tokens"
             )
     num_tokens, window = q.shape[0], sliding_window
     longest = num_tokens if max_q_len is None else whole_number("max_q_len", max_q_len)

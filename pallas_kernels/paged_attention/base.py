@@ -1,4 +1,4 @@
-"""What every backend of paged attention speaks: pages, the static half of a call, its checks."""
+"""Shared by all backends of paged attention: pages, the static part of a call, and its checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-PACKED_DTYPE = jnp.dtype(jnp.uint8)  # two int4 in each
+PACKED_DTYPE = jnp.dtype(jnp.uint8)  # two int4 per byte
 QUANTIZED_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8), PACKED_DTYPE)
 FLOAT_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -17,15 +17,15 @@ FLOAT_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.f
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedKV:
-    """Keys and values in pages of B tokens, heads before tokens: one page of one head is one box.
+    """Keys and values in pages of B tokens; the tokens of one head in a page are contiguous.
 
-    The stored number stands for `k_pages * k_scale[..., None]`, likewise for V. Quantized pages
-    (e4m3, int8, int4) carry one scale per token and head; the scale of K is applied to the logits
-    and that of V to the probabilities, never to a dequantized page.
+    K is `k_pages * k_scale[..., None]`, likewise V. Quantized pages (e4m3, int8, int4) have one
+    scale per token and head; the scale of K is applied to the logits and that of V to the
+    probabilities, never to a dequantized page.
 
     Attributes:
-      k_pages, v_pages: [P, K, B, H] f32, bf16, f16, e4m3 or int8; or u8 [P, K, B, H / 2], int4 two
-        a byte as `pack_int4` lays them, which stand for the numbers that `decode_int4` gives.
+      k_pages, v_pages: [P, K, B, H] f32, bf16, f16, e4m3 or int8; or u8 [P, K, B, H / 2], two int4
+        codes per byte as `pack_int4` packs them, whose values `decode_int4` gives.
       k_scale, v_scale: [P, K, B] f32, both or neither; int8 and int4 pages must have them.
     """
 
@@ -59,38 +59,38 @@ def pack_int4(x: jax.Array) -> jax.Array:
     """Packs int8 [..., H] of codes in -8..7 into u8 [..., H / 2].
 
     Byte i holds value i in its low half and value i + H / 2 in its high half, so that unpacking
-    joins two halves instead of weaving them: H = 4, [a b c d] -> [c:a d:b].
+    concatenates two halves instead of interleaving them: H = 4, [a b c d] -> [c:a d:b].
     """
     low, high = jnp.split(lax.bitcast_convert_type(x, jnp.uint8), 2, axis=-1)
     return (low & 15) | (high << 4)
 
 
 def decode_int4(x: jax.Array) -> jax.Array:
-    """Returns the numbers, f32 [..., H], that the codes in u8 [..., H / 2] stand for, in -1..1.
+    """Decodes the int4 codes in u8 [..., H / 2] to f32 [..., H] in -1..1.
 
-    Sixteen levels, closer together near zero: u (0.7 + 0.3 u^2) at u = (code + 1/2) / 7.5. For
-    heads that look Gaussian, as rotated ones do, that is a quarter less squared error than even
-    steps with the same largest value, and no level is lost to symmetry.
+    Sixteen levels, denser near zero: u (0.7 + 0.3 u^2) at u = (code + 1/2) / 7.5. For values with a
+    Gaussian distribution, such as rotated heads, the squared error is a quarter lower than with
+    uniform levels of the same largest value, and no level is lost to symmetry.
     """
     return int4_levels(unpack_int4(x))
 
 
 def int4_levels(codes: jax.Array) -> jax.Array:
-    """Returns the numbers in f32 that codes in -8..7 stand for; see `decode_int4`."""
+    """Returns the f32 values of codes in -8..7; see `decode_int4`."""
     u = (codes.astype(jnp.float32) + 0.5) / 7.5
     return u * (0.7 + 0.3 * u * u)
 
 
 def unpack_int4(x: jax.Array) -> jax.Array:
-    """Returns int8 [..., H] of u8 [..., H / 2]; undoes `pack_int4`."""
+    """Unpacks u8 [..., H / 2] into int8 [..., H]: the inverse of `pack_int4`."""
     signed = lax.bitcast_convert_type(x, jnp.int8)
-    low = jnp.right_shift(jnp.left_shift(signed, 4), 4)  # arithmetic: the sign comes along
+    low = jnp.right_shift(jnp.left_shift(signed, 4), 4)  # arithmetic shift: extends the sign
     return jnp.concatenate([low, jnp.right_shift(signed, 4)], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """The static half of a call; see `ragged_paged_attention` for the meaning of each field."""
+    """The static part of a call; see `ragged_paged_attention` for the meaning of each field."""
 
     sm_scale: float
     soft_cap: float | None
@@ -109,7 +109,7 @@ def check_arguments(
     tree_mask: jax.Array | None,
     spec: AttentionSpec,
 ) -> None:
-    """Raises a ValueError that says what was expected, what came and what to do."""
+    """Raises a ValueError that says what was expected, what was given and what to do."""
     if q.ndim != 3 or jnp.dtype(q.dtype) not in FLOAT_DTYPES:
         raise ValueError(f"q must be f32, bf16 or f16 [T, N, H], got {_type(q)}")
     _, num_heads, head_dim = q.shape

@@ -1,4 +1,4 @@
-"""Paged attention at the shapes of real models, to be compiled for chips that are not present."""
+"""Calls of paged attention at shapes of real models, to compile for absent chips."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _MODELS = {
 
 
 def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, ...]:
-    """Returns the calls that `target` must be able to compile: decode, chunks, mixed steps, trees.
+    """Returns the calls that must compile for `target`: decode, chunks, mixed steps, trees.
 
-    Their temporaries are packed queries and results, and parts to be merged; never a copy of the
+    Their temporaries are packed queries and results, and parts to merge; never a copy of the
     context.
     """
     fp8, int8 = jnp.float8_e4m3fn, jnp.int8
@@ -62,7 +62,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """A call: a kind of step of a model, and its sizes (tokens: of all sequences, if ragged)."""
+    """A call: a model's kind of step and its sizes (`tokens`: of all sequences, if ragged)."""
 
     model: str
     what: str
@@ -104,7 +104,7 @@ class _Case:
     def _arguments(self, target: Target) -> list[Any]:
         num_heads, num_kv_heads, head_dim = _MODELS[self.model]
         s, i32 = jax.ShapeDtypeStruct, jnp.int32
-        # The registers of a TPU are 128 wide, and so are its pages, whatever the head.
+        # A TPU's registers are 128 wide, and so are its pages for any head_dim.
         width = -(-head_dim // 128) * 128 if target.kind == "tpu" else head_dim
         num_pages = self.seqs * self.context // self.page
         pages = s((num_pages, num_kv_heads, self.page, width), self.kv)

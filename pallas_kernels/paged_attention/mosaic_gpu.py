@@ -1,7 +1,7 @@
 """Paged attention on Hopper: packs query rows into tiles, lists the work, runs the kernel, merges.
 
-A tile's KV blocks are split into parts so that every multiprocessor gets work, however unequal the
-lengths are; the parts are merged by their log-sum-exp.
+A tile's KV blocks are split into parts so that all multiprocessors get work even if the lengths
+are very unequal; the parts are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pallas_kernels.paged_attention import packing
 from pallas_kernels.paged_attention.base import AttentionSpec, PagedKV
 from pallas_kernels.target import Target
 
-OP = "paged_attention.mosaic_gpu"  # in the tables of measured tiles
-ROWS = 64  # of a warpgroup
+OP = "paged_attention.mosaic_gpu"  # name in the tables of measured tiles
+ROWS = 64  # rows per warpgroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class MosaicGpuTiles:
     """Tiles of the Hopper kernel.
 
     Attributes:
-      kv_block: keys of a step, 64 or 128.
-      num_stages: depth of the ring of KV blocks; even, so that a stage stays with one warpgroup.
+      kv_block: keys per step, 64 or 128.
+      num_stages: depth of the ring of KV blocks; even, so that each stage belongs to one warpgroup.
       num_converted: depth of the ring of converted blocks, 1 or 2; for 8-bit pages.
       num_attending: warpgroups that compute, 1 or 2: a chunk's tiles have 64 rows for each.
-      min_part, max_part: bounds on the KV blocks of a part: less is not worth a partial result,
-        more makes the last wave uneven.
+      min_part, max_part: bounds on the KV blocks of a part: smaller parts cost more to merge than
+        they gain, larger ones make the last wave uneven.
     """
 
     kv_block: int = 64
@@ -76,7 +76,7 @@ def _why_not(target: Target, *args: Any) -> str | None:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q must be bf16 or f16 for the tensor cores, got {q.dtype}"
     if kv.is_packed:
-        return "int4 kv pages are read by the xla backend alone"
+        return "only the xla backend reads int4 kv pages"
     if not kv.is_quantized and kv.k_pages.dtype != q.dtype:
         return (
             f"kv pages must be {q.dtype} as q is, or float8_e4m3fn or int8, got {kv.k_pages.dtype}"
@@ -123,7 +123,7 @@ def run(
     group = q.shape[1] // kv.num_kv_heads
     if spec.max_q_len * group <= 2 * ROWS:
         return _run_tiles(*call, is_taken=q_lens > 0, max_q_len=spec.max_q_len)
-    # Decoding sequences split their long contexts; query tiles rarely need to.
+    # Decoding sequences split their long contexts; prefill tiles rarely need to.
     out, lse = _run_tiles(*call, is_taken=q_lens > 1, max_q_len=spec.max_q_len)
     decoded, decoded_lse = _run_tiles(*call, is_taken=q_lens == 1, max_q_len=1)
     is_decoded = jnp.isneginf(lse)
@@ -142,7 +142,7 @@ def _run_tiles(
     is_taken: jax.Array,
     max_q_len: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the taken sequences, whose n_s is at most max_q_len; elsewhere zeros and -inf."""
+    """Computes the taken sequences, of at most max_q_len tokens; zeros and -inf for the others."""
     from pallas_kernels.paged_attention import mosaic_gpu_kernel as kernel
 
     num_kv_heads = kv.num_kv_heads
@@ -181,7 +181,7 @@ def _launch(
     max_q_len: int,
     chosen: MosaicGpuTiles,
 ) -> Any:
-    """Decides the static half of the launch."""
+    """Returns the static settings of the launch."""
     from pallas_kernels.paged_attention import mosaic_gpu_kernel as kernel
 
     num_kv_heads = kv.num_kv_heads
@@ -222,7 +222,7 @@ def case_name(q: jax.Array, kv: PagedKV, num_seqs: int, max_q_len: int) -> str:
 def choose_tiles(
     q: jax.Array, kv: PagedKV, num_seqs: int, max_q_len: int, explicit: MosaicGpuTiles | None
 ) -> MosaicGpuTiles:
-    """Returns explicit tiles, else measured ones, else the first guess."""
+    """Returns explicit tiles, else measured ones, else the heuristic's."""
     case = case_name(q, kv, num_seqs, max_q_len)
     guess = functools.partial(next, candidates(q, kv, max_q_len))
     return tiles_lib.choose(OP, target_lib.current(), case, MosaicGpuTiles, explicit, guess)
@@ -237,7 +237,7 @@ def candidates(q: jax.Array, kv: PagedKV, max_q_len: int) -> Iterator[MosaicGpuT
     bounds = ((4, 24),) if is_prefill else ((4, 24), (4, 12), (8, 48))
     rings = [(2, 2), (1, 2), (1, 1)]  # attending warpgroups, converted blocks
     if kv.is_quantized and q.shape[2] > 128:
-        rings = rings[1:]  # four warpgroups leave too few registers for sums so wide
+        rings = rings[1:]  # four warpgroups leave too few registers for such wide accumulators
     elif is_prefill:
         rings = rings[:1]
     if not kv.is_quantized:
@@ -258,10 +258,10 @@ def candidates(q: jax.Array, kv: PagedKV, max_q_len: int) -> Iterator[MosaicGpuT
 
 
 def _smem_bytes(tiles: MosaicGpuTiles, q: jax.Array, kv: PagedKV, is_prefill: bool) -> int:
-    """Returns the shared memory that a launch takes, or a little more."""
+    """Returns an upper estimate of the shared memory of a launch, in bytes."""
     head_dim, block = q.shape[2], tiles.kv_block
     block_bytes = block * head_dim * kv.k_pages.dtype.itemsize
-    # Of 64 rows: queries, and results where two warpgroups share them.
+    # 64 rows each: queries, and results if two warpgroups share the rows.
     sets = 3 if tiles.num_attending == 2 and not is_prefill else tiles.num_attending
     total = sets * ROWS * head_dim * 2 + 2 * tiles.num_stages * block_bytes
     if kv.is_quantized:
@@ -275,8 +275,8 @@ def _num_cores() -> int:
 
 
 class _Blocks(NamedTuple):
-    """KV blocks of each tile, [tiles] each: from first, num of them; [full_first, full_end) need
-    no mask; where the tree starts, in keys; keys of the sequence."""
+    """KV blocks of each tile, all [tiles]: the first one and their number; the range
+    [full_first, full_end) that needs no mask; the tree's first key; keys of the sequence."""
 
     first: jax.Array
     num: jax.Array
@@ -309,8 +309,8 @@ def _list_items(
 ) -> tuple[jax.Array, jax.Array]:
     """Splits the tiles' blocks into items, the largest first.
 
-    A part has total / wanted blocks, within bounds, evened out over the tile. Example, parts of at
-    most 24: a tile of 64 blocks makes parts of 22, 22, 20.
+    A part has total / wanted blocks, within bounds; parts of a tile are about equal. Example, parts
+    of at most 24: a tile of 64 blocks makes parts of 22, 22, 20.
 
     Returns:
       items i32 [I, ITEM_FIELDS], and num_written i32 [tiles]: partial results that are written.
@@ -328,7 +328,7 @@ def _list_items(
         total = blocks.num.sum(dtype=jnp.int32)
         size = jnp.clip(-(-total // per_wave), chosen.min_part, chosen.max_part)
         size = jnp.maximum(size, -(-total // extra))
-        size = jnp.maximum(size, launch.stride)  # no part but the last leaves a warpgroup idle
+        size = jnp.maximum(size, launch.stride)  # only the last part may leave a warpgroup idle
         count = jnp.minimum(-(-blocks.num // size), launch.num_parts)
         size = -(-blocks.num // jnp.maximum(count, 1))
         count = -(-blocks.num // jnp.maximum(size, 1))
@@ -351,7 +351,7 @@ def _list_items(
     fields[kernel.TREE_START], fields[kernel.KV_LEN] = blocks.tree_start[tile], blocks.kv_len[tile]
     items = jnp.stack([x.astype(jnp.int32) for x in fields], axis=1)
     if not launch.share_keys:
-        # Each attending warpgroup writes a part; of a part of one block, the first alone does.
+        # Each attending warpgroup writes a part, but only the first one if there is a single block.
         last = blocks.num - (count - 1) * size
         short = jnp.where(last < launch.num_attending, launch.num_attending - last, 0)
         count = jnp.where(count > 0, count * launch.num_attending - short, 0)

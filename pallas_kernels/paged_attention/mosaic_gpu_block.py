@@ -1,6 +1,6 @@
-"""The work of a warpgroup of the Hopper kernel on one block of keys or values.
+"""What a warpgroup of the Hopper kernel does with one block of keys or values.
 
-Shapes are those of registers and shared memory: 64 query rows, a block of 64 or 128 keys.
+Shapes are per warpgroup: 64 query rows, a block of 64 or 128 keys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 
-_CHUNK_ROWS = 64  # of a block that a warpgroup holds in registers at a time
+_CHUNK_ROWS = 64  # rows of a block that a warpgroup holds in registers at a time
 
 
 def mask(
@@ -62,7 +62,7 @@ def clear_tail(v_ref: Any, num_keys: jax.Array) -> None:
 
 
 def multiply_add(acc: jax.Array, p: jax.Array, v_ref: Any, p_ref: Any) -> jax.Array:
-    """Returns acc + p @ v on the tensor cores; `p_ref` stages p where they are simulated."""
+    """Returns acc + p @ v on the tensor cores; `p_ref` holds p if they are simulated."""
     if compat.is_interpreting():
         role = lax.axis_index("role")
         p_ref.at[role][...] = p

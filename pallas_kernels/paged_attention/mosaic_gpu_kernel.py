@@ -1,14 +1,14 @@
 """The Hopper kernel of paged attention: packed query tiles against pages of one KV head.
 
-Knows nothing of sequences: `mosaic_gpu.py` packs query rows into tiles and lists the work. One
-thread block does an item, a range of KV blocks for one tile and one KV head, with these warpgroups:
+`mosaic_gpu.py` packs query rows into tiles and makes the work list. One thread block processes one
+item, a range of KV blocks for one tile and one KV head, with these warpgroups:
 
     copy      pages -> shared memory (TMA, a ring of stages)
     convert   8-bit pages -> f16, scaled (only when pages are quantized; a second ring)
     attend    1 or 2: q k^T and p v on the tensor cores (wgmma), online softmax between them
 
-Two attending warpgroups share either the keys (each has 64 rows of the tile) or the rows (they take
-KV blocks in turn and write a partial result each).
+Two attending warpgroups either read the same keys (each has 64 rows of the tile) or have the same
+rows (they alternate in the KV blocks and write a partial result each).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pallas_kernels.paged_attention.base import PagedKV
 TILE, SEQ, PART, FIRST_BLOCK, NUM_BLOCKS, FULL_FIRST, FULL_END, TREE_START, KV_LEN = range(9)
 ITEM_FIELDS = 9
 
-ROWS = 64  # of a tile that one warpgroup takes: the M of wgmma
+ROWS = 64  # rows of a tile per warpgroup: the M of wgmma
 _LOWEST = -1e30
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
@@ -40,13 +40,13 @@ _LN2 = math.log(2)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The static half of a launch.
+    """The static settings of a launch.
 
     Attributes:
       num_attending: warpgroups that compute, 1 or 2.
       share_keys: each has its own 64 rows; else each takes every other KV block.
-      kv_block: keys of a step, 64 or 128; divides the page or is a multiple of it.
-      num_stages: of the ring that TMA fills.
+      kv_block: keys per step, 64 or 128; divides the page size or is a multiple of it.
+      num_stages: stages of the ring that TMA fills.
       num_converted: slots of the ring of converted blocks.
       num_parts: partial results a tile may have (before `share_keys=False` doubles them).
     """
@@ -71,10 +71,10 @@ class Launch:
         return self.num_parts * (1 if self.share_keys else self.num_attending)
 
     def registers(self, is_quantized: bool) -> dict[str, int]:
-        """Registers of a thread of each role, in multiples of 8.
+        """Returns the registers per thread of each role, in multiples of 8.
 
-        The block starts with 65536 / threads for every thread; a role that asks for more waits
-        until others have given back enough, so the sum over warpgroups must stay within 512.
+        Every thread starts with 65536 / threads. A role that asks for more waits until others have
+        released enough, so the sum over warpgroups must stay within 512.
         """
         copy, convert = 40, 104 if self.num_attending == 2 else 160
         rest = 504 - copy - (convert if is_quantized else 0)
@@ -83,7 +83,7 @@ class Launch:
 
     @property
     def stride(self) -> int:
-        """Blocks from one step of an attending warpgroup to its next."""
+        """Distance in blocks between two steps of an attending warpgroup."""
         return 1 if self.share_keys else self.num_attending
 
 
@@ -99,7 +99,7 @@ def attend_tiles(
     """Runs the kernel.
 
     Args:
-      items: i32 [I, ITEM_FIELDS], the work list; an item of no blocks does nothing.
+      items: i32 [I, ITEM_FIELDS], the work list; an item without blocks does nothing.
       page_table: i32 [S, M].
       positions, tree: per row, see `packing.Packed`.
       q: [tiles, K, R, H] with R a multiple of 8, at most tile_rows; f16 for quantized pages.
@@ -108,7 +108,7 @@ def attend_tiles(
 
     Returns:
       out [tiles, partials, K, R, H] in q's dtype and lse f32 [tiles, partials, K, R]; parts that no
-      item wrote hold garbage.
+      item writes are uninitialized.
     """
     num_tiles, num_kv_heads, num_rows, head_dim = q.shape
     parts = (num_tiles, launch.partials, num_kv_heads, num_rows)
@@ -143,7 +143,7 @@ def attend_tiles(
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the tiling that wgmma and TMA read without bank conflicts."""
+    """Returns shared memory in the tiling that wgmma and TMA read without bank conflicts."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = next(s for s in (128, 64, 32) if shape[-1] * itemsize % s == 0)
     tiling = (8, swizzle // itemsize)
@@ -164,9 +164,9 @@ def _scratch(q: jax.Array, kv: PagedKV, launch: Launch) -> dict[str, Any]:
     )
     if launch.share_keys and attending == 2 and not kv.is_quantized:
         scratch["cleared"] = plgpu.Barrier()
-    if not launch.share_keys:  # else each warpgroup's result takes the place of its queries
+    if not launch.share_keys:  # else each warpgroup's result overwrites its queries
         scratch["o_s"] = _tiled((attending, ROWS, head_dim), q.dtype)
-    if compat.is_interpreting():  # the simulator knows no wgmma operand in registers
+    if compat.is_interpreting():  # the simulator has no wgmma operands in registers
         scratch["p_s"] = _tiled((attending, ROWS, block), q.dtype)
     for x in "kv":
         scratch[f"{x}_s"] = _tiled((stages, block, head_dim), kv.k_pages.dtype)
@@ -228,7 +228,7 @@ def _kernel(
     def serve() -> None:
         lax.cond(role == attending, copy, convert) if is_quantized else copy()
 
-    # One chain of branches: ptxas gives a role its own registers only so.
+    # One chain of branches: only then does ptxas allocate registers per role.
     pl.when(num_blocks > 0)(lambda: lax.cond(role < attending, attend, serve))
 
 
@@ -266,14 +266,14 @@ def _copy_role(
             start = pl.multiple_of(lax.rem(b, jnp.int32(blocks)) * block, block)
             return [(page, pl.ds(start, block), pl.ds(0, block))]
         count = block // page_size
-        # The last block may hang over the table: any page will do there, its keys are masked.
+        # The last block may reach past the table: any page will do there, its keys are masked.
         ids = [jnp.minimum(b * count + i, max_pages - 1) for i in range(count)]
         return [
             (table_g[seq, j], pl.ds(0, page_size), pl.ds(i * page_size, page_size))
             for i, j in enumerate(ids)
         ]
 
-    # A copy that fills with zeros goes to multiples of 128 bytes; scales of small pages do not.
+    # A copy that pads with zeros needs multiples of 128 bytes, which scales of small pages are not.
     mode = plgpu.OOBFillMode["PROMISE_IN_BOUNDS" if page_size % 32 else "ZEROS"]
 
     def fetch(x: str, where: list[tuple[Any, Any, Any]], slot: Any) -> None:
@@ -297,7 +297,7 @@ def _copy_role(
 
     def refill(b: jax.Array, carry: tuple[()]) -> tuple[()]:
         slot = lax.rem(b, jnp.int32(stages))
-        where = places(b)  # the page ids are under way while we wait
+        where = places(b)  # the page ids load while we wait
         for x in "kv":
             plgpu.barrier_wait(scratch[f"{prefix}{x}_free"].at[slot])
             fetch(x, where, slot)
@@ -308,7 +308,7 @@ def _copy_role(
 
 
 def _drain(barriers: list[Any], count: int, num_blocks: jax.Array) -> None:
-    """Observes the last phase of each slot: a barrier must not die with a phase unseen."""
+    """Waits for the last phase of each slot: a barrier must not end with a phase not waited for."""
     for i in range(count):
 
         @pl.when(i < num_blocks)
@@ -324,9 +324,9 @@ def _convert_role(
     scratch: dict[str, Any],
     has_scales: bool,
 ) -> None:
-    """Turns 8-bit blocks into 16-bit ones, times their scales, for the tensor cores.
+    """Converts 8-bit blocks to 16 bits, times their scales, for the tensor cores.
 
-    V from `num_keys` on, counted from the first block, becomes zero: only the last block has such.
+    V is zeroed from key `num_keys` (counted from the first block) on, in the last block.
     """
     dtype = scratch["k_s"].dtype
 
@@ -388,13 +388,13 @@ def _attend_role(
     words = [load(tree_g.at[tile, w, rows]) for w in range(launch.tree_words)]
 
     def take_turn() -> None:
-        """While one warpgroup does its softmax the other has the tensor cores."""
+        """Alternates: one warpgroup computes its softmax while the other uses the tensor cores."""
         if launch.share_keys and launch.num_attending == 2:
             plgpu.barrier_arrive(scratch["turn"])
             plgpu.barrier_wait(scratch["turn"])
 
     def clear(b: jax.Array, slot: jax.Array) -> None:
-        """Zeroes V past the end of the sequence: what lies there may be NaN, and 0 * NaN is NaN."""
+        """Zeroes V past the end of the sequence: it may be NaN there, and 0 * NaN is NaN."""
         num_keys = kv_len - (first + b) * block
         values = scratch["v_s"].at[slot]
 
@@ -413,9 +413,9 @@ def _attend_role(
         acc, top, total = carry
         slot = lax.rem(b, jnp.int32(stages))
         wait_for_v = functools.partial(plgpu.barrier_wait, scratch["v_full"].at[slot])
-        clears = may_end and "raw_v_s" not in scratch  # else the converting warpgroup does
+        clears = may_end and "raw_v_s" not in scratch  # else the converting warpgroup clears
         plgpu.barrier_wait(scratch["k_full"].at[slot])
-        if clears:  # before logits take registers
+        if clears:  # before the logits occupy registers
             wait_for_v()
             clear(b, slot)
 
@@ -428,7 +428,7 @@ def _attend_role(
         plgpu.barrier_arrive(scratch["k_free"].at[slot])
         factor = launch.sm_scale * _LOG2E
         if launch.soft_cap is not None:
-            cap = launch.soft_cap  # tanh by exp2: the hardware's own has 11 bits, too few
+            cap = launch.soft_cap  # tanh by exp2: the hardware's tanh has only 11 bits
             s = cap - (2 * cap) / (jnp.exp2(s * (2 * factor / cap)) + 1.0)
             factor = _LOG2E
         if is_masked:

@@ -1,8 +1,8 @@
 """Paged attention on TPU: one tile of query rows after the other, pages copied ahead of their use.
 
-A step of the grid takes a tile of one sequence for all KV heads. A page holds all heads in one
-piece of memory, so one copy brings a page of K for every head. While a block of pages is computed
-the next one is under way, the next tile's first block too.
+A grid step processes a tile of one sequence for all KV heads. A page holds all heads contiguously,
+so one copy brings a page of K for every head. While one block of pages is computed the next is
+copied, even across tiles.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pallas_kernels.paged_attention import packing
 from pallas_kernels.paged_attention.base import AttentionSpec, PagedKV
 from pallas_kernels.target import Target
 
-OP = "paged_attention.mosaic_tpu"  # in the tables of measured tiles
+OP = "paged_attention.mosaic_tpu"  # name in the tables of measured tiles
 # Rows of the work list, i32 [4, tiles]; a transposed list wastes no scalar memory on padding.
 _SEQ, _FIRST, _NUM, _LEN = range(4)
 _LANES = 128
@@ -37,9 +37,9 @@ class MosaicTpuTiles:
     """Tiles of the TPU kernel.
 
     Attributes:
-      kv_block: keys of a step, rounded to whole pages.
-      q_rows: query rows of a tile and KV head.
-      vmem_limit_bytes: what the kernel may take; None: three quarters of the core's.
+      kv_block: keys per step, rounded to whole pages.
+      q_rows: query rows per tile and KV head.
+      vmem_limit_bytes: most VMEM of the kernel; None: three quarters of the core's.
     """
 
     kv_block: int = 512
@@ -64,7 +64,7 @@ def _why_not(target: Target, *args: Any) -> str | None:
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q must be bf16 or f32, got {q.dtype}"
     if kv.is_packed:
-        return "int4 kv pages are read by the xla backend alone"
+        return "only the xla backend reads int4 kv pages"
     if not kv.is_quantized and kv.k_pages.dtype != q.dtype:
         return (
             f"kv pages must be {q.dtype} as q is, or float8_e4m3fn or int8, got {kv.k_pages.dtype}"
@@ -89,7 +89,7 @@ def _sublanes(dtype: Any) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Launch:
-    """The static half of a launch; `pages` is the number of pages of a block."""
+    """The static settings of a launch; `pages` is the number of pages per block."""
 
     pages: int
     page_size: int
@@ -113,10 +113,10 @@ def run(
     q_lens = q_starts[1:] - q_starts[:-1]
     if spec.max_q_len * (q.shape[1] // kv.num_kv_heads) <= _LANES:
         return _run_tiles(*call, q_lens=q_lens, max_q_len=spec.max_q_len)
-    # Decoding sequences go apart: a tile of theirs holds the rows of one token.
+    # Decoding sequences are computed separately: their tiles hold the rows of one token.
     out, lse = _run_tiles(*call, q_lens=jnp.where(q_lens > 1, q_lens, 0), max_q_len=spec.max_q_len)
     is_one = q_lens == 1
-    # Decodes come after: first, their result [T, N, H] would lie about while chunks need most room.
+    # Decodes run last, so that their result [T, N, H] takes no memory while chunks need most.
     q, out, lse = lax.optimization_barrier((q, out, lse))
     decoded, decoded_lse = _run_tiles(q, *call[1:], q_lens=is_one.astype(jnp.int32), max_q_len=1)
     # Each token is in at most one of the two, and zero in the other.
@@ -141,7 +141,7 @@ def _run_tiles(
     q_lens: jax.Array,
     max_q_len: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the sequences with tokens left in q_lens, max_q_len at most; elsewhere zeros."""
+    """Computes the sequences with tokens in q_lens, max_q_len at most; zeros for the others."""
     chosen = choose_tiles(q, kv, max_q_len, spec.config)
     group = q.shape[1] // kv.num_kv_heads
     tiles = packing.list_tiles(q_lens, max_q_len, q.shape[0], max(1, chosen.q_rows // group))
@@ -175,14 +175,14 @@ def case_name(q: jax.Array, kv: PagedKV, max_q_len: int) -> str:
 def choose_tiles(
     q: jax.Array, kv: PagedKV, max_q_len: int, explicit: MosaicTpuTiles | None
 ) -> MosaicTpuTiles:
-    """Returns explicit tiles, else measured ones, else the first guess."""
+    """Returns explicit tiles, else measured ones, else the heuristic's."""
     case = case_name(q, kv, max_q_len)
     guess = functools.partial(_heuristic, q, kv)
     return tiles_lib.choose(OP, target_lib.current(), case, MosaicTpuTiles, explicit, guess)
 
 
 def candidates(q: jax.Array, kv: PagedKV) -> Iterator[MosaicTpuTiles]:
-    """Enumerates tiles, the first guess first."""
+    """Enumerates tiles to measure, the heuristic's first."""
     first = _heuristic(q, kv)
     yield first
     for kv_block, q_rows in itertools.product((256, 512, 1024, 2048), (64, 128, 256)):
@@ -192,7 +192,7 @@ def candidates(q: jax.Array, kv: PagedKV) -> Iterator[MosaicTpuTiles]:
 
 
 def _heuristic(q: jax.Array, kv: PagedKV) -> MosaicTpuTiles:
-    """Returns tiles for want of a measured table: blocks of about a megabyte of K."""
+    """Returns tiles if none were measured: blocks of about a megabyte of K."""
     row_bytes = kv.num_kv_heads * _round_up(q.shape[2], _LANES) * kv.k_pages.dtype.itemsize
     kv_block = max(_LANES, min(1024, (1 << 20) // row_bytes // _LANES * _LANES))
     # The accumulators of all heads must fit beside the pages: rows * K * H * 4 bytes * about 4.
@@ -222,7 +222,7 @@ def _list_work(tiles: packing.Tiles, kv_lens: jax.Array, launch: _Launch) -> jax
     first = jnp.zeros_like(start)
     if window is not None:
         first = jnp.maximum(lowest - window + 1, 0) // block
-    # A live tile has a block even if it sees no key: its last block starts the next tile's copies.
+    # A live tile has a block even if it sees no key: a tile's last block starts the next copies.
     num = jnp.where(tiles.is_live, jnp.maximum(last // block + 1 - first, 1), 0)
     return jnp.stack([tiles.seq, first, num, kv_len]).astype(jnp.int32)
 
@@ -248,8 +248,8 @@ def _attend_tiles(
         return pl.BlockSpec((1, *shape), lambda i, *_: (i,) + (0,) * len(shape))
 
     in_specs = [per_tile(num_kv_heads, rows, head_dim), per_tile(rows, _LANES)]
-    # What a row needs for its mask stands in the lanes: its position; where its tree starts, and
-    # the words of its tree.
+    # The lanes of a row hold the inputs of its mask: its position, the start of its tree, and the
+    # words of its tree.
     info = [packed.positions]
     if packed.words is not None:
         words = lax.bitcast_convert_type(packed.words, jnp.int32)
@@ -341,7 +341,7 @@ def _kernel(
 
         copies.wait(i, b, slot)
         start = (first + b) * block
-        # Places past the end may hold anything, and 0 * NaN is NaN.
+        # Slots past the end may hold anything, and 0 * NaN is NaN.
         pl.when(start + block > kv_len)(lambda: _clear_tail(buffers["v_buf"], slot, kv_len - start))
         keys = lax.broadcasted_iota(jnp.int32, (q_ref.shape[2], block), 1) + start
         visible = _mask(keys, lanes_ref, kv_len, launch)
@@ -368,7 +368,7 @@ def _kernel(
 
 
 class _Copies:
-    """The copies that bring one block of pages into a buffer, started and awaited as one."""
+    """The copies of one block of pages into a buffer, started and awaited together."""
 
     def __init__(
         self, work: Any, table: Any, hbm: list[Any], buffers: dict[str, Any], launch: _Launch
@@ -402,7 +402,7 @@ class _Copies:
 
 
 def _clear_tail(v_buf: Any, slot: Any, num_keys: jax.Array) -> None:
-    """Zeroes the places of a block from `num_keys` on."""
+    """Zeroes the slots of a block from `num_keys` on."""
     _, pages, _, page_size, _ = v_buf.shape
     for p in range(pages):
         values = v_buf[slot, p]  # [K, B, H]
@@ -414,7 +414,7 @@ def _clear_tail(v_buf: Any, slot: Any, num_keys: jax.Array) -> None:
 def _attend(
     h: Any, slot: Any, visible: jax.Array, q_ref: Any, buffers: dict[str, Any], launch: _Launch
 ) -> None:
-    """Takes one block of one head into the running softmax."""
+    """Adds one block of one head to the online softmax."""
     spec, block = launch.spec, launch.pages * launch.page_size
     dtype = q_ref.dtype
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -1,4 +1,4 @@
-"""Packs query tokens of ragged sequences into equal tiles of rows, and unpacks them.
+"""Packs query tokens of ragged sequences into tiles of equal size, and unpacks them.
 
 A tile holds tokens of one sequence. For each KV head, query token j of the tile and query head g of
 the group are row j * G + g. Example with G = 4 and 16 tokens a tile:
@@ -16,10 +16,10 @@ from jax import lax
 
 
 class Tiles(NamedTuple):
-    """Which queries each tile holds, live tiles first; i32 [tiles] unless noted.
+    """The queries of each tile, live tiles first; i32 [tiles] unless noted.
 
     seq, first_token: the sequence and the first of its tokens. is_live: bool. starts: [S], first
-    tile of each sequence. q_lens: [S], tokens of each sequence that take part. tile_tokens: static.
+    tile of each sequence. q_lens: [S], packed tokens of each sequence. tile_tokens: static.
     """
 
     seq: jax.Array
@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
 class Packed(NamedTuple):
     """Queries in tiles.
 
-    q: [tiles, K, rows, H]. positions: i32 [tiles, tile_rows], the row's place in its sequence (in a
+    q: [tiles, K, rows, H]. positions: i32 [tiles, tile_rows], positions in the sequence (in a
     tree: the first node's plus the depth), -1 for rows without a token. words: u32
     [tiles, W, tile_rows], bits of the tree over the sequence's last n_s keys, or None.
     """
@@ -44,7 +44,7 @@ class Packed(NamedTuple):
 
 
 def first_nodes(tiles: Tiles, kv_lens: jax.Array) -> jax.Array:
-    """Returns for each tile the place of its sequence's first query token."""
+    """Returns for each tile the position of its sequence's first query token."""
     return kv_lens[tiles.seq] - tiles.q_lens[tiles.seq]
 
 
@@ -55,7 +55,7 @@ def list_tiles(q_lens: jax.Array, max_q_len: int, num_tokens: int, most_tokens: 
     """
     num_seqs = q_lens.shape[0]
     tile_tokens = min(max_q_len, most_tokens)
-    # Sequences of one tile each need no room for more.
+    # Sequences of one tile each need no further tiles.
     num_tiles = num_seqs if max_q_len <= most_tokens else num_seqs + num_tokens // tile_tokens
     count = -(-q_lens // tile_tokens)
     ends = jnp.cumsum(count, dtype=jnp.int32)
@@ -110,7 +110,7 @@ def pack(
 def unpack(
     out: jax.Array, lse: jax.Array, q_starts: jax.Array, tiles: Tiles, num_tokens: int, group: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Brings [tiles, K, rows, H] and [tiles, K, rows] back to ([T, N, H], [T, N]).
+    """Unpacks [tiles, K, rows, H] and [tiles, K, rows] to ([T, N, H], [T, N]).
 
     Tokens that are in no tile get zeros and -inf.
     """

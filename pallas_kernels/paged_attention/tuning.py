@@ -1,4 +1,4 @@
-"""What `scripts/autotune.py` measures of paged attention: kernels, shapes, candidate tiles."""
+"""The kernels, shapes and candidate tiles of attention that `scripts/autotune.py` measures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallas_kernels.tiles import Tunable
 
 # (N, K, H): Llama-3-8B and Qwen3-8B, Qwen3-0.6B, Gemma-2-9B.
 _HEADS = ((32, 8, 128), (16, 8, 128), (16, 8, 256))
-# (sequences, tokens of each, keys of each)
+# (sequences, query tokens of each, keys of each)
 _CALLS = ((1, 1, 16384), (8, 1, 4096), (64, 1, 4096), (8, 16, 4096), (1, 2048, 8192))
 
 

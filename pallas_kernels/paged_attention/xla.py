@@ -1,7 +1,7 @@
-"""Paged attention in plain jnp: the specification, and the backend that runs anywhere.
+"""Paged attention in plain jnp: the reference, and the backend that runs anywhere.
 
-No padded context is gathered as a whole: both forms loop over blocks of pages with a trip count
-that depends on the live lengths, so that one compiled program serves every context length.
+The padded context is never gathered as a whole: both forms loop over blocks of pages, with a trip
+count that depends on the actual lengths, so that one program serves every context length.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pallas_kernels.paged_attention.base import (
 )
 from pallas_kernels.target import Target
 
-# Lower bound of the running maximum: finite, so that a row without keys never computes inf - inf.
+# Initial value of the running maximum: finite, so that a row without keys never has inf - inf.
 _LOWEST = -1e30
 # Largest max_q_len for a rectangle [S, max_q_len]; above, query tiles of one sequence at a time.
 _MAX_RECTANGLE = 32
@@ -32,10 +32,10 @@ _MAX_RECTANGLE = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XlaTiles:
-    """Sizes of the loops: keys of a sequence that a step reads, and query tokens of a prefill tile.
+    """Sizes of the loops: keys of a sequence per step, and query tokens of a prefill tile.
 
-    On a CPU a block of one page is several times as fast as one of two, which needs a product with
-    one more batch dimension.
+    On a CPU blocks of one page are several times as fast as blocks of two, whose product has one
+    more batch dimension.
     """
 
     kv_block: int = 64
@@ -50,7 +50,7 @@ class XlaTiles:
 
 
 class _Rows(NamedTuple):
-    """Queries of S places, R rows each, and the inputs of their masks.
+    """Queries of S sequences, R rows each, and the inputs of their masks.
 
     positions: [S, R] last visible key of a row (in a tree: the first node's plus the depth); -1:
       none.
@@ -105,13 +105,13 @@ def run(
     # A rectangle may pad the tokens to at most twice their number.
     if rows == 1 or (rows <= _MAX_RECTANGLE and num_seqs * rows <= 2 * num_tokens):
         return _rectangle(call, num_rows=rows, is_taken=q_lens > 0)
-    # Decoding sequences are computed together, so that none needs a query tile of its own.
+    # Decoding sequences are computed together, without a query tile for each.
     decoded = _rectangle(call, num_rows=1, is_taken=q_lens == 1)
     return _query_tiles(call, initial=decoded, is_taken=q_lens > 1)
 
 
 def _rectangle(call: _Call, *, num_rows: int, is_taken: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes the taken sequences, up to `num_rows` tokens each, all at once; zeros elsewhere."""
+    """Computes the sequences in `is_taken` at once, up to `num_rows` tokens each; else zeros."""
     q, kv_lens, q_starts, q_lens, tree_mask = (
         call.q,
         call.kv_lens,
@@ -142,16 +142,16 @@ def _rectangle(call: _Call, *, num_rows: int, is_taken: jax.Array) -> tuple[jax.
 def _query_tiles(
     call: _Call, *, initial: tuple[jax.Array, jax.Array], is_taken: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Adds to `initial` the taken sequences, one tile of query tokens after the other.
+    """Adds the taken sequences to `initial`, one tile of query tokens after the other.
 
-    The loop has as many steps as there are live tiles. Example, tiles of 4: q_lens [6, 0, 3] make
+    The loop has one step per live tile. Example, tiles of 4: q_lens [6, 0, 3] make
     tiles (0, 0) (0, 4) (2, 0) of (sequence, first token), ends [2, 2, 3].
     """
     kv_lens, q_lens, q_starts, tree_mask = call.kv_lens, call.q_lens, call.q_starts, call.tree_mask
     num_rows = min(call.tiles.q_block, call.spec.max_q_len)
     num_tiles = jnp.where(is_taken, -(-q_lens // num_rows), 0)
     ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
-    # Padding for a last tile that reaches past the end.
+    # Pads for a last tile that reaches past the end.
     q = jnp.pad(call.q, ((0, num_rows), (0, 0), (0, 0)))
     if tree_mask is not None:
         tree_mask = jnp.pad(tree_mask, ((0, num_rows), (0, 0)))
@@ -186,9 +186,9 @@ def _query_tiles(
 
 
 def _precision(q: jax.Array) -> lax.Precision:
-    """Allows accelerators to shorten f32 operands only if these hold 16-bit numbers.
+    """Returns the precision of products: reduced only if the f32 operands hold 16-bit numbers.
 
-    Queries in 16 bits do, since the scale is applied after the product.
+    16-bit queries do, since the scale is applied after the product.
     """
     return lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
 
@@ -229,7 +229,7 @@ def _attend(
     pages = max(1, min(tiles.kv_block // page, page_table.shape[1]))  # in a block
     block = pages * page
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
-    # Every page is a batch of its own ([S, p, K]), which avoids transposing the gathered pages:
+    # Pages are a batch dimension ([S, p, K]), which avoids transposing the gathered pages:
     # [S, p, K, R * G, H] . [S, p, K, B, H].
     q = rows.q.reshape(num_seqs, num_rows, num_kv_heads, group, head_dim)
     q = jnp.moveaxis(q, 1, 2).reshape(num_seqs, 1, num_kv_heads, num_rows * group, head_dim)
@@ -245,7 +245,7 @@ def _attend(
         keys = i * block + jnp.arange(block, dtype=jnp.int32).reshape(pages, page)  # [p, B]
         k = _take(kv.k_pages, ids)  # [S, p, K, B, H]
         v = _take(kv.v_pages, ids)
-        # Places past the end may hold anything, including NaN of an earlier request.
+        # Slots past the end may hold anything, including NaN of an earlier request.
         is_key = keys[None] < rows.lens[:, None, None]  # [S, p, B]
         v = jnp.where(is_key[:, :, None, :, None], v, 0.0)
         s = dot(q, k, (((4,), (4,)), batch)) * spec.sm_scale  # [S, p, K, R * G, B]
@@ -258,7 +258,7 @@ def _attend(
         alpha = jnp.exp(top - new_top)
         total = total * alpha + p.sum(axis=(1, 4))
         if kv.v_scale is not None:
-            # NaN in the scale of a masked place must not reach the sum.
+            # NaN in the scale of a masked slot must not reach the sum.
             v_scale = jnp.where(is_key[:, :, None], kv.v_scale[ids], 0.0)
             p = p * v_scale[:, :, :, None, :]
         pv = dot(p, v, (((4,), (3,)), batch)).sum(axis=1)  # [S, K, R * G, H]
@@ -303,7 +303,7 @@ def _attend_pages(
         keys = number[:, None] * page + jnp.arange(page, dtype=jnp.int32)[None]  # [C, B]
         visible = pages.visible(item, seq, keys)
         k = _take(kv.k_pages, ids)  # [C, K, B, H]
-        # Places past the end may hold anything, including NaN of an earlier request.
+        # Slots past the end may hold anything, including NaN of an earlier request.
         v = _take(kv.v_pages, ids)
         v = jnp.where(visible[:, None, :, None], v, 0.0)
         s = dot(q[seq], k, (((3,), (3,)), ((0, 1), (0, 1)))) * spec.sm_scale  # [C, K, G, B]
@@ -317,7 +317,7 @@ def _attend_pages(
         one_hot = of_seq.astype(jnp.float32)
         weight = p.sum(axis=-1)  # [C, K, G]
         if kv.v_scale is not None:
-            # NaN in the scale of a masked place must not reach the sum.
+            # NaN in the scale of a masked slot must not reach the sum.
             p = p * jnp.where(visible[:, None], kv.v_scale[ids], 0.0)[:, :, None, :]
         pv = dot(p, v, (((3,), (2,)), ((0, 1), (0, 1))))  # [C, K, G, H]
         # The sums over items must not carry a sequence's NaN or infinity to other sequences.
@@ -336,14 +336,14 @@ def _attend_pages(
 
 
 class _PageList(NamedTuple):
-    """The live pages of all sequences in one list, so that short ones do not wait for long ones.
+    """The live pages of all sequences as one list, so that short sequences cost little.
 
     Example, pages of 64: lens [100, 0, 300] have [2, 0, 5] pages, ends [2, 2, 7]; item 3 is page 1
     of sequence 2.
 
     positions: [S] last visible key. ends_at: [S] end of the visible keys.
     first_page, num_pages, ends: [S] first live page, number of them, and running sum.
-    window: keys that a row sees at most, or None.
+    window: most keys that a row sees, or None.
     """
 
     positions: jax.Array
@@ -354,7 +354,7 @@ class _PageList(NamedTuple):
     window: int | None
 
     def locate(self, item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns of items [C] their sequences [C], page numbers [C], and one-hot [C, S]."""
+        """Returns the sequences [C] of items [C], their page numbers [C], and one-hot [C, S]."""
         num_seqs = self.ends.shape[0]
         seq = jnp.sum(item[:, None] >= self.ends[None], axis=1, dtype=jnp.int32)
         seq = jnp.minimum(seq, num_seqs - 1)
@@ -430,7 +430,7 @@ def _key_range(rows: _Rows, window: int | None) -> tuple[jax.Array, jax.Array]:
         return jnp.int32(0), last
     is_live = rows.positions >= 0
     first = jnp.where(is_live, rows.positions - window + 1, last)
-    if rows.tree is not None:  # the window leaves out keys before the tree only
+    if rows.tree is not None:  # the window masks keys before the tree only
         first = jnp.minimum(first, rows.tree_starts[:, None])
     return jnp.clip(first.min(), 0, last), last
 

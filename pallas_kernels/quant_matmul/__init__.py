@@ -1,7 +1,7 @@
-"""x @ dequant(q): int4, int8 and fp8 weights with group or channel scales.
+"""x @ dequant(q): int4, int8 and fp8 weights with scales per group or channel.
 
-`prepare` converts a weight once, at load, into the layout that the kernels of a target read;
-`quant_matmul` is called in a step.
+`prepare` converts a weight once, at load, to the layout that a target's kernels read;
+`quant_matmul` runs in each step.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def quant_matmul(
 
         w[k, n] = (q[k, n] - zero[k // group, n]) * scale[k // group, n]
 
-    Sums are f32. The kernels take bf16 rows and make bf16 of integer codes (exact: 8 bits fit); on
-    a GPU they make f16 of fp8 codes and of the rows too, scaled by powers of two. From 128 rows on
-    they may scale weights before the product, which rounds them to bf16, as a dense one would be.
+    Sums are f32. The kernels take bf16 rows and convert integer codes to bf16 (exact: 8 bits fit);
+    on a GPU they convert fp8 codes, and then the rows, to f16, scaled by powers of two. From 128
+    rows on they may scale weights before the product, which rounds them to bf16.
 
     Args:
       x: [..., K] f32, bf16 or f16.
@@ -55,8 +55,8 @@ def quant_matmul(
       scale: [G, N] f32, bf16 or f16; G = ceil(K / group), 1 for a scale per output channel.
       zero: [G, N] zero points in units of the codes, integers or floats; None: symmetric.
       group: inputs that share a scale; None: K / G.
-      layout: of q.
-      out_dtype: of the result; None: x's.
+      layout: layout of q.
+      out_dtype: dtype of the result; None: x's.
       config: tiles of the named backend, instead of the tuned ones.
       impl: "auto", "mosaic_gpu", "mosaic_tpu" or "xla".
 
@@ -83,8 +83,8 @@ def quant_matmul(
 def preferred_layout(target: target_lib.Target | None = None) -> Layout:
     """Returns the layout of codes that the kernels of `target` (default: the current one) read.
 
-    "nk" on GPUs: the copy engine brings the inputs of an output as one contiguous row. "kn" on
-    TPUs, whose tiles run along the outputs, and on CPUs, where a group is then one contiguous slab.
+    "nk" on GPUs: the copy engine reads the inputs of an output as one contiguous row. "kn" on
+    TPUs, whose tiles run along the outputs, and on CPUs, where a group is then contiguous.
     """
     target = target or target_lib.current()
     return "nk" if target.kind == "gpu" else "kn"
@@ -99,15 +99,16 @@ def prepare(
     layout: Layout = "kn",
     target: target_lib.Target | None = None,
 ) -> QuantWeight:
-    """Lays a weight out as `target` reads it: once, at load, never per call.
+    """Converts a weight, once at load, to the layout that `target` reads.
 
-    Codes are transposed to the preferred layout; uint4 codes become int4 (8 less, as do their zero
-    points); int4 becomes int8 on a CPU, which has no 4-bit arithmetic. Values do not change.
+    Codes are transposed to the preferred layout; uint4 codes become int4 (8 is subtracted from
+    codes and zero points); int4 becomes int8 on a CPU, which has no 4-bit arithmetic. The weight's
+    values do not change.
 
     Args:
       q: codes in `layout`; scale, zero, group: as for `quant_matmul`.
-      layout: of `q` as it comes.
-      target: None: the current one.
+      layout: layout of the given `q`.
+      target: the chip; None: the current one.
 
     Raises:
       ValueError: shapes or dtypes disagree.

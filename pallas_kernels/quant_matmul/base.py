@@ -37,7 +37,7 @@ class QuantWeight:
       scale: [G, N].
       zero: [G, N] or None.
       group: inputs that share a scale (static).
-      layout: of q (static).
+      layout: layout of q (static).
     """
 
     q: jax.Array
@@ -48,7 +48,7 @@ class QuantWeight:
 
 
 def describe(x: Any) -> str:
-    """Returns an array's type as messages show it: "bfloat16[8, 4096]"."""
+    """Returns an array's type for messages: "bfloat16[8, 4096]"."""
     return f"{x.dtype}{list(x.shape)}"
 
 
@@ -58,10 +58,10 @@ def shape_kn(q: Any, layout: str) -> tuple[int, int]:
 
 
 def find_group(num_inputs: int, num_groups: int, group: int | None) -> int:
-    """Returns the group size that is stated, or that K inputs in G groups imply.
+    """Returns the given group size, or K / G if none is given.
 
     Raises:
-      ValueError: it is not stated and G does not divide K, or K inputs do not make G groups of it.
+      ValueError: none is given and G does not divide K, or it does not make G groups of K inputs.
     """
     if group is None:
         if 0 in (num_groups, num_inputs) or num_inputs % num_groups:

@@ -1,4 +1,4 @@
-"""Calls of `quant_matmul` at the linears of real models, for compiling, tuning and measuring."""
+"""Calls of `quant_matmul` at shapes of real models, for compiling, tuning and measuring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pallas_kernels.compile_only import CompileCase
 from pallas_kernels.quant_matmul.base import FP8_DTYPES
 from pallas_kernels.target import Target
 
-# Model, linear, K, N: fused qkv and gate_up, as an engine that counts launches has them.
+# Model, linear, K, N, with fused qkv and gate_up.
 LINEARS = (
     ("llama-3-8b", "qkv", 4096, 6144),
     ("llama-3-8b", "o", 4096, 4096),
@@ -98,7 +98,7 @@ def cases() -> Iterator[Case]:
             yield Case(model=model, linear=linear, num_rows=m, num_inputs=k, num_outputs=n,
                        is_quick=quick)  # fmt: skip
     llama = {"model": "llama-3-8b", "linear": "qkv", "num_inputs": 4096, "num_outputs": 6144}
-    for m in (8, 32, 100, 128, 1024):  # 100: no multiple of the copy engine's 8 rows
+    for m in (8, 32, 100, 128, 1024):  # 100: not a multiple of the copy engine's 8 rows
         yield Case(**llama, num_rows=m, is_quick=m == 100)
     for m in (1, 16, 256):
         yield Case(**llama, num_rows=m, group=32, has_zero=True, is_quick=m == 256)
@@ -112,10 +112,10 @@ def cases() -> Iterator[Case]:
 
 
 def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, ...]:
-    """Returns what `scripts/compile_kernels.py` compiles for `target`.
+    """Returns the cases that `scripts/compile_kernels.py` compiles for `target`.
 
-    Temporaries: never a bf16 copy of the weight. They stay below a quarter of one, plus the rows
-    of x and their partial sums, of which small weights have more.
+    Temporaries must not include a bf16 copy of the weight: they are bounded by a quarter of one,
+    plus the rows of x and the partial sums.
     """
     from pallas_kernels.quant_matmul import preferred_layout, quant_matmul
 
@@ -128,7 +128,7 @@ def compile_cases(target: Target, *, quick: bool = False) -> tuple[CompileCase, 
         impl = "xla" if case.group is None else kernel
         is_kernel = impl == "mosaic_gpu"
         group = case.group or case.num_inputs
-        sums = 16 if case.num_rows <= 64 else 8  # bytes an output
+        sums = 16 if case.num_rows <= 64 else 8  # bytes per output
         compiled.append(
             CompileCase(
                 name=f"quant_matmul {case}",

@@ -1,6 +1,6 @@
 """The quantized matmul on Hopper: codes become bf16 in registers and feed `wgmma` as its A operand.
 
-fp8 codes become f16 instead (the card converts them to nothing else), rows of x then too.
+fp8 codes, and then also rows of x, become f16 instead: the GPU converts fp8 to nothing else.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _why_not(
     if spec.layout != "nk":
         return f"reads codes laid out [N, K], got layout {spec.layout!r}; prepare() the weight"
     if x.dtype != jnp.bfloat16 and not (x.dtype == jnp.float16 and q.dtype in FP8_DTYPES):
-        return f"multiplies bf16 rows (f16 too by fp8 codes), got {describe(x)}; cast x"
+        return f"multiplies bf16 rows (f16 as well with fp8 codes), got {describe(x)}; cast x"
     if x.shape[0] == 0:
         return "x has no rows"
     if scale.dtype == jnp.float16:
@@ -54,7 +54,7 @@ def _why_not(
 
 
 def case_name(num_rows: int, q: Any, spec: QuantSpec, num_groups: int) -> str:
-    """Returns the key of the measured table: what the kernel is specialised on."""
+    """Returns the key in the table of measured tiles."""
     num_inputs, num_outputs = shape_kn(q, spec.layout)
     group = f"g{spec.group}" if num_groups > 1 else "channel"
     rows = tiles_lib.bucket(num_rows)
@@ -64,7 +64,7 @@ def case_name(num_rows: int, q: Any, spec: QuantSpec, num_groups: int) -> str:
 def ranked_tiles(
     num_rows: int, q: Any, spec: QuantSpec, num_groups: int, target: target_lib.Target
 ) -> list[QuantMatmulGpuTiles]:
-    """Returns the tiles that fit, the best modelled first."""
+    """Returns the tiles that fit, fastest by the model first."""
     num_inputs, num_outputs = shape_kn(q, spec.layout)
     shape = Shape(
         num_rows=num_rows,
@@ -80,8 +80,8 @@ def ranked_tiles(
 def candidate_tiles(shape: Shape, is_fp8: bool) -> Iterator[QuantMatmulGpuTiles]:
     """Enumerates the tiles that fit the registers, for the model and for `scripts/autotune.py`.
 
-    Of 232 registers a thread, the accumulator takes rows * block_m / 128, twice that if products
-    are scaled. Scaled weights would leave f16's range, so fp8 codes always scale products.
+    Of a thread's 232 registers, the accumulator takes rows * block_m / 128, twice that if products
+    are scaled. Scaled weights could exceed f16's range, so with fp8 codes the products are scaled.
     """
     largest = min(tiles_lib.bucket(shape.num_rows), 256)
     for block_m, rows, block_k, splits in itertools.product(
@@ -142,7 +142,7 @@ def run(
 
 
 def _to_f16(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Scales each row by a power of two so that its largest entry is in [1, 2): f16 holds it."""
+    """Scales each row by a power of two to a largest entry in [1, 2), which f16 can represent."""
     if x.dtype == jnp.float16:
         return x, None
     x = x.astype(F32)

@@ -1,9 +1,9 @@
-"""The Hopper product of few rows and a wide quantized weight, for several ops.
+"""The Hopper kernel for products of few rows with a quantized weight; several ops use it.
 
-Transposed, out^T[N, M] = w[N, K] x^T[K, M]: the many outputs fill `wgmma`'s 64 rows, the few rows
-of x its columns. One warpgroup copies, the others compute; blocks are persistent and take equal
-shares of the k-tiles (`Schedule`). Weights of x's dtype go to `wgmma` from shared memory; codes of
-another dtype are converted on the way and go from registers.
+It computes the transpose, out^T[N, M] = w[N, K] x^T[K, M]: the many outputs fill `wgmma`'s 64 rows,
+the few rows of x its columns. One warpgroup copies, the others compute; blocks are persistent and
+take equal shares of the k-tiles (`Schedule`). `wgmma` reads weights of x's dtype from shared
+memory; codes of another dtype are converted and passed in registers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pallas_kernels.tiles import QuantMatmulGpuTiles
 F32 = jnp.float32
 I32 = jnp.int32
 
-# Registers of a compute and of the copy warpgroup, by compute warpgroups: 65536 a block in all.
+# {compute warpgroups: registers per thread of (a compute, the copy) warpgroup}; 65536 per block.
 _REGISTERS = {1: (224, 56), 2: (224, 56), 3: (152, 56)}
 
 
@@ -63,17 +63,17 @@ def persistent_matmul(
 
     Args:
       x: [M, K] bf16, f16 or e4m3, M up to 8 or a multiple of 8; with x_scale a multiple of 8.
-      w: [N, K] codes, or of x's dtype.
+      w: [N, K] codes, or values of x's dtype.
       w_scale: [G, N] bf16 or f32.
       zero: [G, N] bf16 or f32, or None.
       x_scale: [G, M] f32, or None.
       group: K if G is 1.
       sizes: tiles.
-      target: gives the number of blocks.
-      out_dtype: of the result.
+      target: the chip, whose cores give the number of blocks.
+      out_dtype: dtype of the result.
 
     Raises:
-      ValueError: the group and the tiles do not go together.
+      ValueError: the group and the tiles do not fit together.
     """
     (num_rows, num_inputs), num_outputs = x.shape, w.shape[0]
     block_m, block_n, block_k, rows = sizes.block_m, sizes.block_n, sizes.block_k, sizes.rows
@@ -91,7 +91,7 @@ def persistent_matmul(
     is_converting = w.dtype != x.dtype
     is_interpreting = compat.is_interpreting()
 
-    # What a stage of the pipeline holds: name -> (array, its buffer in shared memory).
+    # The arrays of a pipeline stage: name -> (array, its buffer in shared memory).
     stages = sizes.stages
     stage: dict[str, tuple[jax.Array, Any]] = {
         "w": (w, _tiled((stages, block_n, block_k), w.dtype, math.gcd(block_k, num_inputs))),
@@ -100,7 +100,7 @@ def persistent_matmul(
     }
     if zero is not None:
         stage["zero"] = (zero, plgpu.SMEM((stages, num_steps, block_n), zero.dtype))
-    scale_columns = -(-block_m // 32) * 32  # the copy engine writes to multiples of 128 bytes
+    scale_columns = -(-block_m // 32) * 32  # the copy engine writes multiples of 128 bytes
     if x_scale is not None:
         stage["x_scale"] = (x_scale, plgpu.SMEM((stages, num_steps, scale_columns), x_scale.dtype))
     scratch: dict[str, Any] = {
@@ -124,7 +124,7 @@ def persistent_matmul(
             return lax.rem(i - start, I32(stages))
 
         def origin(tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """First row of x and first output of a tile: all rows of some outputs come first."""
+            """Returns the first row of x and first output of a tile; rows vary fastest."""
             return lax.rem(tile, I32(m_tiles)) * block_m, lax.div(tile, I32(m_tiles)) * block_n
 
         def copy() -> None:
@@ -190,17 +190,17 @@ def persistent_matmul(
                     yield j, a, b.T
 
             def release(slot: Any) -> None:
-                """Hands a stage back to the copy warpgroup.
+                """Returns a stage to the copy warpgroup.
 
                 The barrier alone orders this warpgroup's reads before the next copy into the stage
-                (CUTLASS's mixed-input kernels rest on that too); the simulator wants a fence.
+                (CUTLASS's mixed-input kernels rely on that too); the simulator needs a fence.
                 """
                 if is_interpreting:
                     plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[slot])
 
             def mma(acc: Any, a: Any, b: Any) -> None:
-                """acc += a @ b; the simulator takes A from shared memory only."""
+                """Computes acc += a @ b; the simulator reads A from shared memory only."""
                 if operand is not None:
                     operand[warpgroup] = a
                     plgpu.commit_smem()

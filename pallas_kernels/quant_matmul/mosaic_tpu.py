@@ -1,7 +1,7 @@
 """The quantized matmul on TPUs: blocks of codes become bf16 in VMEM, one product per group.
 
-XLA fuses per-channel scales into its own matmul there; it writes out the whole bf16 weight for
-group scales, which is what this kernel is for.
+For group scales, where XLA would write out the whole bf16 weight; per-channel scales it fuses into
+its own matmul.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _why_not(
 
 
 def case_name(num_rows: int, q: Any, spec: QuantSpec) -> str:
-    """Returns the key of the measured table: what the kernel is specialised on."""
+    """Returns the key in the table of measured tiles."""
     num_inputs, num_outputs = shape_kn(q, spec.layout)
     rows = tiles_lib.bucket(num_rows)
     return f"M{rows} K{num_inputs} N{num_outputs} {jnp.dtype(q.dtype).name} g{spec.group}"
@@ -66,10 +66,10 @@ def largest_block(size: int, unit: int, limit: int) -> int:
 
 
 def heuristic_tiles(num_rows: int, q: Any, spec: QuantSpec) -> QuantMatmulTpuTiles:
-    """Tiles from first principles, not measured.
+    """Returns tiles if none were measured.
 
-    Few rows: about a megabyte of codes per step, so that a step's fixed cost vanishes behind the
-    copy. Many: scaling the weights is cheaper than scaling a product per group.
+    Few rows: about a megabyte of codes per step, so that the copy hides a step's fixed cost. Many
+    rows: scaling the weights is cheaper than scaling a product per group.
     """
     num_inputs, num_outputs = shape_kn(q, spec.layout)
     unit = max(128, spec.group)
@@ -117,16 +117,16 @@ def block_matmul(
 
     Args:
       x: [M, K] bf16 or fp8.
-      w: [K, N] codes, or fp8.
+      w: [K, N] codes or fp8 values.
       w_scale: [G, N].
       zero: [G, N] or None.
       x_scale: [G, M] or None.
       group: divides K.
       sizes: tiles.
-      out_dtype: of the result.
+      out_dtype: dtype of the result.
 
     Raises:
-      ValueError: the tiles do not divide K, or the group not the tiles.
+      ValueError: the tiles do not divide K, or the group does not divide the tiles.
     """
     (num_rows, num_inputs), num_outputs = x.shape, w.shape[1]
     block_m, block_n, block_k = sizes.block_m, sizes.block_n, sizes.block_k

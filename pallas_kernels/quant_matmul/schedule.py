@@ -1,7 +1,7 @@
-"""How the Hopper kernels of the two matmuls share work, and what sizes suit a shape.
+"""Work distribution and tile sizes of the Hopper kernels of the two matmuls.
 
-The sizes come from a model of one k-tile's time; its rates are the H100's datasheet and round
-figures for what a kernel reaches of it, not measurements. `scripts/autotune.py` replaces it.
+The sizes come from a model of one k-tile's time. Its rates are estimates from the H100's datasheet,
+not measurements; `scripts/autotune.py` measures tiles that replace it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Schedule:
     """Equal shares of all k-tiles for persistent blocks ("stream-K").
 
     The k-tiles of output tile 0 come first, then those of tile 1, ...; block b takes `per_block` of
-    them from b * per_block on. A tile whose k-tiles several blocks share has as many parts. Example
-    with 3 tiles of 4 k-tiles on 2 blocks, per_block = 6:
+    them from b * per_block on. A tile that n blocks share has n parts. Example with 3 tiles of 4
+    k-tiles on 2 blocks, per_block = 6:
 
         tile    0 0 0 0 1 1 1 1 2 2 2 2
         block   0 0 0 0 0 0 1 1 1 1 1 1
@@ -53,7 +53,7 @@ class Schedule:
 
     @classmethod
     def make(cls, num_tiles: int, k_tiles: int, num_cores: int, splits: int) -> Schedule:
-        """Shares the work of `num_tiles` so that about `splits` blocks at most share a tile."""
+        """Returns the schedule of `num_tiles` where at most about `splits` blocks share a tile."""
         if splits == 1:
             return cls(num_tiles, k_tiles, k_tiles * -(-num_tiles // num_cores))
         even = -(-num_tiles * k_tiles // num_cores)
@@ -76,11 +76,11 @@ class Schedule:
 def sum_parts(
     parts: jax.Array, schedule: Schedule, m_tiles: int, block: tuple[int, int]
 ) -> jax.Array:
-    """Sums partial products [P, M, N]; parts that no block wrote hold anything."""
+    """Sums partial products [P, M, N] over the written parts; the others are uninitialized."""
     num_parts, num_rows, num_outputs = parts.shape
     tile_m = np.arange(m_tiles)[:, None]
     tile_n = np.arange(num_outputs)[None, :] // block[1]
-    # A constant, [m_tiles, N]: computed on the device it would be a kernel of its own, every call.
+    # A constant, [m_tiles, N]: computing it on the device would launch another kernel each call.
     last = jnp.asarray(schedule.last_part(tile_n * m_tiles + tile_m), jnp.int32)
     last = jnp.repeat(last, block[0], axis=0)[:num_rows]  # [M, N]
     part = lax.iota(jnp.int32, num_parts)[:, None, None]
@@ -89,13 +89,13 @@ def sum_parts(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A product x [M, K] . w [K, N] as the model of its time sees it.
+    """A product x [M, K] . w [K, N], described for the model of its time.
 
     Attributes:
       num_rows, num_inputs, num_outputs: M, K, N.
-      w_bits, x_bits: of an element in memory.
+      w_bits, x_bits: bits of an element in memory.
       group: inputs that share a scale; K: per channel.
-      instructions: warp instructions to make 32 codes an operand of `wgmma`; 0: they are one.
+      instructions: warp instructions that convert 32 codes to a `wgmma` operand; 0: no conversion.
       speed: rate of products relative to bf16.
     """
 
@@ -129,7 +129,7 @@ class Shape:
         return max(0, free // self.stage_bytes(t))
 
     def seconds(self, t: QuantMatmulGpuTiles, target: Target) -> float:
-        """Models the time with these tiles on `target`."""
+        """Returns the modelled time with these tiles on `target`."""
         m_tiles, n_tiles, k_tiles = self.tiles(t)
         schedule = Schedule.make(m_tiles * n_tiles, k_tiles, target.num_cores, t.splits)
         codes = t.block_n * t.block_k
@@ -157,7 +157,7 @@ class Shape:
     def ranked(
         self, candidates: Iterable[QuantMatmulGpuTiles], target: Target
     ) -> list[QuantMatmulGpuTiles]:
-        """Returns the candidates that fit, with as many stages as do, the best modelled first."""
+        """Returns the candidates that fit, with the most stages each; fastest by model first."""
         fitting = []
         for t in candidates:
             stages = min(8, self.max_stages(t, target))

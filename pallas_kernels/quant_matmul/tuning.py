@@ -1,4 +1,4 @@
-"""What `scripts/autotune.py` measures of the quantized matmul: kernels, shapes, candidate tiles."""
+"""The kernels, shapes and candidate tiles of `quant_matmul` that `scripts/autotune.py` measures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = (8, 16, 32, 64, 128, 256)
 
 
 def tunables(target: Target, *, codes: Any = jnp.int4, group: int = 128) -> Iterator[Tunable]:
-    """Enumerates the models' linears at every bucket of rows, for the kernel of `target`."""
+    """Enumerates the models' linear layers at every bucket of rows, for the kernel of `target`."""
     layout = preferred_layout(target)
     for (model, linear, k, n), m in itertools.product(LINEARS, ROWS):
         if k % group:

@@ -1,7 +1,7 @@
-"""The quantized matmul in plain XLA: the specification, and the path that always works.
+"""The quantized matmul in plain XLA: the reference, and the backend that always works.
 
-Per-channel scales multiply the product (XLA fuses the weight's cast into the GEMM). Group scales
-it does not fuse: few rows use one small product per group, many rows a dequantized weight.
+Per-channel scales multiply the product (XLA fuses the weight's cast into the GEMM). XLA does not
+fuse group scales: few rows use one small product per group, many rows a dequantized weight.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pallas_kernels.quant_matmul.base import FP8_DTYPES, QuantSpec, shape_kn
 
 F32 = jnp.float32
 
-# Up to where int8 digits of x beat a dequantized weight on a CPU: rows with scales per channel, and
-# per group; and groups that are unrolled. Measured, see docs/lab/log.md.
+# Limits up to which int8 digits of x beat a dequantized weight on a CPU: rows with scales per
+# channel, rows with scales per group, and unrolled groups. Measured, see docs/lab/log.md.
 _MAX_CHANNEL_ROWS = 128
 _MAX_GROUP_ROWS = 48
 _MAX_UNROLLED_GROUPS = 64
 _NUM_DIGITS = 3
-# Below this a row counts as zeros: its unit stays a normal number, which no CPU flushes to 0.
+# Rows below this count as zeros, so that units are normal numbers, which no CPU flushes to 0.
 _TINY = 1e-30
 
 
@@ -108,7 +108,7 @@ def _per_group(
     return (y * scale.astype(F32)[:, None, :]).sum(axis=0)  # [G, M, N] -> [M, N]
 
 
-# CPUs: XLA's int8 products are far faster there than anything that converts a weight first.
+# For CPUs, where XLA's int8 products are far faster than converting the weight first.
 
 
 def _fits_digits(num_rows: int, num_groups: int) -> bool:
@@ -120,7 +120,7 @@ def _fits_digits(num_rows: int, num_groups: int) -> bool:
 def _by_digits(
     x: jax.Array, q: jax.Array, scale: jax.Array, zero: jax.Array | None, spec: QuantSpec
 ) -> jax.Array:
-    """Writes x in three base-128 digits, so that int8 x int8 products carry 22 bits of it.
+    """Multiplies by splitting x into three base-128 digits: int8 products that keep 22 bits of x.
 
     With a row's largest |x| = a, x = a / (127 * 128^2) * (d2 * 128^2 + d1 * 128 + d0) up to half a
     unit of d0: exact products and sums in int32, errors of x below 2^-22 of the row's largest.
@@ -157,7 +157,7 @@ def _by_digits(
 def _by_digits_jvp(
     spec: QuantSpec, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """Rounded digits have no derivative of their own: it is that of the product they stand for."""
+    """The derivative of the exact product: rounded digits have no useful derivative."""
 
     def product(x: jax.Array, q: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
         return _dot(x.astype(F32), dequantize(q, scale, zero, spec), spec)

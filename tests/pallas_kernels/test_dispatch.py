@@ -104,4 +104,4 @@ def test_explain_sees_through_jitted_functions_and_reports_each_decision_once():
     f(jnp.zeros(4), jnp.zeros(3))  # a cached trace must not hide the ops
     found = dispatch.explain(f, jnp.zeros(4), jnp.zeros(3))
     assert [d.chosen for d in found] == ["even", "xla"]
-    assert str(dispatch.explain(lambda x: x, jnp.zeros(3))) == "no dispatched op was met"
+    assert str(dispatch.explain(lambda x: x, jnp.zeros(3))) == "no dispatched op was called"

@@ -1,9 +1,9 @@
-"""`jinfer bench beam`: beam search on forked pages beside a loop of one-token requests.
+"""`jinfer bench beam`: beam search on forked pages against a loop of one-token requests.
 
-The peer is how engines search that know no beams: each step asks for one token and the best
-log probabilities of every beam's text, all beams in one call, and chooses among them on the host.
-It runs on the same engine with the prefix cache on, so that it computes again only what the
-newest page of each beam holds. Both take turns.
+The peer searches as one would on an engine without beams: each step requests one token and the best
+log probabilities for every beam, all beams in one call, and chooses among them on the host. It runs
+on the same engine with the prefix cache on, so that only the newest page of each beam is computed
+again. Both run alternately.
 """
 
 from __future__ import annotations
@@ -19,20 +19,32 @@ from jinfer.cli.bench.report import Row, finish
 from jinfer.cli.flags import DEFAULT_MODEL
 from jinfer.cli.terminal import check
 
-SUMMARY = "beam search, and a loop of one-token requests"
+SUMMARY = "beam search against a loop of one-token requests"
 GOAL = 3.0
 BLOCK_SIZE = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer bench beam`."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
-    parser.add_argument("--dtype", default="auto", help="of weights, activations and KV (auto)")
-    parser.add_argument("--num-beams", type=int, default=4, help="(4)")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1], help="at a time (1)")
-    parser.add_argument("--prompt-tokens", type=int, default=100, help="(100)")
-    parser.add_argument("--output-tokens", type=int, default=12, help="(12)")
-    parser.add_argument("--repeats", type=int, default=3, help="(3)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as in jinfer generate")
+    parser.add_argument(
+        "--dtype", default="auto", help="dtype of weights, activations and KV (default: auto)"
+    )
+    parser.add_argument("--num-beams", type=int, default=4, help="beam width (default: 4)")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="numbers of prompts at a time (default: 1)",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=100, help="tokens per prompt (default: 100)"
+    )
+    parser.add_argument(
+        "--output-tokens", type=int, default=12, help="output tokens per prompt (default: 12)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs (default: 3)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +85,7 @@ def _measure(llm: Any, num_prompts: int, args: argparse.Namespace, times: dict[s
         [draw.randrange(256, 2048) for _ in range(args.prompt_tokens)] for _ in range(num_prompts)
     ]
     searches = {"beam search": search_on_pages, "one-token requests": search_by_requests}
-    found = {  # compiles everything, too
+    found = {  # also compiles everything
         name: search(llm, prompts, args.num_beams, args.output_tokens)
         for name, search in searches.items()
     }

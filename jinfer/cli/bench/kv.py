@@ -1,7 +1,7 @@
 """`jinfer bench kv`: effect of quantized K and V on perplexity and memory.
 
-A text is cut into windows of the context's length. Each is a prompt whose own tokens are scored:
-every token attends to K and V as they lie in the cache, as it would if it were generated.
+A text is cut into windows of the context's length. Each is a prompt whose tokens are scored: every
+token attends to the quantized K and V in the cache, as it would if it were generated.
 """
 
 from __future__ import annotations
@@ -17,24 +17,38 @@ from jinfer.cli.flags import DEFAULT_MODEL, input_file
 from jinfer.cli.terminal import check
 
 SUMMARY = "perplexity and bytes of quantized K and V"
-# Perplexity may rise by these shares.
+# Largest accepted relative increases of perplexity.
 MOST = {"int8": 0.005, "fp8": 0.01, "int4": 0.05}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer bench kv`."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
-    parser.add_argument("--dtype", default="float32", help="of weights and activations (float32)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as in jinfer generate")
     parser.add_argument(
-        "--text", type=input_file, required=True, metavar="FILE", help="to be scored"
+        "--dtype", default="float32", help="dtype of weights and activations (default: float32)"
     )
-    parser.add_argument("--tokens", type=int, default=32768, help="of the text, from its start")
-    parser.add_argument("--context", type=int, default=1024, help="tokens a window (1024)")
-    parser.add_argument("--kv-cache-dtype", nargs="+", default=list(MOST), help="(int8 fp8 int4)")
+    parser.add_argument(
+        "--text", type=input_file, required=True, metavar="FILE", help="text to score"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=32768,
+        help="tokens to score, from the start of the text (default: 32768)",
+    )
+    parser.add_argument(
+        "--context", type=int, default=1024, help="tokens per window (default: 1024)"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        nargs="+",
+        default=list(MOST),
+        help="formats to compare (default: int8 fp8 int4)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores a text through a quantized KV cache, beside the cache of the weights' own dtype."""
+    """Compares perplexity with a quantized KV cache to that with the weights' own dtype."""
     from jinfer import load
     from jinfer.checkpoints.tokenizer import load_tokenizer
 
@@ -84,9 +98,9 @@ def run(args: argparse.Namespace) -> int:
 def read_windows(tokenizer: Any, text: Path, num_tokens: int, context: int) -> list[list[int]]:
     """Returns the first `num_tokens` tokens of a file in windows of `context`, the last shorter.
 
-    A single token has nothing to be scored and is left out.
+    A last window of a single token is left out: it has no token to score.
     """
-    # A token has a few characters: this many are enough, and a whole file may be far too long.
+    # A token has a few characters: this many suffice, and the whole file may be far too long.
     tokens = tokenizer.encode(text.read_text()[: 16 * num_tokens], add_special_tokens=False)
     if len(tokens) < max(num_tokens, 2):
         raise ValueError(f"{text} has {len(tokens)} tokens, --tokens asks for {num_tokens}")
@@ -96,7 +110,7 @@ def read_windows(tokenizer: Any, text: Path, num_tokens: int, context: int) -> l
 
 
 def score(model: Any, params: Any, windows: list[list[int]], kv_cache_dtype: str) -> dict[str, Any]:
-    """Returns the perplexity of `windows` through a cache of one format, and the cache's bytes."""
+    """Returns the perplexity of `windows` with a cache of one format, and the cache's bytes."""
     from jinfer import LLM, SamplingParams
     from jinfer.config import memory
 

@@ -1,7 +1,7 @@
-"""`jinfer bench latency`: how long running requests wait for their next token while a prompt comes.
+"""`jinfer bench latency`: time between tokens of running requests while a long prompt arrives.
 
 Some requests decode; then one with a long prompt arrives. The peer is the same engine without
-chunked prefill, where a step takes the whole prompt and everybody waits for it.
+chunked prefill, where one step takes the whole prompt and all other requests wait for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GOAL = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """One run: `gaps` between the tokens of the running requests, and the long one's first token.
+    """One run: `gaps` between tokens of the running requests, and the long one's first token.
 
     All in milliseconds.
     """
@@ -33,28 +33,47 @@ class Served:
     first_token: float
 
     def percentile(self, share: float) -> float:
-        """The gap that `share` of all gaps do not exceed."""
+        """Returns the gap that `share` of all gaps do not exceed."""
         ordered = sorted(self.gaps)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer bench latency`."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
-    parser.add_argument("--dtype", default="auto", help="of weights, activations and KV (auto)")
-    parser.add_argument("--decodes", type=int, default=8, help="running requests (8)")
-    parser.add_argument("--short-tokens", type=int, default=32, help="their prompts (32)")
-    parser.add_argument("--output-tokens", type=int, default=64, help="of each of them (64)")
-    parser.add_argument("--long-tokens", type=int, default=4000, help="the prompt (4000)")
-    parser.add_argument("--arrives-after", type=int, default=16, help="steps of decoding (16)")
-    parser.add_argument("--max-num-batched-tokens", type=int, help="of the chunked engine")
-    parser.add_argument("--repeats", type=int, default=3, help="after one to warm up (3)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as in jinfer generate")
+    parser.add_argument(
+        "--dtype", default="auto", help="dtype of weights, activations and KV (default: auto)"
+    )
+    parser.add_argument("--decodes", type=int, default=8, help="running requests (default: 8)")
+    parser.add_argument(
+        "--short-tokens", type=int, default=32, help="tokens of their prompts (default: 32)"
+    )
+    parser.add_argument(
+        "--output-tokens", type=int, default=64, help="output tokens of each (default: 64)"
+    )
+    parser.add_argument(
+        "--long-tokens", type=int, default=4000, help="tokens of the long prompt (default: 4000)"
+    )
+    parser.add_argument(
+        "--arrives-after",
+        type=int,
+        default=16,
+        help="decode steps before the long prompt arrives (default: 16)",
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        help="most tokens in one step of the engine with chunked prefill",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs, after one to warm up (default: 3)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures the time between tokens of running decodes while a long prompt arrives.
 
-    Every request's tokens are timed as the engine hands them out.
+    A token's time is when the engine returns it.
     """
     from jinfer import LLM, load
 
@@ -62,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     limits: dict[str, Any] = {
         "max_model_len": args.long_tokens + args.short_tokens + args.output_tokens,
         "max_num_seqs": args.decodes + 1,
-        "num_decode_steps": 1,  # tokens come one at a time, so that gaps are gaps
+        "num_decode_steps": 1,  # one token per step, so that each gap is between two tokens
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
     }
@@ -98,7 +117,7 @@ def _row(
     *,
     share: float | None,
 ) -> Row:
-    """The median over the repeats of a percentile of the gaps, or of the first token's time."""
+    """Returns the median over the repeats of a percentile of the gaps, or of the first token."""
     medians = {
         name: statistics.median(
             served.first_token if share is None else served.percentile(share) for served in all_of
@@ -118,7 +137,7 @@ def _row(
 
 
 def serve(llm: Any, args: argparse.Namespace) -> Served:
-    """Runs the decodes, and the long prompt after some steps of theirs; times every token."""
+    """Runs the decodes, adds the long prompt after some steps, and times every token."""
     from jinfer import SamplingParams
 
     draw = random.Random(0)

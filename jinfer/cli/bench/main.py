@@ -1,4 +1,4 @@
-"""`jinfer bench`: one measurement a name, each in its own module `bench_NAME`."""
+"""`jinfer bench NAME`: runs one measurement; each is a module of this folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jinfer.cli.bench import spec as bench_spec
 from jinfer.cli.bench.report import add_json_argument
 from jinfer.cli.flags import check_result_file
 
-SUMMARY = "measure one part of the engine against a peer"
+SUMMARY = "measure a part of the engine against a reference"
 BENCHES: dict[str, Any] = {
     "beam": bench_beam,
     "kv": bench_kv,

@@ -1,8 +1,8 @@
-"""`jinfer bench prefix`: gains of the prefix cache with shared prompt prefixes, and its costs.
+"""`jinfer bench prefix`: gains and costs of the prefix cache.
 
-The peer is the same engine with the cache off, or, where more prompts come back than the device can
-keep, without a host tier. Both live in one process and take turns, so that what else the machine
-does falls on both; each run starts with an empty cache.
+The peer is the same engine without the cache or, for `host`, without the host tier. Both run
+alternately in one process, so that other load on the machine affects both; each run starts with an
+empty cache.
 """
 
 from __future__ import annotations
@@ -22,35 +22,61 @@ SUMMARY = "the prefix cache, on and off, and its host tier"
 CASES = ("shared", "cold", "host", "tree")
 GOALS = {"shared": 3.0, "cold": 0.98, "host": 2.0}
 WORK_GOALS = {"shared": 5.0, "host": 3.0}
-POOL_SHARE = 3  # `host`: the prompts take so many times the pages of the device
+POOL_SHARE = 3  # `host`: the prompts take this many times the pages of the device
 PAGE_SIZE = 64
 MAX_US_PER_PAGE = 50.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer bench prefix`."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
-    parser.add_argument("--dtype", default="auto", help="of weights, activations and KV (auto)")
-    parser.add_argument("--max-num-seqs", type=int, help="as for jinfer generate")
-    parser.add_argument("--max-num-batched-tokens", type=int, help="as for jinfer generate")
-    parser.add_argument("--case", nargs="+", choices=CASES, default=CASES, help="(all)")
-    parser.add_argument("--requests", type=int, default=64, help="(64)")
-    parser.add_argument("--system-tokens", type=int, default=1000, help="shared ones (1000)")
-    parser.add_argument("--own-tokens", type=int, default=32, help="others a prompt (32)")
-    parser.add_argument("--cold-tokens", type=int, default=256, help="a prompt of `cold` (256)")
-    parser.add_argument("--output-tokens", type=int, default=16, help="of each request (16)")
-    parser.add_argument("--host-prompts", type=int, default=12, help="of `host` (12)")
-    parser.add_argument("--host-tokens", type=int, default=512, help="a prompt of `host` (512)")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of `shared`, `host` (1)")
-    parser.add_argument("--cold-repeats", type=int, default=5, help="runs of `cold` (5)")
-    parser.add_argument("--tree-pages", type=int, default=100_000, help="(100000)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as in jinfer generate")
+    parser.add_argument(
+        "--dtype", default="auto", help="dtype of weights, activations and KV (default: auto)"
+    )
+    parser.add_argument("--max-num-seqs", type=int, help="as in jinfer generate")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="as in jinfer generate")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=CASES, help="default: all")
+    parser.add_argument(
+        "--requests", type=int, default=64, help="requests of `shared` and `cold` (default: 64)"
+    )
+    parser.add_argument(
+        "--system-tokens",
+        type=int,
+        default=1000,
+        help="shared tokens per prompt of `shared` (default: 1000)",
+    )
+    parser.add_argument(
+        "--own-tokens",
+        type=int,
+        default=32,
+        help="further tokens per prompt of `shared` (default: 32)",
+    )
+    parser.add_argument(
+        "--cold-tokens", type=int, default=256, help="tokens per prompt of `cold` (default: 256)"
+    )
+    parser.add_argument(
+        "--output-tokens", type=int, default=16, help="output tokens per request (default: 16)"
+    )
+    parser.add_argument(
+        "--host-prompts", type=int, default=12, help="prompts of `host` (default: 12)"
+    )
+    parser.add_argument(
+        "--host-tokens", type=int, default=512, help="tokens per prompt of `host` (default: 512)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="runs of `shared` and `host` (default: 1)"
+    )
+    parser.add_argument("--cold-repeats", type=int, default=5, help="runs of `cold` (default: 5)")
+    parser.add_argument(
+        "--tree-pages", type=int, default=100_000, help="pages of `tree` (default: 100000)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures the prefix cache against the same engine with the cache off.
 
-    shared: requests that begin with one system prompt. cold: requests that share nothing. host:
-    prompts that come a second time and take three times the pages of the device. tree: the radix
+    shared: requests that begin with the same system prompt. cold: requests that share nothing.
+    host: prompts that are repeated and take three times the pages of the device. tree: the radix
     tree alone, without a model.
     """
     rows: list[Row] = []
@@ -117,7 +143,7 @@ def _make_engines(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _make_host_engines(args: argparse.Namespace) -> dict[str, Any]:
-    """Two engines whose pool holds a third of the prompts; the host has room for all of them."""
+    """Returns engines whose pool holds a third of the prompts, with and without a host tier."""
     from jinfer import LLM, load
 
     model, params = load(args.model, dtype=None if args.dtype == "auto" else args.dtype)
@@ -149,7 +175,7 @@ def _max_model_len(args: argparse.Namespace) -> int:
 
 
 def _draw_tokens(draw: random.Random, count: int, first: int | None = None) -> list[int]:
-    """Random ids; what they are does not matter to the speed, only which are equal."""
+    """Returns random ids: only which of them are equal matters for the speed."""
     tokens = [draw.randrange(256, 2048) for _ in range(count)]
     return tokens if first is None else [first, *tokens]
 
@@ -173,7 +199,7 @@ def _measure(
             taken[name].append(seconds)
     times[case] = taken
     median = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    # Each turn against its own neighbour: what slows the machine for a while slows both.
+    # Compares neighbouring runs, since a slow phase of the machine affects both.
     pairs = zip(taken[peer], taken[ours], strict=True)
     ratio = statistics.median(off / on for off, on in pairs)
     return [
@@ -222,7 +248,7 @@ def _serve(
     check(llm.generate(texts, params, use_tqdm=False))
     seconds = time.perf_counter() - begin
     gained = {name: value - before[name] for name, value in llm.get_metrics().items()}
-    # The last chunk of a prompt samples a token as well; every other sampled token is a decode.
+    # A prompt's last chunk samples a token as well; every other sampled token is a decode step.
     sampled = gained["num_output_tokens"] + gained["num_discarded_tokens"]
     return seconds, gained["num_scheduled_tokens"] - sampled + len(prompts)
 
@@ -251,7 +277,7 @@ def measure_tree(num_pages: int, page_size: int = 16, pages_a_text: int = 64) ->
     begin = time.perf_counter()
     num_found = sum(len(cache.find(0, text, pages_a_text)) for text in texts)
     lookup_us = (time.perf_counter() - begin) / num_found * 1e6
-    held = cache.alloc(cache.pool.num_free)  # whatever is taken now must be evicted
+    held = cache.alloc(cache.pool.num_free)  # so that further allocations must evict
     begin = time.perf_counter()
     for _ in range(num_cached):
         held += cache.alloc(1)
@@ -261,9 +287,9 @@ def measure_tree(num_pages: int, page_size: int = 16, pages_a_text: int = 64) ->
 
 
 def measure_parts(num_pages: int, page_size: int = 16) -> list[Row]:
-    """Fills a tree with pages filled in part, all below one node, finds and evicts all of them.
+    """Fills a tree with partly filled pages below one node, finds and evicts all of them.
 
-    They begin with the same four tokens and are found by all that they have.
+    They begin with the same four tokens; each is looked up by all of its tokens.
     """
     from jinfer.engine.pages.pool import PagePool
     from jinfer.engine.pages.prefix import PrefixCache

@@ -24,12 +24,13 @@ class Row:
 
     Attributes:
       case, metric, unit: what was measured.
-      value: ours.
+      value: our result.
       peer, peer_value: what it is compared with, if anything.
-      ratio: how many times better than the peer; `goal`: how many were aimed at.
-      limit: what the hardware, or a bound that was promised, would allow.
-      own: which variant of ours, where a bench tries several.
-      parts: the value's own parts, such as the acceptance of the first, the second, ... draft.
+      ratio: how many times better than the peer.
+      goal: the ratio aimed at.
+      limit: bound on the value, from the hardware or a stated requirement.
+      own: name of our variant, if a bench compares several.
+      parts: components of the value, such as the acceptance of the first, the second, ... draft.
     """
 
     case: str
@@ -47,7 +48,9 @@ class Row:
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """Declares `--json`."""
-    parser.add_argument("--json", type=result_file, metavar="FILE", help="write the results here")
+    parser.add_argument(
+        "--json", type=result_file, metavar="FILE", help="write the results to this file"
+    )
 
 
 def finish(
@@ -58,13 +61,13 @@ def finish(
     is_printed: bool = True,
     **more: Any,
 ) -> dict[str, Any]:
-    """Prints the rows and writes the report where asked; returns it.
+    """Prints the rows, writes the report if `json_file` is given, and returns it.
 
     Args:
-      rows: what was measured.
-      command: the command line that measures it again.
+      rows: the measurements.
+      command: the command line that repeats them.
       json_file: where to write, or None.
-      is_printed: False: only write, for a report of which more is to come.
+      is_printed: False: only write, for an unfinished report.
       more: further keys of the report, such as raw times.
     """
     report = {
@@ -112,7 +115,7 @@ def _line(row: Row) -> str:
 
 
 def device_name() -> str:
-    """The accelerator that jax uses, or the processor's own name for itself."""
+    """Returns the name of jax's accelerator, or of the CPU and its number of cores."""
     import jax
 
     if jax.default_backend() != "cpu":

@@ -1,7 +1,7 @@
-"""`jinfer bench soak`: a tiny model under everything that can happen at once, for minutes or days.
+"""`jinfer bench soak`: random load, aborts and failures on a tiny model, for minutes or days.
 
-Knows what must come out: greedy requests are compared with the same ones run alone before, pages
-and rows are counted, and this process's memory must stay where it was after the first tenth.
+Greedy outputs are compared with the same requests run alone before, pages and rows are counted, and
+this process's memory must not grow after the first tenth of the time.
 """
 
 from __future__ import annotations
@@ -29,20 +29,24 @@ _MB = 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer bench soak`."""
-    parser.add_argument("--minutes", type=float, default=20.0, help="(20)")
-    parser.add_argument("--pages", type=int, default=20, help="KV pages of 8 tokens (20)")
-    parser.add_argument("--max-num-seqs", type=int, default=8, help="(8)")
-    parser.add_argument("--max-waiting", type=int, default=40, help="requests at a time (40)")
-    parser.add_argument("--seed", type=int, default=0, help="of the load (0)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="duration (default: 20)")
+    parser.add_argument("--pages", type=int, default=20, help="KV pages of 8 tokens (default: 20)")
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=8, help="most sequences in one step (default: 8)"
+    )
+    parser.add_argument(
+        "--max-waiting", type=int, default=40, help="most open requests (default: 40)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the load (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Keeps an engine full with random requests, and counts what went wrong.
+    """Runs random requests on an engine and counts errors.
 
-    They come and are aborted at any time, share beginnings, have several samples, outgrow the
-    memory (so that they are preempted), or hold a token that computes NaN; now and then a step is
-    lost or the cache is reset. Fails if a token is wrong, a page is lost, a request is stuck or
-    ends as it should not, or the memory of the process grows.
+    Requests arrive and are aborted at any time, share prefixes, have several samples, outgrow the
+    memory (and are preempted), or hold a token that computes NaN; now and then a step fails or the
+    cache is reset. The bench fails if a token is wrong, a page is lost, a request is stuck or ends
+    wrongly, or the process's memory grows.
     """
     with _errors_only():
         soak = _Soak(args)
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _errors_only() -> Iterator[None]:
-    """Silences warnings: the load fails on purpose, thousands of times."""
+    """Silences warnings, since the load fails on purpose thousands of times."""
     logger = logging.getLogger("jinfer")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -109,7 +113,7 @@ def _make_llm(args: argparse.Namespace) -> Any:
 
 
 class _Soak:
-    """The load, what is known of it, and what was seen."""
+    """The load, the expected outputs, and the errors found."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.llm, self.max_waiting = _make_llm(args), args.max_waiting
@@ -144,7 +148,7 @@ class _Soak:
         )
 
     def run(self, seconds: float) -> None:
-        """Goes on for so long, then lets everything end."""
+        """Runs the load for `seconds`, then lets all requests end."""
         begin = time.monotonic()
         next_look = next_note = begin
         while (now := time.monotonic()) - begin < seconds:
@@ -225,7 +229,7 @@ class _Soak:
         self.rss_mb.append(pages * os.sysconf("SC_PAGE_SIZE") / _MB)
 
     def rows(self) -> list[Row]:
-        """What was done, and what must be zero or small."""
+        """Returns the counts of work, and those that must be zero or small."""
         metrics = self.llm.get_metrics()
         num_lost = metrics["num_pages"] - metrics["num_free_pages"] - metrics["num_cached_pages"]
         begin = self.rss_mb[len(self.rss_mb) // 10 :]

@@ -1,10 +1,9 @@
 """`jinfer bench spec`: tokens per step, acceptance and speed of speculation vs. plain decoding.
 
-Both engines read the same weights and the same chats, and take turns, a batch at a time and each
-batch several times, of which the median counts. They have read all prompts before, and find them in
-their prefix caches, so that next to nothing but decoding is timed; a turn in which anything
-compiled is taken again. Where the number of drafts is chosen by what was measured, a whole pass
-that is not timed comes first.
+Both engines have the same weights and chats. They run each batch alternately, several times, and
+the median counts. All prompts are in their prefix caches, so that almost only decoding is timed; a
+run in which anything compiled is repeated. Adaptive methods first run an untimed pass, in which
+they measure.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jinfer.cli.flags import DEFAULT_MODEL, path
 from jinfer.cli.terminal import check, say
 from jinfer.jobs import jsonl
 
-SUMMARY = "speculative decoding beside plain decoding"
+SUMMARY = "speculative decoding against plain decoding"
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "adaptive": False},
     "ngram-adaptive": {"method": "ngram", "adaptive": True},
@@ -38,23 +37,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "draft": {"method": "draft", "adaptive": False},
     "draft-adaptive": {"method": "draft", "adaptive": True},
 }
-# The least that an adaptive method may do to the speed.
+# Least speedup that an adaptive method must reach.
 LEAST_SPEEDUP = 0.95
-MAX_TURNS = 4  # of a batch, until one compiles nothing
-# Tokens a step that were aimed at.
+MAX_TURNS = 4  # most runs of a batch until one compiles nothing
+# Goals for tokens per step.
 GOALS = {
     ("ngram", "overall"): 1.3,
     ("ngram", "summarization"): 1.8,
     ("medusa", "overall"): 1.6,
     ("self", "overall"): 3.0,  # with 4 drafts
 }
-# The categories of MT-Bench, which Spec-Bench counts as one.
+# The categories of MT-Bench, which Spec-Bench reports as one.
 _CHAT = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
 
 
 @dataclasses.dataclass
 class _Counts:
-    """What one engine did for some prompts."""
+    """Counts and times of one engine for some prompts."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -71,31 +70,53 @@ class _Counts:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `jinfer bench spec`."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for jinfer generate")
-    parser.add_argument("--dtype", default="auto", help="of weights, activations and KV (auto)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as in jinfer generate")
+    parser.add_argument(
+        "--dtype", default="auto", help="dtype of weights, activations and KV (default: auto)"
+    )
     parser.add_argument(
         "--prompts",
         type=path,
         required=True,
         metavar="FILE",
-        help='JSONL of {"category": ..., "turns": [...]}; first turns are asked',
+        help='JSONL of {"category": ..., "turns": [...]}; only first turns are used',
     )
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=METHODS,
-        help="default: all for which there are --heads or a --draft-model",
+        help="default: all, as far as --heads and --draft-model are given",
     )
-    parser.add_argument("--heads", metavar="DIR", help="for medusa: see jinfer train-medusa")
-    parser.add_argument("--draft-model", metavar="MODEL", help="for the methods draft*")
-    parser.add_argument("--self-format", default="int4-g64", help="for self* (int4-g64)")
-    parser.add_argument("--num-speculative-tokens", type=int, default=4, help="of chains (4)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="(1 8)")
-    parser.add_argument("--limit", type=int, default=8, help="prompts a category (8)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each batch (3)")
-    parser.add_argument("--categories", nargs="+", metavar="NAME", help="only these; default: all")
-    parser.add_argument("--output-tokens", type=int, default=64, help="(64)")
-    parser.add_argument("--max-model-len", type=int, default=2048, help="longer chats are left out")
+    parser.add_argument("--heads", metavar="DIR", help="Medusa heads, see jinfer train-medusa")
+    parser.add_argument(
+        "--draft-model", metavar="MODEL", help="draft model of the methods draft and draft-adaptive"
+    )
+    parser.add_argument(
+        "--self-format",
+        default="int4-g64",
+        help="format of the methods self and self-adaptive (default: int4-g64)",
+    )
+    parser.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        default=4,
+        help="drafts per step without trees (default: 4)",
+    )
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8")
+    parser.add_argument("--limit", type=int, default=8, help="prompts per category (default: 8)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs of each batch (default: 3)"
+    )
+    parser.add_argument("--categories", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--output-tokens", type=int, default=64, help="tokens per answer (default: 64)"
+    )
+    parser.add_argument(
+        "--max-model-len",
+        type=int,
+        default=2048,
+        help="context length; longer chats are left out (default: 2048)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,7 +161,9 @@ def run(args: argparse.Namespace) -> int:
                 measured[category] = counts
                 say(f"{method}/{category}/b{batch_size}: {_in_short(counts[0], counts[1])}")
                 if args.json is not None and len(args.batch_sizes) == len(methods) == 1:
-                    part = _rows(method, batch_size, measured)  # all that a cut leaves
+                    part = _rows(
+                        method, batch_size, measured
+                    )  # what is left if the bench is interrupted
                     _finish(args, part, [method], {n: chats[n] for n in measured}, is_printed=False)
             rows += _rows(method, batch_size, measured)
             del llm
@@ -199,7 +222,7 @@ def read_chats(path: Path, tokenizer: Any, limit: int, longest: int) -> dict[str
     """Returns up to `limit` prompts of each category, as token ids in the model's chat format.
 
     Raises:
-      ValueError: a line is not of the form, or no prompt is short enough.
+      ValueError: a line has another form, or no prompt is short enough.
     """
     from jinfer.text.prompts import apply_chat_template
 
@@ -227,7 +250,10 @@ def read_chats(path: Path, tokenizer: Any, limit: int, longest: int) -> dict[str
 def _num_pages(
     chats: dict[str, list[list[int]]], num_outputs: int, longest: int, page_size: int = 64
 ) -> int:
-    """All chats at once, so that nothing is evicted; of few sizes, since each is compiled for."""
+    """Returns enough pages for all chats, so that none is evicted, rounded to few distinct sizes.
+
+    Each size compiles anew.
+    """
     lengths = [len(prompt) + num_outputs for prompts in chats.values() for prompt in prompts]
     num_pages = sum(-(-n // page_size) for n in lengths)
     return 1 << max(num_pages, -(-longest // page_size)).bit_length()
@@ -257,9 +283,9 @@ def _generate(llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: i
 def _measure(
     plain: Any, llm: Any, prompts: list[list[int]], batch_size: int, num_tokens: int, repeats: int
 ) -> tuple[_Counts, _Counts, int]:
-    """Returns plain and speculative counts, and how many prompts gave the same tokens in both.
+    """Returns plain and speculative counts, and how many prompts have the same tokens in both.
 
-    Counts are of all repeats; the seconds of a batch are its median times their number.
+    Counts sum all repeats; a batch's seconds are its median times the number of repeats.
     """
     engines, num_same = (plain, llm), 0
     totals = _Counts(), _Counts()
@@ -290,7 +316,7 @@ def _measure(
 def _in_short(slow: _Counts, fast: _Counts) -> str:
     per_step = fast.decode_tokens / max(1, fast.decode_steps)
     speedup = fast.tokens / fast.seconds / (slow.tokens / slow.seconds)
-    return f"{per_step:.2f} tokens a step, {speedup:.2f}x in {slow.seconds + fast.seconds:.0f} s"
+    return f"{per_step:.2f} tokens per step, {speedup:.2f}x in {slow.seconds + fast.seconds:.0f} s"
 
 
 def _rows(

@@ -165,7 +165,7 @@ REFUSED = [
     (("generate", "--prompt", "x", "--max-tokens", "0"), "max_tokens must be at least 1"),
     (("generate", "--prompt", "x", "--top-p", "2"), "top_p must lie in (0, 1]"),
     (("generate", "--prompt", "x", "--n", "2"), "n=2 with temperature=0"),
-    (("generate", "--prompt", "x", "--logprobs", "2"), "JSONL results only"),
+    (("generate", "--prompt", "x", "--logprobs", "2"), "only to JSONL results"),
     (("generate", "--prompt", "x", "--sampling-params", "[]"), "expected a JSON object, got '[]'"),
     (
         ("generate", "--prompt", "x", "--sampling-params", '{"best_of": 3}'),
@@ -596,7 +596,7 @@ def test_lines_that_come_during_a_job_are_counted_apart(jinfer, llm, monkeypatch
     monkeypatch.setitem(sys.modules, "jinfer.llm", types.SimpleNamespace(LLM=late))
     status, _, err = jinfer("generate", "--input", source, "--output", target)
     assert status == 0 and "jinfer: 1 of 1 lines done" in err
-    assert "1 lines came during the run; run the same command to do them" in err
+    assert "1 lines were appended during the run: run the same command again" in err
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(jinfer, llm, monkeypatch, tmp_path):

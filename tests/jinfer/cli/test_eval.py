@@ -61,7 +61,7 @@ def test_windows_are_scored_without_their_first_tokens(models, tmp_path, capsys)
         (["--context", "1"], "at least 2 tokens"),
         (["--context", "10", "--windows", "4"], "has 3 windows"),
         (["--context", "40"], "has 0 windows"),
-        (["--context", "99"], "--context 99 is beyond the 64 positions"),
+        (["--context", "99"], "--context 99 exceeds the model's 64 positions"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, capsys, more, message):
@@ -75,8 +75,8 @@ def test_bad_input_is_one_line(models, tmp_path, capsys, more, message):
     "tokenizer, vocab_size, message",
     [
         (Characters("pad"), 128, "(token 0 is '\\x00' in one and 'pad' in the other)"),
-        (Characters(merges=True), 128, "they cut this text differently"),
-        (Characters(), 160, "a scores 128 tokens and --against c 160"),
+        (Characters(merges=True), 128, "this text gives different tokens"),
+        (Characters(), 160, "a has a vocabulary of 128 tokens and --against c of 160"),
     ],
 )
 def test_models_of_different_tokens_are_not_compared(

@@ -115,16 +115,16 @@ REFUSED = {
     "target too low": (("--target-bits", "3"), ("must lie in 3.27..8.27", "got 3")),
     "target and recipe": (
         ("--target-bits", "5", "--recipe", "r.json"),
-        ("--target-bits makes a recipe",),
+        ("--target-bits and --recipe exclude each other",),
     ),
     "no text": (
         ("--method", "rtn", "--held-out", "0", "--length", "32"),
-        ("is for a text", "--method rtn with --held-out 0 reads none"),
+        ("has no effect: --method rtn with --held-out 0 reads no text",),
     ),
-    "too long": (("--length", "65"), ("--length 65 is beyond the 64 positions",)),
+    "too long": (("--length", "65"), ("--length 65 exceeds the model's 64 positions",)),
     "self, too long": (
         ("--calibration", "self", "--length", "20000"),
-        ("--length 20000 is beyond the 64 positions",),
+        ("--length 20000 exceeds the model's 64 positions",),
     ),
 }
 
@@ -205,7 +205,7 @@ def test_a_run_without_a_terminal_logs_each_layer_and_that_it_goes_on(
     status, _, err = quantize(params, "--method", "rtn", "--format", "int4-g32")
     assert status == 0
     left = tmp_path / "out.unfinished"
-    assert f"jinfer: 1 of 1 layers are done: an earlier run left them in {left}\n" in err
+    assert f"jinfer: 1 of 1 layers were done by an earlier run, in {left}\n" in err
 
 
 @contextlib.contextmanager
@@ -256,7 +256,7 @@ def test_no_command_takes_sequences_beyond_the_models_positions(
         argv = [*argv, "--output", tmp_path / "out"]
     assert cli.main([command, "--model", str(tmp_path / "m"), *map(str, argv)]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "65 is beyond the 64 positions the model was made for" in err
+    assert err.count("\n") == 1 and "65 exceeds the model's 64 positions" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -133,7 +133,7 @@ def test_the_command_makes_a_model_that_drafts(params, tmp_path, monkeypatch, ca
     argv += ["--window", 24, "--steps", 4, "--data", tmp_path / "text.txt"]
     for _ in range(2):  # the second run has nothing left to do
         assert cli.main(["train-draft", *map(str, argv)]) == 0
-        assert "tokens a step expected" in capsys.readouterr().out
+        assert "tokens per step expected" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert 0.0 < report["greedy"] <= 1.0 and 0.0 < report["sampled"] <= 1.0
     config = {"method": "draft", "model": str(tmp_path / "out" / "model"), "adaptive": False}

@@ -121,7 +121,7 @@ def test_the_same_command_makes_the_same_bytes(tmp_path, capsys, monkeypatch):
     for name in ("a", "b"):
         assert train("--output", tmp_path / name, *argv) == 0
         report = capsys.readouterr().out
-        assert "% of what is kept apart is in the draft vocabulary" in report
+        assert "% of the held-out tokens are in the draft vocabulary" in report
     for file in FILES:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     _, heads, _ = medusa.load(tmp_path / "a", MODEL.config)

@@ -179,7 +179,7 @@ def test_it_lowers_for_cuda_on_every_jax(kv_dtype, num_tokens, max_q_len):
     [
         ({"dtype": jnp.float32, "kv_dtype": jnp.float32}, "q must be bf16 or f16"),
         ({"kv_dtype": jnp.float16}, "kv pages must be bfloat16"),
-        ({"kv_dtype": jnp.uint8}, "int4 kv pages are read by the xla backend"),
+        ({"kv_dtype": jnp.uint8}, "only the xla backend reads int4 kv pages"),
         ({"head_dim": 80}, "head_dim must be a multiple of 32"),
         ({"page": 48}, "page size must divide 64"),
     ],

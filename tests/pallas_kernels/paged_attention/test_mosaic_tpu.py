@@ -126,7 +126,7 @@ def _abstract(dtype=jnp.bfloat16, kv_dtype=jnp.bfloat16, head_dim=128, page=64):
     [
         ({"dtype": jnp.float16, "kv_dtype": jnp.float16}, "q must be bf16 or f32"),
         ({"kv_dtype": jnp.float32}, "kv pages must be bfloat16"),
-        ({"kv_dtype": jnp.uint8}, "int4 kv pages are read by the xla backend"),
+        ({"kv_dtype": jnp.uint8}, "only the xla backend reads int4 kv pages"),
         ({"head_dim": 64}, "multiple of 128 wide.*make them 128 wide"),
         ({"page": 24}, "page size must be a multiple of 16"),
         ({"kv_dtype": jnp.int8}, "page size must be a multiple of 128"),

@@ -250,9 +250,9 @@ def test_quantize_keeps_what_a_folder_states_of_generation(export, folder, tmp_p
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("--export", "gptq", "--type", "Q4_0"), "--type is for --export gguf"),
-        (("--export", "gguf", "--type", "Q4_0", "--seed", "0"), "--seed is for --calibration"),
-        (("--export", "gptq", "--num-sequences", "4"), "--num-sequences is for --calibration"),
+        (("--export", "gptq", "--type", "Q4_0"), "--type goes with --export gguf"),
+        (("--export", "gguf", "--type", "Q4_0", "--seed", "0"), "--seed goes with --calibration"),
+        (("--export", "gptq", "--num-sequences", "4"), "--num-sequences goes with --calibration"),
         (("--export", "gguf", "--calibration", "self"), "give a --type too"),
     ],
 )
