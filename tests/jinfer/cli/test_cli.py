@@ -421,7 +421,7 @@ def test_a_full_disk_is_one_line_and_status_1(jinfer, tmp_path):
     source.write_text('{"prompt": "one"}\n')
     status, _, err = jinfer("generate", "--input", source, "--output", "/dev/full")
     assert status == 1
-    assert "jinfer: error: /dev/full: No space left on device; the whole lines" in err
+    assert "jinfer: error: /dev/full: No space left on device; the lines written so far" in err
 
 
 SCRIPT = """
