@@ -57,7 +57,11 @@ class Mailbox:
             if self._items:
                 self._forget(waiter)
             else:
-                await waiter
+                try:
+                    await waiter
+                except asyncio.CancelledError:
+                    self._forget(waiter)
+                    raise
 
     def take_waiters(self) -> list[Any]:
         """Removes and returns the registered waiters, for `wake` to wake."""

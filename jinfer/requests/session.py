@@ -197,6 +197,7 @@ class Session:
     async def read_async(self) -> list[RequestOutput]:
         """As `read`, for asyncio."""
         while self:
+            self._client.loop.check_can_wait(self._mailbox)
             if not self._ready:
                 await self._mailbox.wait_async()
             if outputs := self.take():

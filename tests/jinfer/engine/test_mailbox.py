@@ -82,6 +82,18 @@ def test_no_item_and_no_reader_is_lost_when_both_are_quick(quick_switches, reade
     assert found == list(range(count))
 
 
+def test_a_cancelled_wait_leaves_nothing_behind():
+    mailbox = Mailbox()
+
+    async def wait_in_vain():
+        for _ in range(3):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(mailbox.wait_async(), 1e-3)
+
+    asyncio.run(wait_in_vain())
+    assert mailbox.take_waiters() == []
+
+
 def test_a_reader_of_a_closed_event_loop_does_not_keep_the_others_asleep():
     mailboxes = [Mailbox(), Mailbox()]
 
