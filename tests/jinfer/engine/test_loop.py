@@ -695,7 +695,7 @@ def test_who_steps_goes_on_after_ctrl_c_and_each_request_ends(run_script):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.thorough
+@pytest.mark.slow  # on a busy machine a longer form of it failed in 2 of 6 runs, with SIGABRT
 def test_an_interpreter_that_exits_in_the_middle_of_a_step_lets_it_end(run_script):
     """Else Python would stop its threads inside of XLA, which ends the process with SIGABRT."""
     done = run_script(
